@@ -1,0 +1,22 @@
+# Each target sets up what it needs in .venv; nothing else on the machine changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test demo lint clean
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -n auto
+
+demo: .venv/demo.stamp
+	$(BIN)/python examples/align.py $(ARGS)
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check rpo_kernels tests examples benchmarks
+
+.venv/%.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

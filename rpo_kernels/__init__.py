@@ -1,0 +1,21 @@
+"""Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of preference training."""
+
+from .objectives import RPOObjective
+from .ops.labels import shift_labels
+from .ops.output import RPOOutput
+from .ops.preference import preference_loss, sequence_logps
+from .ops.rpo_loss import rpo_loss
+from .ops.token_logps import token_logps, token_logps_and_entropy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RPOObjective",
+    "RPOOutput",
+    "preference_loss",
+    "rpo_loss",
+    "sequence_logps",
+    "shift_labels",
+    "token_logps",
+    "token_logps_and_entropy",
+]

@@ -1,0 +1,269 @@
+"""Checks of arguments: the operation, the argument, what was expected, what came, and the likely slip.
+
+Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free, on a CPU; on a GPU a
+look would stop the device, and the kernels turn what these checks refuse into NaN losses without reading out of bounds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .backend import BACKENDS
+from .objectives import RPOObjective
+
+REDUCTIONS = ("mean", "sum", "none")
+_LOGITS = (torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def shape_of(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+
+
+def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"{op}: `{name}` must be on the device of the log-probabilities' input, {device}; got {x.device}")
+
+
+def check_float(op: str, name: str, x: Tensor) -> None:
+    """fp32, fp16 or bf16."""
+    if x.dtype not in _LOGITS:
+        hint = "; the kernels compute in float32, rpo_kernels.reference in float64" if x.dtype == torch.float64 else ""
+        raise TypeError(f"{op}: `{name}` must be float32, float16 or bfloat16, got {x.dtype}{hint}")
+
+
+def check_constant(op: str, name: str, x: Tensor) -> None:
+    """No gradient flows into this argument, so none may be expected."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: `{name}` gets no gradient, but requires one; pass {name}.detach()")
+
+
+def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index: int) -> None:
+    """Integer labels in the shape of the leading dimensions of logits (or hidden states)."""
+    check_tensor(op, "labels", labels)
+    if labels.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}")
+    expected = like.shape[:-1]
+    if labels.shape != expected:
+        hint = ""
+        if labels.dim() == len(expected) and labels.dim() and labels.shape[:-1] == expected[:-1]:
+            if labels.shape[-1] == expected[-1] + 1:
+                slip = "labels[:, 1:]" if labels.dim() == 2 else "labels[1:]"
+                hint = f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
+        raise ValueError(
+            f"{op}: `labels` must have the shape of `{name}` without its last dimension, {list(expected)}; "
+            f"got {shape_of(labels)}{hint}"
+        )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
+
+
+def check_logits(op: str, logits: object, labels: object, ignore_index: int, inplace_backward: bool) -> None:
+    check_tensor(op, "logits", logits)
+    check_float(op, "logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{op}: `logits` must be [..., V] with a vocabulary of at least one, got {shape_of(logits)}")
+    check_labels(op, labels, logits, "logits", ignore_index)
+    check_device(op, logits.device, labels=labels)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"{op}: the last dimension of `logits` must be contiguous, got strides {tuple(logits.stride())}; "
+            "pass logits.contiguous()"
+        )
+    if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride())):
+        raise ValueError(
+            f"{op}: `inplace_backward` needs rows of their own, but `logits` repeats rows (strides {tuple(logits.stride())})"
+        )
+
+
+def check_transform(op: str, temperature: float, logit_scale: float, softcap: float | None) -> None:
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: `{name}` must be a number, got {value!r}")
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{op}: `{name}` must be a finite number > 0, got {value!r}")
+
+
+def check_choice(op: str, name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}")
+
+
+def check_backend(op: str, backend: object) -> None:
+    check_choice(op, "backend", backend, BACKENDS)
+
+
+def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> None:
+    check_tensor(op, name, offsets)
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{op}: `{name}` must be int32 as in FlashAttention, got {offsets.dtype}; pass {name}.int()")
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
+        raise ValueError(
+            f"{op}: `{name}` must hold the boundaries [0, ..., total], at least two of them; got shape {shape_of(offsets)}"
+        )
+    check_device(op, device, **{name: offsets})
+
+
+def check_objective(op: str, objective: object) -> None:
+    if not isinstance(objective, RPOObjective):
+        raise TypeError(
+            f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example RPOObjective.dpo(beta=0.1)"
+        )
+
+
+def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, device: torch.device) -> None:
+    if rewards is None:
+        if objective.uses_rewards:
+            raise ValueError(
+                f"{op}: `rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] = [{S}]"
+            )
+        return
+    if not objective.uses_rewards:
+        raise ValueError(
+            f"{op}: `rewards` are superfluous: this objective brings its own target (the first response of a group is the "
+            "chosen one); pass None"
+        )
+    check_tensor(op, "rewards", rewards)
+    if rewards.dtype == torch.bool or rewards.is_complex():
+        raise TypeError(f"{op}: `rewards` must be real numbers, got {rewards.dtype}")
+    if rewards.shape != (S,):
+        hint = "; flatten the groups, rewards.flatten()" if rewards.numel() == S else ""
+        raise ValueError(f"{op}: `rewards` must be one number per sequence, [S] = [{S}]; got {shape_of(rewards)}{hint}")
+    check_constant(op, "rewards", rewards)
+    check_device(op, device, rewards=rewards)
+
+
+def check_groups(
+    op: str, objective: RPOObjective, S: int, group_size: object, cu_groups: Tensor | None, device: torch.device
+) -> None:
+    if S == 0:
+        raise ValueError(f"{op}: there are no sequences")
+    if cu_groups is not None:
+        if objective.label is not None:
+            raise ValueError(f"{op}: `cu_groups` with an objective that labels pairs: use group_size=2")
+        return check_offsets(op, "cu_groups", cu_groups, device)
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
+    least = 1 if objective.comparison == "pointwise" else 2
+    if group_size < least:
+        raise ValueError(
+            f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, got {group_size}"
+        )
+    if S % group_size:
+        raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}")
+    if objective.label is not None and group_size != 2:
+        raise ValueError(f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}")
+
+
+def check_reference(
+    op: str,
+    objective: RPOObjective,
+    ref_logps: Tensor | None,
+    ref_weights: Tensor | None,
+    shapes: list[tuple[int, ...]],
+    G: int,
+    device: torch.device,
+) -> None:
+    """``shapes`` are those one reference may have: per sequence, and per token where there are tokens."""
+    several = objective.reference in ("harmonic", "geometric")
+    if objective.reference == "none":
+        if ref_logps is not None:
+            raise ValueError(f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None")
+    elif ref_logps is None:
+        raise ValueError(
+            f"{op}: `ref_logps` are missing: this objective compares with a reference; for a reference-free one build it "
+            "with reference='none'"
+        )
+    if ref_weights is not None and not several:
+        raise ValueError(f"{op}: `ref_weights` belong to objectives with several references, not {objective.reference!r}")
+    if ref_logps is None:
+        return
+    check_tensor(op, "ref_logps", ref_logps)
+    check_float(op, "ref_logps", ref_logps)
+    check_constant(op, "ref_logps", ref_logps)
+    shape = tuple(ref_logps.shape[1:] if several else ref_logps.shape)
+    if shape not in shapes or (several and not len(ref_logps)):
+        lead = "R, " if several else ""
+        expected = " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
+        raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}")
+    check_device(op, device, ref_logps=ref_logps)
+    if ref_weights is not None:
+        check_tensor(op, "ref_weights", ref_weights)
+        check_float(op, "ref_weights", ref_weights)
+        check_constant(op, "ref_weights", ref_weights)
+        R = len(ref_logps)
+        if tuple(ref_weights.shape) not in ((R,), (R, G)):
+            raise ValueError(f"{op}: `ref_weights` must be [R] = [{R}] or [R, G] = [{R}, {G}], got {shape_of(ref_weights)}")
+        check_device(op, device, ref_weights=ref_weights)
+
+
+def check_normalizer(op: str, reduction: object, normalizer: object, device: torch.device) -> None:
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if normalizer is None:
+        return
+    if reduction == "none":
+        raise ValueError(f"{op}: `normalizer` divides a sum, but `reduction` is 'none'")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"{op}: `normalizer` must be a number or a scalar tensor, got shape {shape_of(normalizer)}")
+        check_constant(op, "normalizer", normalizer)
+        check_device(op, device, normalizer=normalizer)
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}")
+    elif not (normalizer > 0 and math.isfinite(normalizer)):
+        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
+
+
+# ---- values, looked at on a CPU only ---------------------------------------------------------------------------------
+
+
+def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> None:
+    if labels.device.type != "cpu" or not labels.numel():
+        return
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
+    if outside.any():
+        raise ValueError(
+            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(labels[outside][0])}"
+        )
+
+
+def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
+    if offsets is None or offsets.device.type != "cpu":
+        return
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+        raise ValueError(
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {int(offsets[0])} and {int(offsets[-1])}"
+        )
+    if (offsets.diff() < 0).any():
+        raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
+
+
+def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective) -> None:
+    if rewards is None or rewards.device.type != "cpu":
+        return
+    if rewards.isnan().any():
+        raise ValueError(f"{op}: `rewards` hold NaN at {int(rewards.isnan().nonzero()[0])}")
+    if rewards.isinf().any() and (objective.distance != "backward_kl" or objective.target == "softmax"):
+        raise ValueError(
+            f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at "
+            f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"
+        )
+
+
+def check_weight_values(op: str, ref_weights: Tensor | None) -> None:
+    if ref_weights is None or ref_weights.device.type != "cpu":
+        return
+    sums = ref_weights.double().sum(0)
+    if (ref_weights < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5):
+        raise ValueError(f"{op}: `ref_weights` must be >= 0 and sum to 1 over the references, got sums {sums.flatten()[:8].tolist()}")

@@ -1,0 +1,59 @@
+"""Scalar functions for kernels: accurate in fp32 where the textbook forms cancel, from exp and log alone."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for 0 <= x <= 1: 2 atanh(z), z = x / (2 + x) <= 1/3, to z^15."""
+    z = x / (2.0 + x)
+    w = z * z
+    series = 1.0 / 13.0 + w * (1.0 / 15.0)
+    series = 1.0 / 11.0 + w * series
+    series = 1.0 / 9.0 + w * series
+    series = 1.0 / 7.0 + w * series
+    series = 1.0 / 5.0 + w * series
+    series = 1.0 / 3.0 + w * series
+    return 2.0 * z * (1.0 + w * series)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x); softplus(-inf) = 0, softplus(inf) = inf."""
+    return tl.where(x > 0.0, x, tl.where(x != x, x, 0.0)) + log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def exp_minus_1_minus(x):
+    """e^x - 1 - x >= 0, by its series below 1/2 in absolute value."""
+    series = 1.0 / 20160.0 + x * (1.0 / 181440.0)
+    series = 1.0 / 2520.0 + x * series
+    series = 1.0 / 360.0 + x * series
+    series = 1.0 / 60.0 + x * series
+    series = 1.0 / 12.0 + x * series
+    series = 1.0 / 3.0 + x * series
+    small = 0.5 * x * x * (1.0 + x * series)
+    return tl.where(tl.abs(x) < 0.5, small, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 for any x, relative accuracy near 0."""
+    small = x + exp_minus_1_minus(tl.where(tl.abs(x) < 0.5, x, 0.0))
+    return tl.where(tl.abs(x) < 0.5, small, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x): an odd polynomial below 1/4, where (1 - e) / (1 + e) cancels."""
+    w = x * x
+    series = 62.0 / 2835.0 - w * (1382.0 / 155925.0)
+    series = -17.0 / 315.0 + w * series
+    series = 2.0 / 15.0 + w * series
+    series = -1.0 / 3.0 + w * series
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(w < 0.0625, x + x * w * series, tl.where(x < 0.0, -large, large))

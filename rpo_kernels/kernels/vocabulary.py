@@ -1,0 +1,243 @@
+"""The vocabulary pass: rows of logits to token log-probabilities, and coefficients back to gradients of logits.
+
+One program owns one row. A row is read in tiles of LANES x VEC elements; a lane is one 16-byte vector and keeps its own
+running (max, sum), so the loop holds no reduction across threads and a lane rescales once per vector.
+
+    z = post * y,   y = x                 (post = logit_scale / temperature)
+                    y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .primitives import LOG2E, expm1, softplus, tanh
+
+
+@triton.jit
+def _row_offset(row, inner, stride_outer, stride_inner):
+    """Element offset of a flat row over two leading dimensions; int64 before any product, rows may lie beyond 2^31."""
+    outer = row // inner
+    return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def _vocabulary_forward_kernel(
+    logits_ptr,  # in   [N, V] any float, last stride 1
+    labels_ptr,  # in   [N] int
+    logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
+    lse_ptr,  # out  [N] fp32, logsumexp of z; 0 where ignored
+    entropy_ptr,  # out  [N] fp32, or unused
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    pre,
+    post,
+    ignore_index,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Cost: one read of each scored row, one exp per element and one per vector; nothing for an ignored row."""
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    if label == ignore_index:
+        tl.store(logps_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, 0.0)
+        return
+    row_ptr = logits_ptr + _row_offset(row, inner, stride_outer, stride_inner)
+    scale2 = post * LOG2E
+
+    # Statistics run over the *other* columns: log p = -softplus(lse_others - z_label) keeps its digits when p is near 1.
+    peak = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    moment = tl.zeros([LANES], tl.float32)  # sum of exp(z - peak) (y - peak)
+    in_tile = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    for start in range(0, V, LANES * VEC):
+        cols = start + in_tile
+        y = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            y = tl.where(cols < V, tanh(pre * y), float("-inf"))
+        y = tl.where(cols == label, float("-inf"), y)
+        new_peak = tl.maximum(peak, tl.max(y, axis=1))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weight = tl.exp2((y - base[:, None]) * scale2)
+        decay = tl.exp2((peak - base) * scale2)
+        if HAS_ENTROPY:
+            lost = tl.where(peak == float("-inf"), 0.0, peak - base)
+            product = tl.where(y == float("-inf"), 0.0, weight * (y - base[:, None]))
+            moment = decay * (moment + total * lost) + tl.sum(product, axis=1)
+        total = total * decay + tl.sum(weight, axis=1)
+        peak = new_peak
+
+    top = tl.max(peak, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2((peak - base) * scale2)
+    others = tl.sum(total * decay, axis=0)
+    inside = (label >= 0) & (label < V)
+    y_label = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
+    if HAS_SOFTCAP:
+        y_label = tanh(pre * y_label)
+    odds = (base - y_label) * post + tl.log(others)  # lse_others - z_label
+    odds = tl.where(y_label == float("inf"), float("nan"), odds)
+    logp = -softplus(odds)
+    lse = tl.where(odds > 0.0, base * post + tl.log(others) + softplus(-odds), y_label * post - logp)
+    tl.store(logps_ptr + row, logp)
+    tl.store(lse_ptr + row, lse)
+    if HAS_ENTROPY:
+        # H = H(label or not) + p(not) H(others), each term without cancellation.
+        lost = tl.where(peak == float("-inf"), 0.0, peak - base)
+        moments = tl.sum(decay * (moment + total * lost), axis=0)
+        h_others = tl.where(others == 0.0, 0.0, tl.log(others) - moments * post / others)
+        p_not = -expm1(logp)
+        log_p_not = -softplus(-odds)
+        h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
+        h_not = tl.where(p_not == 0.0, 0.0, p_not * (h_others - log_p_not))
+        tl.store(entropy_ptr + row, h_label + h_not)
+
+
+@triton.jit
+def _vocabulary_backward_kernel(
+    logits_ptr,  # in   [N, V] any float, last stride 1
+    labels_ptr,  # in   [N] int
+    logps_ptr,  # in   [N] fp32
+    lse_ptr,  # in   [N] fp32
+    coef_ptr,  # in   [N] fp32, dL / dlogp
+    entropy_ptr,  # in   [N] fp32, or unused
+    entropy_coef_ptr,  # in   [N] fp32, dL / dentropy, or unused
+    upstream_ptr,  # in   [] fp32, factor on the coefficients, or unused
+    dlogits_ptr,  # out  [N, V] any float; may be logits_ptr
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    dstride_outer,
+    dstride_inner,
+    pre,
+    post,
+    ignore_index,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_UPSTREAM: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Cost: one read of each row with a gradient, one write of every row, one exp per element."""
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    coef = tl.load(coef_ptr + row)
+    entropy_coef = 0.0
+    if HAS_UPSTREAM:
+        coef *= tl.load(upstream_ptr)
+    if HAS_ENTROPY:
+        entropy_coef = tl.load(entropy_coef_ptr + row)
+    drow_ptr = dlogits_ptr + _row_offset(row, inner, dstride_outer, dstride_inner)
+    in_tile = tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    if (label == ignore_index) | ((coef == 0.0) & (entropy_coef == 0.0)):
+        zeros = tl.zeros([LANES, VEC], dlogits_ptr.dtype.element_ty)
+        for start in range(0, V, LANES * VEC):
+            tl.store(drow_ptr + start + in_tile, zeros, mask=start + in_tile < V)
+        return
+    row_ptr = logits_ptr + _row_offset(row, inner, stride_outer, stride_inner)
+    logp = tl.load(logps_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    entropy = 0.0
+    if HAS_ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+    chain = post
+    if HAS_SOFTCAP:
+        chain = post * pre
+    p_not_label = -expm1(logp)
+    for start in range(0, V, LANES * VEC):
+        cols = start + in_tile
+        y = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            y = tanh(pre * y)
+        logq = tl.where(cols == label, logp, y * post - lse)
+        q = tl.exp2(logq * LOG2E)
+        d = coef * tl.where(cols == label, p_not_label, -q)
+        if HAS_ENTROPY:
+            d -= entropy_coef * tl.where(q == 0.0, 0.0, q * (logq + entropy))
+        d *= chain
+        if HAS_SOFTCAP:
+            d *= 1.0 - y * y
+        tl.store(drow_ptr + cols, d.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
+
+
+def launch_settings(V: int, element_size: int) -> dict[str, int]:
+    """Tile and warps of a row pass.
+
+    VEC is one 16-byte access. Two vectors in flight per thread and eight warps keep the loop free of spills on every
+    offline target (tests/test_compile.py); not yet measured on a GPU.
+    """
+    vec = 16 // element_size
+    num_warps = min(8, max(1, triton.next_power_of_2(triton.cdiv(V, 32 * vec * 2))))
+    return {"VEC": vec, "LANES": 64 * num_warps, "num_warps": num_warps}
+
+
+def _transform(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
+    if softcap > 0:
+        return logit_scale / softcap, softcap / temperature
+    return 0.0, logit_scale / temperature
+
+
+def vocabulary_forward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log p(label), logsumexp, entropy), each fp32 ``[N]``, of the rows ``[outer, inner, V]`` of logits; labels ``[N]``."""
+    outer, inner, V = logits.shape
+    N = outer * inner
+    logps = torch.empty(N, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(logps)
+    entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=logits.device)
+    pre, post = _transform(temperature, logit_scale, softcap)
+    if N:
+        _vocabulary_forward_kernel[(N,)](
+            logits, labels, logps, lse, entropies, V, inner, logits.stride(0), logits.stride(1), pre, post, ignore_index,
+            HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy, **launch_settings(V, logits.element_size()),
+        )  # fmt: skip
+    return logps, lse, entropies
+
+
+def vocabulary_backward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    entropies: torch.Tensor | None,
+    entropy_coef: torch.Tensor | None,
+    upstream: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    out: torch.Tensor,
+) -> None:
+    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    outer, inner, V = logits.shape
+    N = outer * inner
+    pre, post = _transform(temperature, logit_scale, softcap)
+    if N:
+        _vocabulary_backward_kernel[(N,)](
+            logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, V, inner,
+            logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pre, post, ignore_index,
+            HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
+            **launch_settings(V, logits.element_size()),
+        )  # fmt: skip
+
+

@@ -1,0 +1,40 @@
+"""Labels aligned with logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+
+def shift_labels(
+    input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Labels aligned with logits: ``labels[t] = input_ids[t + 1]`` where ``mask[t + 1]``, else ignore_index.
+
+    Shifting the labels instead of the logits leaves ``[S, T, V]`` uncopied.
+
+    Args:
+        input_ids: ``[..., T]`` int, or packed ``[N]``.
+        mask: same shape, bool or 0/1: tokens to score (the response, without prompt and padding).
+        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences: the last token of one predicts nothing.
+        ignore_index: label of positions that are not scored.
+    """
+    op = "shift_labels"
+    checks.check_tensor(op, "input_ids", input_ids)
+    checks.check_tensor(op, "mask", mask)
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"{op}: `input_ids` must be integers, got {input_ids.dtype}")
+    if mask.shape != input_ids.shape or not input_ids.dim():
+        raise ValueError(
+            f"{op}: `mask` must have the shape of `input_ids`, {checks.shape_of(input_ids)}; got {checks.shape_of(mask)}"
+        )
+    labels = torch.full_like(input_ids, ignore_index)
+    labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
+    if cu_seqlens is not None:
+        checks.check_offsets(op, "cu_seqlens", cu_seqlens, input_ids.device)
+        checks.check_offset_values(op, "cu_seqlens", cu_seqlens, input_ids.shape[-1], "tokens")
+        last = cu_seqlens[1:].long() - 1
+        labels[last[last >= 0]] = ignore_index
+    return labels

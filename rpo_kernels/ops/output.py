@@ -1,0 +1,86 @@
+"""What the loss functions return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RPOOutput(NamedTuple):
+    """A preference loss and what it was made of. Only ``loss`` carries a gradient.
+
+    Attributes:
+        loss: scalar, or ``[G]`` with ``reduction="none"``.
+        losses: ``[G]``, of each group; 0 for a group with nothing to compare.
+        rewards: ``[S]``, implicit rewards s_i, in reward units; 0 for a sequence without scored tokens.
+        logps: ``[S]``, log-probabilities of the sequences (sums, in nats).
+        lengths: ``[S]`` int32, scored tokens; None where the caller gave none.
+        targets: ``[S]``, target rewards t_i.
+        cu_groups: ``[G+1]`` int32 for ragged groups, None for groups of one size.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    rewards: Tensor
+    logps: Tensor
+    lengths: Tensor | None
+    targets: Tensor
+    cu_groups: Tensor | None = None
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalar tensors on the device, without a sync.
+
+        Pairs have TRL's names: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (share of pairs with
+        s_chosen > s_rejected), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``; chosen is the response with the
+        larger target, the first when tied. Other groups have ``rewards/mean``, ``rewards/agreement`` (share of response
+        pairs with different targets that the implicit rewards order alike) and ``rewards/spread`` (standard deviation of
+        implicit rewards within a group, averaged). Responses without scored tokens, and pairs that lack one, do not count;
+        a mean over nothing is NaN.
+        """
+        S, G = self.rewards.shape[0], self.losses.shape[0]
+        present = torch.ones_like(self.rewards, dtype=torch.bool) if self.lengths is None else self.lengths > 0
+        if self.cu_groups is None and S == 2 * G:
+            return self._pair_metrics(present.view(G, 2).all(1))
+        group = torch.arange(S, device=self.rewards.device)
+        if self.cu_groups is None:
+            group = group // (S // G)
+        else:
+            group = torch.searchsorted(self.cu_groups[1:], group.int(), right=True)
+        s = torch.where(present, self.rewards, 0)
+        count = _by_group(present.float(), group, G)
+        mean = _by_group(s, group, G) / count
+        deviation = torch.where(present, s - mean[group.clamp(max=G - 1)], 0) ** 2
+        spread = (_by_group(deviation, group, G) / (count - 1)).sqrt()
+        together = (group[:, None] == group) & present[:, None] & present
+        ordered = together & (self.targets[:, None] > self.targets)
+        agree = ordered & (self.rewards[:, None] > self.rewards)
+        return {
+            "rewards/mean": s.sum() / present.sum(),
+            "rewards/agreement": agree.sum() / ordered.sum(),
+            "rewards/spread": _mean(spread, count > 1),
+            "logps/mean": torch.where(present, self.logps, 0).sum() / present.sum(),
+        }
+
+    def _pair_metrics(self, counted: Tensor) -> dict[str, Tensor]:
+        chosen = self.targets.view(-1, 2).argmax(1, keepdim=True)
+        metrics = {}
+        for name, x in (("rewards", self.rewards), ("logps", self.logps)):
+            x = x.view(-1, 2)
+            metrics[f"{name}/chosen"] = x.gather(1, chosen)[:, 0]
+            metrics[f"{name}/rejected"] = x.gather(1, 1 - chosen)[:, 0]
+        margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        metrics["rewards/accuracies"] = (margins > 0).float()
+        metrics["rewards/margins"] = margins
+        return {name: _mean(x, counted) for name, x in metrics.items()}
+
+
+def _by_group(x: Tensor, group: Tensor, G: int) -> Tensor:
+    """Sums over groups, in a fixed order (an index_add on a GPU has none)."""
+    member = group == torch.arange(G, device=group.device)[:, None]
+    return torch.where(member, x, 0).sum(1)
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x, 0).sum() / mask.sum()

@@ -1,0 +1,241 @@
+"""The RPO loss of sequence log-probabilities, and sums of token log-probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backend import engine
+from ..objectives import RPOObjective
+from .output import RPOOutput
+
+
+def preference_loss(
+    logps: Tensor,
+    rewards: Tensor | None,
+    objective: RPOObjective,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> RPOOutput:
+    """RPO loss D[s || t] of groups of responses, from the log-probabilities of whole sequences.
+
+        s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]      (see :class:`RPOObjective`)
+
+    Args:
+        logps: ``[S]`` log-probabilities of the responses, in nats: sums over tokens, also for objectives that average.
+        rewards: ``[S]`` explicit rewards r*, or None for objectives with a target of their own, where the first response of
+            each group is the chosen one.
+        objective: what to minimise.
+        ref_logps: ``[S]`` of the reference policy; ``[R, S]`` for objectives with several references; None for
+            reference-free ones. No gradient.
+        ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing to 1; uniform if None.
+        lengths: ``[S]`` int, scored tokens of each response; needed by objectives that average, or normalise the SFT term.
+            A response of length 0 is dropped from its group.
+        group_size: K, responses per prompt; groups are contiguous.
+        cu_groups: ``[G+1]`` int32 boundaries of ragged groups, in place of group_size.
+        reduction: ``"mean"`` over the groups that have something to compare, ``"sum"``, or ``"none"`` for ``[G]``.
+        normalizer: number or scalar tensor that divides the sum of losses instead, for gradient accumulation and data
+            parallelism.
+        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        :class:`RPOOutput`; float32. Second derivatives raise.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+    """
+    op = "preference_loss"
+    checks.check_tensor(op, "logps", logps)
+    checks.check_float(op, "logps", logps)
+    if logps.dim() != 1:
+        raise ValueError(f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}")
+    S = logps.shape[0]
+    checks.check_objective(op, objective)
+    if lengths is None:
+        if objective.needs_lengths:
+            raise ValueError(f"{op}: `lengths` are missing: this objective divides by the number of scored tokens")
+    else:
+        checks.check_tensor(op, "lengths", lengths)
+        if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (S,):
+            raise ValueError(f"{op}: `lengths` must be int [S] = [{S}], got {lengths.dtype} {checks.shape_of(lengths)}")
+        checks.check_device(op, logps.device, lengths=lengths)
+    inputs = prepare(op, objective, logps.device, S, [(S,)], rewards, ref_logps, ref_weights, None, group_size, cu_groups,
+                     reduction, normalizer, backend)  # fmt: skip
+    loss, losses, by_sequence = _forward_op(logps.float(), lengths, *inputs)
+    return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
+
+
+def sequence_logps(
+    token_logps: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probabilities of sequences: l_i = sum_t m_it lp_it, or that over n_i = sum_t m_it.
+
+    Args:
+        token_logps: ``[S, T]``, or packed ``[N]`` with cu_seqlens; 0 where not scored, as :func:`token_logps` returns it.
+        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
+        average: divide by the number of scored tokens (at least 1), which needs labels.
+        labels: same shape; positions that hold ignore_index do not count, whatever token_logps holds there.
+        ignore_index: see labels.
+
+    Returns:
+        float32 ``[S]``, in nats; summed in float64. Differentiable.
+    """
+    op = "sequence_logps"
+    checks.check_tensor(op, "token_logps", token_logps)
+    checks.check_float(op, "token_logps", token_logps)
+    if labels is not None:
+        checks.check_labels(op, labels, token_logps[..., None], "token_logps[..., None]", ignore_index)
+    elif average:
+        raise ValueError(f"{op}: `labels` are missing: average=True divides by the number of scored tokens")
+    x = token_logps.double()
+    if labels is not None:
+        x = torch.where(labels != ignore_index, x, 0)
+    segments = Segments.of(op, token_logps, cu_seqlens)
+    total = segments.sum(x)
+    if average:
+        total = total / segments.sum((labels != ignore_index).double()).clamp(min=1)
+    return total.float()
+
+
+class Segments:
+    """How tokens lie in sequences: rows of ``[S, T]``, or packed ``[N]`` between offsets."""
+
+    def __init__(self, sequences: int, cu_seqlens: Tensor | None):
+        self.sequences, self.cu_seqlens = sequences, cu_seqlens
+
+    @staticmethod
+    def of(op: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Segments:
+        if cu_seqlens is None:
+            if tokens.dim() != 2:
+                raise ValueError(
+                    f"{op}: tokens must be rows [S, T], or packed [N] with `cu_seqlens`; got {checks.shape_of(tokens)}"
+                )
+            return Segments(tokens.shape[0], None)
+        if tokens.dim() != 1:
+            raise ValueError(f"{op}: with `cu_seqlens` tokens must be packed [N], got {checks.shape_of(tokens)}")
+        checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
+        checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")
+        return Segments(cu_seqlens.shape[0] - 1, cu_seqlens)
+
+    def sum(self, x: Tensor) -> Tensor:
+        if self.cu_seqlens is None:
+            return x.sum(1)
+        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens.long(), axis=0, initial=0, unsafe=True)
+
+
+def prepare(
+    op, objective, device, S, ref_shapes, rewards, ref_logps, ref_weights, cu_seqlens, group_size, cu_groups, reduction,
+    normalizer, backend,
+) -> tuple:  # fmt: skip
+    """Check what the group pass takes and bring it into the types of an operator."""
+    checks.check_groups(op, objective, S, group_size, cu_groups, device)
+    G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
+    checks.check_rewards(op, rewards, objective, S, device)
+    checks.check_reference(op, objective, ref_logps, ref_weights, ref_shapes, G, device)
+    checks.check_normalizer(op, reduction, normalizer, device)
+    checks.check_backend(op, backend)
+    if rewards is not None:
+        rewards = rewards.detach().to(torch.float32).contiguous()
+    if ref_logps is not None:
+        several = objective.reference in ("harmonic", "geometric")
+        ref_logps = ref_logps.detach().float().reshape(ref_logps.shape[0] if several else 1, -1).contiguous()
+        if several:
+            R = ref_logps.shape[0]
+            ref_weights = torch.full((R,), 1 / R, device=device) if ref_weights is None else ref_weights.detach().float()
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), float(normalizer), dtype=torch.float32, device=device)
+    elif normalizer is not None:
+        normalizer = normalizer.detach().float().reshape(())
+    return (rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective.spec, reduction == "mean", backend)
+
+
+def group_pass(
+    op, logps, labels, ignore_index, S, lengths, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, normalizer,
+    group_size, spec, mean, backend,
+):  # fmt: skip
+    """Run the group pass of the chosen engine, values checked where that is free."""
+    objective = RPOObjective.from_spec(spec)
+    if labels is not None:
+        checks.check_offset_values(op, "cu_seqlens", cu_seqlens, labels.numel(), "tokens")
+    checks.check_offset_values(op, "cu_groups", cu_groups, S, "sequences")
+    checks.check_reward_values(op, rewards, objective)
+    checks.check_weight_values(op, ref_weights)
+    return engine(op, backend, logps.device, "preference").preference_forward(
+        logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
+        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_weights=ref_weights, rewards=rewards,
+        normalizer=normalizer, mean=mean,
+    )  # fmt: skip
+
+
+def output(reduction, loss, losses, by_sequence, lengths, cu_groups) -> RPOOutput:
+    rewards, logps, targets, _ = by_sequence.detach().unbind()
+    return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
+
+
+def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
+    """Group of each sequence, ``[S]``."""
+    sequence = torch.arange(S, device=device, dtype=torch.int32)
+    if cu_groups is None:
+        return sequence // group_size
+    return torch.searchsorted(cu_groups[1:], sequence, right=True)
+
+
+@torch.library.custom_op("rpo_kernels::preference_loss", mutates_args=())
+def _forward_op(
+    logps: Tensor,
+    lengths: Tensor | None,
+    rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_weights: Tensor | None,
+    cu_groups: Tensor | None,
+    normalizer: Tensor | None,
+    group_size: int,
+    objective: str,
+    mean: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if lengths is not None and lengths.device.type == "cpu" and (lengths < 0).any():
+        raise ValueError(f"preference_loss: `lengths` must be >= 0, got {int(lengths.min())}")
+    loss, losses, by_sequence, _, _ = group_pass(
+        "preference_loss", logps.contiguous(), None, 0, logps.shape[0], lengths, None, rewards, ref_logps, ref_weights,
+        cu_groups, normalizer, group_size, objective, mean, backend,
+    )  # fmt: skip
+    return loss, losses, by_sequence
+
+
+@_forward_op.register_fake
+def _(logps, lengths, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, mean, backend):
+    G = logps.shape[0] // group_size if cu_groups is None else cu_groups.shape[0] - 1
+    return logps.new_empty(()), logps.new_empty(G), logps.new_empty(4, logps.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, _, _, _, cu_groups, _, ctx.group_size, *_ = inputs
+    ctx.save_for_backward(output[2], cu_groups)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, dloss, dlosses, _):
+    by_sequence, cu_groups = ctx.saved_tensors
+    coef = by_sequence[3]
+    upstream = dloss
+    if dlosses is not None:  # reduction "none"
+        upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]
+    return (None if upstream is None else coef * upstream, *(None,) * 10)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,226 @@
+"""Token log-probabilities (and entropies) from logits: one pass over the vocabulary forward, one backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..backend import engine
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under its row of logits.
+
+        lp_t = log softmax(z_t)[y_t],   z = softcap tanh(logit_scale x / softcap) / temperature
+                                        (without softcap: z = logit_scale x / temperature)
+        dL/dx_t = dL/dlp_t (onehot(y_t) - softmax(z_t)) dz/dx
+
+    Args:
+        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous.
+        labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that position t predicts
+            (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a GPU its log-probability is NaN.
+        temperature: divides the logits, > 0.
+        logit_scale: multiplies the logits, > 0.
+        softcap: bound of the logits (Gemma 2), > 0, or None.
+        ignore_index: label of a position that is not scored: its logits are not read, its log-probability is 0 and its
+            gradient 0.
+        inplace_backward: write the gradient over the logits. No other operation may need them then; autograd raises if one
+            does, and on a second backward. Under ``torch.compile`` the graph's own memory planning decides.
+        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        float32 in the shape of labels, in nats. A row's value does not depend on its batch. NaN and infinite logits behave
+        as in :func:`torch.log_softmax`. Second derivatives raise.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+    """
+    logps, _ = _token_logps("token_logps", logits, labels, temperature, logit_scale, softcap, ignore_index,
+                            inplace_backward, False, backend)  # fmt: skip
+    return logps
+
+
+def token_logps_and_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_logps` and the entropy of each row, from the same pass; both differentiable.
+
+        H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t),   0 at ignored positions; nats
+
+    Arguments and errors as there.
+    """
+    return _token_logps("token_logps_and_entropy", logits, labels, temperature, logit_scale, softcap, ignore_index,
+                        inplace_backward, True, backend)  # fmt: skip
+
+
+def _token_logps(op, logits, labels, temperature, logit_scale, softcap, ignore_index, inplace, entropy, backend):
+    checks.check_logits(op, logits, labels, ignore_index, inplace)
+    checks.check_transform(op, temperature, logit_scale, softcap)
+    checks.check_backend(op, backend)
+    logps, _, entropies = _forward_op(
+        logits, labels, float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, entropy, inplace, backend
+    )
+    return logps, entropies
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """Logits ``[..., V]`` as a view ``[outer, inner, V]``."""
+    if logits.dim() <= 2:
+        return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits[None]
+    try:
+        return logits.view(-1, *logits.shape[-2:])
+    except RuntimeError:
+        raise ValueError(
+            f"the leading dimensions of `logits` must be views of at most two, got shape {checks.shape_of(logits)} with strides "
+            f"{tuple(logits.stride())}; pass logits.contiguous()"
+        ) from None
+
+
+def vocabulary_forward(
+    op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine."""
+    checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
+    return engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
+        rows_of(logits), labels.reshape(-1), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        ignore_index=ignore_index, entropy=entropy,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rpo_kernels::token_logps", mutates_args=())
+def _forward_op(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+    inplace: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logps, lse, entropies = vocabulary_forward(
+        "token_logps", logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
+    )
+    return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,))
+
+
+@_forward_op.register_fake
+def _(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, inplace, backend):
+    logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
+    lse = logps.new_empty(labels.numel())
+    return logps, lse, logps.new_empty(labels.shape if entropy else (0,))
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, *ctx.options, ctx.entropy, ctx.inplace, ctx.backend = inputs
+    logps, lse, entropies = output
+    ctx.save_for_backward(logits, labels, logps, lse, entropies if ctx.entropy else None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+
+
+def _backward(ctx, dlogps, _, dentropies):
+    logits, labels, logps, lse, entropies = ctx.saved_tensors
+    if dlogps is None and dentropies is None:
+        return (None,) * 9
+    coef = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+    dentropies = dentropies.contiguous() if dentropies is not None and ctx.entropy else None
+    dlogits = dlogits_of(
+        ctx.inplace, logits, labels, logps, lse, coef, None, entropies if dentropies is not None else None, dentropies,
+        *ctx.options, ctx.backend,
+    )  # fmt: skip
+    return (dlogits, *(None,) * 8)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def dlogits_of(inplace: bool, logits: Tensor, *args) -> Tensor:
+    """Gradient of the logits, in memory of its own or over the logits."""
+    if inplace:
+        _backward_inplace_op(logits, *args)
+        return logits
+    return _backward_op(logits, *args)
+
+
+def _backward_into(
+    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale, softcap, ignore_index, backend
+) -> None:
+    flat = [None if x is None else x.reshape(-1) for x in (entropies, entropy_coef)]
+    engine("vocabulary_backward", backend, logits.device, "vocabulary").vocabulary_backward(
+        rows_of(logits), labels.reshape(-1), logps.reshape(-1), lse, coef.reshape(-1), entropies=flat[0], entropy_coef=flat[1],
+        upstream=upstream, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+        out=rows_of(out),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rpo_kernels::vocabulary_backward", mutates_args=())
+def _backward_op(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward_into(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale,
+                   softcap, ignore_index, backend)  # fmt: skip
+    return out
+
+
+@_backward_op.register_fake
+def _(logits, *args):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("rpo_kernels::vocabulary_backward_", mutates_args=("logits",))
+def _backward_inplace_op(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    backend: str,
+) -> None:
+    _backward_into(logits, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale,
+                   softcap, ignore_index, backend)  # fmt: skip
+
+
+@_backward_inplace_op.register_fake
+def _(logits, *args):
+    return None
