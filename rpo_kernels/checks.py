@@ -254,7 +254,7 @@ def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective
         return
     if rewards.isnan().any():
         raise ValueError(f"{op}: `rewards` hold NaN at {int(rewards.isnan().nonzero()[0])}")
-    if rewards.isinf().any() and (objective.distance != "backward_kl" or objective.target == "softmax"):
+    if rewards.isinf().any() and objective.distance != "backward_kl":
         raise ValueError(
             f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at "
             f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"

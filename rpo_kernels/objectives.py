@@ -59,7 +59,7 @@ class RPOObjective:
         cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q). The gradient is the same; the
             published losses of the DPO family print this form.
         scale: factor on the distance (published = scale x RPO).
-        leave_one_out: for squared listwise. False centres on the group's mean: 1/2 Var(u), (K-1)/K of the default.
+        leave_one_out: for squared listwise. False gives 1/2 Var(u), unbiased: (K-1)/K of the default.
         reference: ``"single"``; ``"none"`` for reference-free objectives (lref = 0); or several references, of which
             ``"harmonic"`` is lref = -logsumexp_k(log alpha_k - lref_k) (MRPO, arXiv 2405.16388) and ``"geometric"`` is
             lref = sum_k alpha_k lref_k.

@@ -215,12 +215,13 @@ def _preference_kernel(
             j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             partner = j < last[:, None]
             partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
-            t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
-            t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
-            where_top = tl.min(tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1)
-            chosen = tl.where((t_block > top_t) | (chosen == 2147483647), where_top, chosen)
-            top_t = tl.maximum(top_t, t_block)
             count += tl.sum(partner.to(tl.int32), axis=1)
+            if TARGET != LABEL:
+                t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
+                t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
+                where_top = tl.min(tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1)
+                chosen = tl.where((t_block > top_t) | (chosen == 2147483647), where_top, chosen)
+                top_t = tl.maximum(top_t, t_block)
         if TARGET == GAP or TARGET == LABEL:
             chosen = first
         chosen_length = tl.load(lengths_ptr + chosen, mask=live & (chosen < S), other=0)

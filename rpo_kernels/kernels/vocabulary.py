@@ -23,13 +23,14 @@ def _row_offset(row, inner, stride_outer, stride_inner):
     return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "inner"])
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
     logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
-    lse_ptr,  # out  [N] fp32, logsumexp of z; 0 where ignored
+    lse_ptr,  # out  [2, N] fp32, logsumexp of z as (peak, rest): post * peak + rest; 0 where ignored
     entropy_ptr,  # out  [N] fp32, or unused
+    N,
     V,
     inner,
     stride_outer,
@@ -48,6 +49,7 @@ def _vocabulary_forward_kernel(
     if label == ignore_index:
         tl.store(logps_ptr + row, 0.0)
         tl.store(lse_ptr + row, 0.0)
+        tl.store(lse_ptr + N + row, 0.0)
         if HAS_ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         return
@@ -87,9 +89,9 @@ def _vocabulary_forward_kernel(
     odds = (base - y_label) * post + tl.log(others)  # lse_others - z_label
     odds = tl.where(y_label == float("inf"), float("nan"), odds)
     logp = -softplus(odds)
-    lse = tl.where(odds > 0.0, base * post + tl.log(others) + softplus(-odds), y_label * post - logp)
     tl.store(logps_ptr + row, logp)
-    tl.store(lse_ptr + row, lse)
+    tl.store(lse_ptr + row, tl.where(odds > 0.0, base, y_label))
+    tl.store(lse_ptr + N + row, tl.where(odds > 0.0, tl.log(others) + softplus(-odds), -logp))
     if HAS_ENTROPY:
         # H = H(label or not) + p(not) H(others), each term without cancellation.
         lost = tl.where(peak == float("-inf"), 0.0, peak - base)
@@ -102,17 +104,18 @@ def _vocabulary_forward_kernel(
         tl.store(entropy_ptr + row, h_label + h_not)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "inner"])
 def _vocabulary_backward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
     logps_ptr,  # in   [N] fp32
-    lse_ptr,  # in   [N] fp32
+    lse_ptr,  # in   [2, N] fp32, (peak, rest)
     coef_ptr,  # in   [N] fp32, dL / dlogp
     entropy_ptr,  # in   [N] fp32, or unused
     entropy_coef_ptr,  # in   [N] fp32, dL / dentropy, or unused
     upstream_ptr,  # in   [] fp32, factor on the coefficients, or unused
     dlogits_ptr,  # out  [N, V] any float; may be logits_ptr
+    N,
     V,
     inner,
     stride_outer,
@@ -146,25 +149,28 @@ def _vocabulary_backward_kernel(
         return
     row_ptr = logits_ptr + _row_offset(row, inner, stride_outer, stride_inner)
     logp = tl.load(logps_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    peak = tl.load(lse_ptr + row)
+    rest = tl.load(lse_ptr + N + row)
     entropy = 0.0
     if HAS_ENTROPY:
         entropy = tl.load(entropy_ptr + row)
     chain = post
     if HAS_SOFTCAP:
         chain = post * pre
-    p_not_label = -expm1(logp)
+    scale2 = post * LOG2E
+    factor = -coef * chain * tl.exp(-rest)  # of exp(z - peak) in the gradient
+    at_label = -coef * chain * expm1(logp)
     for start in range(0, V, LANES * VEC):
         cols = start + in_tile
         y = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
         if HAS_SOFTCAP:
             y = tanh(pre * y)
-        logq = tl.where(cols == label, logp, y * post - lse)
-        q = tl.exp2(logq * LOG2E)
-        d = coef * tl.where(cols == label, p_not_label, -q)
+        weight = tl.exp2((y - peak) * scale2)
+        d = tl.where(cols == label, at_label, factor * weight)
         if HAS_ENTROPY:
-            d -= entropy_coef * tl.where(q == 0.0, 0.0, q * (logq + entropy))
-        d *= chain
+            log_p = tl.where(cols == label, logp, (y - peak) * post - rest)
+            p = tl.exp2(log_p * LOG2E)
+            d -= entropy_coef * chain * tl.where(p == 0.0, 0.0, p * (log_p + entropy))
         if HAS_SOFTCAP:
             d *= 1.0 - y * y
         tl.store(drow_ptr + cols, d.to(dlogits_ptr.dtype.element_ty), mask=cols < V)
@@ -197,16 +203,19 @@ def vocabulary_forward(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log p(label), logsumexp, entropy), each fp32 ``[N]``, of the rows ``[outer, inner, V]`` of logits; labels ``[N]``."""
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``; labels ``[N]``.
+
+    The logsumexp of z comes as (peak, rest), z units of y and nats: their sum would round the digits of small logits away.
+    """
     outer, inner, V = logits.shape
     N = outer * inner
     logps = torch.empty(N, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(logps)
+    lse = torch.empty((2, N), dtype=torch.float32, device=logits.device)
     entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=logits.device)
     pre, post = _transform(temperature, logit_scale, softcap)
     if N:
         _vocabulary_forward_kernel[(N,)](
-            logits, labels, logps, lse, entropies, V, inner, logits.stride(0), logits.stride(1), pre, post, ignore_index,
+            logits, labels, logps, lse, entropies, N, V, inner, logits.stride(0), logits.stride(1), pre, post, ignore_index,
             HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy, **launch_settings(V, logits.element_size()),
         )  # fmt: skip
     return logps, lse, entropies
@@ -234,7 +243,7 @@ def vocabulary_backward(
     pre, post = _transform(temperature, logit_scale, softcap)
     if N:
         _vocabulary_backward_kernel[(N,)](
-            logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, V, inner,
+            logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pre, post, ignore_index,
             HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
             **launch_settings(V, logits.element_size()),

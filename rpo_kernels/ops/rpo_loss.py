@@ -105,7 +105,8 @@ def _(logits, labels, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, no
     S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
     floats = torch.empty((), dtype=torch.float32, device=logits.device)
-    tokens = [floats.new_empty(labels.numel()) for _ in range(3)]
+    N = labels.numel()
+    tokens = floats.new_empty(N), floats.new_empty(N), floats.new_empty(2, N)
     return (floats, floats.new_empty(G), floats.new_empty(4, S), floats.new_empty(S, dtype=torch.int32), *tokens)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def rows_of(logits: Tensor) -> Tensor:
     if logits.dim() <= 2:
         return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits[None]
     try:
-        return logits.view(-1, *logits.shape[-2:])
+        return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:])
     except RuntimeError:
         raise ValueError(
             f"the leading dimensions of `logits` must be views of at most two, got shape {checks.shape_of(logits)} with strides "
@@ -127,7 +129,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, inplace, backend):
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    lse = logps.new_empty(labels.numel())
+    lse = logps.new_empty(2, labels.numel())
     return logps, lse, logps.new_empty(labels.shape if entropy else (0,))
 
 

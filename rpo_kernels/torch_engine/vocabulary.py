@@ -22,9 +22,10 @@ def vocabulary_forward(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log p(label), logsumexp, entropy), each fp32 ``[N]``, of the rows ``[outer, inner, V]`` of logits; labels ``[N]``."""
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as (peak, rest) and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
     V, N, device = logits.shape[2], labels.numel(), logits.device
-    logps, lse = (torch.zeros(N, dtype=torch.float32, device=device) for _ in range(2))
+    logps = torch.zeros(N, dtype=torch.float32, device=device)
+    lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros(N if entropy else 0, dtype=torch.float32, device=device)
     for rows, chunk in _chunks(logits, labels != ignore_index):
         y, scale = _transform(chunk.to(torch.float32, copy=True), temperature, logit_scale, softcap)
@@ -49,7 +50,8 @@ def vocabulary_forward(
         odds = torch.where(y_label == torch.inf, torch.nan, odds)
         logp = -_softplus(odds)
         logps[rows] = logp
-        lse[rows] = torch.where(odds > 0, top[:, 0] * scale + total.log() + _softplus(-odds), y_label * scale - logp)
+        lse[0, rows] = torch.where(odds > 0, top[:, 0], y_label)
+        lse[1, rows] = torch.where(odds > 0, total.log() + _softplus(-odds), -logp)
         if entropy:
             p_not = -torch.expm1(logp)
             h_others = torch.where(total == 0, 0, total.log() - moment / total)
@@ -97,18 +99,19 @@ def vocabulary_backward(
             z = chunk.to(torch.float32, copy=True)
         z, scale = _transform(z, temperature, logit_scale, softcap)
         slope = (1 - z * z).mul_(logit_scale / temperature) if softcap > 0 else None
+        peak, rest = lse[:, rows, None]
+        z.sub_(peak)
         if scale != 1:
             z.mul_(scale)
         label = labels[rows].clamp(0, logits.shape[2] - 1)[:, None].long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
-        z.sub_(lse[rows][:, None])
         if entropy_coef is None:
-            z.exp_()
-            z.mul_(-c if slope is not None else -c * scale)
+            factor = -c * torch.exp(-rest)
+            z.exp_().mul_(factor if slope is not None else factor * scale)
             at_label = -c * torch.expm1(logp)
         else:
             h, hc = entropies[rows][:, None], entropy_coef[rows][:, None]
-            q = z.exp()
+            q = z.sub_(rest).exp()
             z.add_(h).mul_(hc).add_(c).mul_(q).neg_()
             z[q == 0] = 0
             p = logp.exp()
@@ -139,7 +142,8 @@ def _transform(x: torch.Tensor, temperature: float, logit_scale: float, softcap:
 def _chunks(logits: torch.Tensor, alive: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they are neighbours."""
     inner, V = logits.shape[1:]
-    for rows in alive.nonzero()[:, 0].split(max(1, CHUNK_BYTES // (4 * V))):
+    scored = alive.nonzero()[:, 0]
+    for rows in scored.split(max(1, CHUNK_BYTES // (4 * V))) if scored.numel() else ():
         view = _view(logits, rows)
         yield rows, logits[rows // inner, rows % inner] if view is None else view
 

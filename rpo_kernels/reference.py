@@ -1,0 +1,584 @@
+"""The truth the kernels are tested against: each quantity as the specification writes it, in plain PyTorch.
+
+Slow and obvious on purpose: Python loops over sequences and groups, whole tensors in memory, autograd for every
+gradient. It shares no code with the rest of the package, so that a mistake there cannot hide here, and it computes in
+the dtype of its inputs (at least float32): pass float64 to get float64. Log-probabilities are in nats, implicit rewards
+in the units of the target rewards.
+
+Shapes: N tokens, S sequences, G groups, K responses of one group, R references, V vocabulary, H hidden. Sequences are
+rows of ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S+1]``. Groups are contiguous: ``group_size`` responses
+each, or ragged with ``cu_groups`` ``[G+1]``.
+
+Losses: Reward-aware Preference Optimization, arXiv 2502.00203. Naming trap: its *backward* KL is KL(target || policy).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rpo_kernels.objectives import RPOObjective
+
+
+class ReferenceOutput(NamedTuple):
+    """What a preference loss returns; unlike the output of the fused functions it stays in the autograd graph."""
+
+    loss: Tensor  # scalar, or [G] with reduction "none"
+    losses: Tensor  # [G]; 0 for a group that does not count
+    rewards: Tensor  # [S] implicit rewards s_i, the margin already subtracted; 0 for a response without a scored token
+    logps: Tensor  # [S] sums of token log-probabilities, in nats
+    lengths: Tensor | None  # [S] scored tokens, int64; None where the caller gave none
+    targets: Tensor  # [S] t_i in reward units; 0 for a response without a scored token
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """lp = log softmax(z)[label], z = softcap tanh(logit_scale logits / softcap) / temperature.
+
+    ``logits`` [..., V], ``labels`` [...] -> [...], nats. Exactly 0, with zero gradient, where the label is
+    ``ignore_index``.
+    """
+    scored = labels != ignore_index
+    # Ignored rows are never selected, so that an inf or NaN in one of them cannot reach a value or a gradient.
+    logp = torch.log_softmax(_scaled(logits[scored], temperature, logit_scale, softcap), dim=-1)
+    picked = logp.gather(-1, labels[scored].long().unsqueeze(-1)).squeeze(-1)
+    return _spread(picked, scored)
+
+
+def token_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """H = -sum_v p_v log p_v with p = softmax(z) as in :func:`token_logps` and 0 log 0 = 0.
+
+    ``logits`` [..., V], ``labels`` [...] -> [...], nats. The labels only say which rows are scored.
+    """
+    scored = labels != ignore_index
+    logp = torch.log_softmax(_scaled(logits[scored], temperature, logit_scale, softcap), dim=-1)
+    p = logp.exp()
+    # Masking log p, and not the product, also keeps 0 * -inf out of the gradient of p.
+    return _spread(-(p * logp.masked_fill(p == 0, 0.0)).sum(-1), scored)
+
+
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """:func:`token_logps`, with its options, of logits = hidden weight^T + bias.
+
+    ``hidden`` [..., H], ``weight`` [V, H], ``bias`` [V], ``labels`` [...] -> [...], nats.
+    """
+    logits = _linear(hidden, weight, bias, labels, options.get("ignore_index", -100))
+    return token_logps(logits, labels, **options)
+
+
+# ---- sequences -----------------------------------------------------------------------------------------------------
+
+
+def sequence_logps(
+    token_logps: Tensor,
+    labels: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    ignore_index: int = -100,
+) -> Tensor:
+    """l_i = sum_t m_it lp_it, or its mean over the scored tokens under ``average``.
+
+    ``token_logps`` [S, T], or [N] with ``cu_seqlens`` -> [S], nats. Without ``labels`` every token is scored. A
+    sequence without a scored token has l_i = 0.
+    """
+    token_logps = _promoted(token_logps)
+    sums = []
+    masks = _scored_positions(token_logps, labels, cu_seqlens, ignore_index)
+    for tokens, scored in zip(_sequences(token_logps, cu_seqlens), masks, strict=True):
+        total = tokens[scored].sum()
+        sums.append(total / max(int(scored.sum()), 1) if average else total)
+    return _stack(sums, token_logps)
+
+
+def sequence_lengths(labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
+    """n_i = sum_t m_it, the scored tokens. ``labels`` [S, T], or [N] with ``cu_seqlens`` -> [S], int64."""
+    counts = [int((row != ignore_index).sum()) for row in _sequences(labels, cu_seqlens)]
+    return torch.tensor(counts, dtype=torch.int64, device=labels.device)
+
+
+def log_ratios(
+    logps: Tensor,
+    objective: RPOObjective,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """h_i = l_i - lref_i, with the objective's way of combining references.
+
+        single      l_i - lref_i
+        none        l_i
+        harmonic    logsumexp_k(log alpha_k + l_i - lref_ik)    lref = -logsumexp_k(log alpha_k - lref_k)
+        geometric   sum_k alpha_k (l_i - lref_ik)               lref = sum_k alpha_k lref_k
+
+    (several references: MRPO, arXiv 2405.16388, combines them harmonically, per sequence.)
+
+    ``logps`` [S], or per token in the shape of ``labels`` when those are given -> [S], nats. ``ref_logps`` [S] or, with
+    labels, in their shape; a leading R for harmonic and geometric. ``ref_weights`` alpha [R] or [R, G], each column
+    summing to 1; uniform without. Per-token references are subtracted before the sum over tokens: the difference of
+    two large sums loses digits.
+    """
+    logps = _promoted(logps)
+    ratios = _log_ratios(
+        logps, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index
+    )
+    return _stack(ratios, logps)
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def preference_loss(
+    logps: Tensor,
+    rewards: Tensor | None,
+    objective: RPOObjective,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> ReferenceOutput:
+    """L = mean_g [ scale D[s || t] + sft_weight NLL(chosen) ] from sequence log-probabilities.
+
+    ``logps`` [S] sums in nats (never averages: ``objective.average`` divides by ``lengths``), ``rewards`` [S] the
+    explicit r* or None, ``ref_logps`` [S] or [R, S], ``lengths`` [S] scored tokens. A response without a scored token
+    is dropped from its group. A group that is left with fewer than two (pointwise: none), or that has no rewards and
+    lost its first response, has loss 0, no gradient, and does not count.
+    """
+    logps = _promoted(logps)
+    ratios = _log_ratios(logps, objective, ref_logps, ref_weights, None, group_size, cu_groups, None, -100)
+    groups = _groups(len(logps), group_size, cu_groups)
+    return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
+
+
+def rpo_loss(
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor | None,
+    objective: RPOObjective,
+    *,
+    ref_logps: Tensor | None = None,
+    ref_weights: Tensor | None = None,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> ReferenceOutput:
+    """:func:`preference_loss` of the sequences in ``logits`` [S, T, V] (packed [N, V]).
+
+    ``labels`` [S, T] (packed [N]). ``ref_logps`` [S] or in the shape of ``labels``; with several references [R, S] or
+    [R, *labels.shape].
+    """
+    tokens = token_logps(
+        logits,
+        labels,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
+    logps = sequence_logps(tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+    ratios = _log_ratios(
+        tokens, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index
+    )
+    groups = _groups(len(logps), group_size, cu_groups)
+    return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
+
+
+def linear_rpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor | None,
+    objective: RPOObjective,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> ReferenceOutput:
+    """:func:`rpo_loss`, with its options, of logits = hidden weight^T + bias.
+
+    ``hidden`` [S, T, H] (packed [N, H]), ``weight`` [V, H], ``bias`` [V].
+    """
+    logits = _linear(hidden, weight, bias, labels, options.get("ignore_index", -100))
+    return rpo_loss(logits, labels, rewards, objective, **options)
+
+
+def _loss(
+    logps: Tensor,
+    ratios: list[Tensor],
+    rewards: Tensor | None,
+    objective: RPOObjective,
+    lengths: Tensor | None,
+    groups: list[range],
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> ReferenceOutput:
+    """The loss from sequence log-probabilities l_i and log-ratios h_i = l_i - lref_i."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reference: `reduction` must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if reduction == "none" and normalizer is not None:
+        raise ValueError("reference: `normalizer` divides the sum of the losses, which reduction 'none' does not take")
+    has_own_target = objective.label is not None or not isinstance(objective.target, str)
+    if rewards is None and not has_own_target:
+        raise ValueError("reference: this objective needs `rewards`")
+    needs_lengths = objective.average or (objective.sft_weight > 0 and objective.sft_normalizer != "sum")
+    if lengths is None and needs_lengths:
+        raise ValueError("reference: this objective needs `lengths`")
+
+    n = None if lengths is None else lengths.tolist()
+    r = None if rewards is None or has_own_target else rewards.to(logps)
+    zero = logps[:0].sum()  # 0, in the graph: a batch in which nothing counts can still call backward
+
+    # Implicit rewards and targets, response by response.
+    implicit = [zero] * len(logps)
+    targets = [zero.detach()] * len(logps)
+    weights = [1.0] * len(logps)
+    chosen: list[int | None] = []
+    kept: list[list[int]] = []
+    for group in groups:
+        members = [i for i in group if n is None or n[i] > 0]
+        kept.append(members)
+        for i, t, w in zip(members, *_targets(objective, r, group, members, logps), strict=True):
+            targets[i], weights[i] = t, w
+        chosen.append(_chosen(targets, group, members, has_own_target))
+        for i in members:
+            a = objective.beta / n[i] if objective.average else objective.beta
+            implicit[i] = a * ratios[i] - (objective.margin if i == chosen[-1] else 0.0)
+    s, t = _stack(implicit, logps), _stack(targets, logps)
+
+    # A group counts if enough of its responses remain to be compared.
+    counted = []
+    for members, best in zip(kept, chosen, strict=True):
+        if objective.label is not None:
+            enough = len(members) == 2
+        else:
+            enough = len(members) >= (1 if objective.comparison == "pointwise" else 2)
+        counted.append(enough and best is not None)
+
+    chosen_tokens = None if n is None else sum(n[best] for best, counts in zip(chosen, counted, strict=True) if counts)
+    losses = []
+    for members, best, counts in zip(kept, chosen, counted, strict=True):
+        if not counts:
+            losses.append(zero)
+            continue
+        loss = objective.scale * _distance(objective, s[members], t[members], [weights[i] for i in members])
+        if objective.sft_weight > 0:
+            nll = -logps[best]
+            if objective.sft_normalizer == "mean":
+                nll = nll / n[best]
+            elif objective.sft_normalizer == "tokens":
+                # The mean of these over the counted groups is the mean over the chosen tokens of the batch.
+                nll = nll * sum(counted) / chosen_tokens
+            loss = loss + objective.sft_weight * nll
+        losses.append(loss)
+    losses = _stack(losses, logps)
+
+    if reduction == "none":
+        loss = losses
+    elif normalizer is not None:
+        loss = losses.sum() / normalizer
+    elif reduction == "sum":
+        loss = losses.sum()
+    else:
+        loss = losses.sum() / max(sum(counted), 1)
+    return ReferenceOutput(loss, losses, s, logps, lengths, t)
+
+
+# ---- targets -------------------------------------------------------------------------------------------------------
+
+
+def _targets(
+    objective: RPOObjective, rewards: Tensor | None, group: range, members: list[int], like: Tensor
+) -> tuple[list[Tensor], list[float]]:
+    """The targets t_i and the pointwise weights w_i of the remaining responses of a group."""
+    if objective.label is not None or not isinstance(objective.target, str):
+        gap = objective.target if objective.label is None else _log_odds(objective.label)
+        return [like.new_tensor(gap / 2 if i == group[0] else -gap / 2) for i in members], [1.0] * len(members)
+    if not members:
+        return [], []
+    t = objective.eta * rewards[members]
+    if objective.target == "rewards":
+        return list(t), [1.0] * len(members)
+    K, q = len(members), _softmax(t)
+    return list(torch.log(K * q)), (1 + K * q).tolist()
+
+
+def _log_odds(q: float) -> float:
+    """log(q / (1-q)): infinite at 0 and 1, NaN outside."""
+    if q == 0:
+        return -math.inf
+    if q == 1:
+        return math.inf
+    return math.log(q) - math.log1p(-q) if 0 < q < 1 else math.nan
+
+
+def _chosen(targets: list[Tensor], group: range, members: list[int], has_own_target: bool) -> int | None:
+    """The remaining response with the largest target, the first when tied; without rewards the group's first."""
+    if not members:
+        return None
+    if has_own_target:
+        return group[0] if group[0] in members else None
+    best = members[0]
+    for i in members:
+        if targets[i] > targets[best]:
+            best = i
+    return best
+
+
+def _softmax(t: Tensor) -> Tensor:
+    """softmax where equal infinities tie: several +inf share the mass equally. [K] -> [K]."""
+    e = torch.stack([_gap(x, t.max()).exp() for x in t])
+    return e / e.sum()
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, 0 for equal infinities."""
+    return torch.zeros_like(a) if a == b else a - b
+
+
+# ---- distances -----------------------------------------------------------------------------------------------------
+
+
+def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float]) -> Tensor:
+    """D[s || t] of one group. ``s``, ``t`` [K] -> scalar."""
+    if objective.distance != "backward_kl" and bool(t.isinf().any()):
+        raise ValueError(f"reference: an infinite target has no distance {objective.distance!r}; use 'backward_kl'")
+    if objective.label is not None:
+        q = objective.label
+        entropy = sum(-x * math.log(x) for x in (q, 1 - q) if x > 0)
+        return _bernoulli_backward_kl(objective, s[0] - s[1], q, 1 - q, entropy)
+    if objective.comparison == "listwise":
+        return _listwise_distance(objective, s, t)
+    if objective.comparison == "pairwise":
+        pairs = [(i, j) for j in range(len(s)) for i in range(j)]
+        return sum(_scalar_distance(objective, s[i] - s[j], _gap(t[i], t[j])) for i, j in pairs) / len(pairs)
+    return sum(w * _scalar_distance(objective, x, y) for w, x, y in zip(weights, s, t, strict=True)) / len(s)
+
+
+def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
+    """D[d || tau], p = sigmoid(d), q = sigmoid(tau), A = softplus.
+
+    squared       1/2 (d - tau)^2
+    backward_kl   KL(B(q) || B(p)) = CE - H(q), CE = q A(-d) + (1-q) A(d)
+    forward_kl    KL(B(p) || B(q)) = p log p/q + (1-p) log (1-p)/(1-q)
+    """
+    if objective.distance == "squared":
+        return (d - tau) ** 2 / 2
+    if objective.distance == "backward_kl":
+        q, not_q = torch.sigmoid(tau), torch.sigmoid(-tau)
+        entropy = _weighted(q, _softplus(-tau)) + _weighted(not_q, _softplus(tau))
+        return _bernoulli_backward_kl(objective, d, q, not_q, entropy)
+    p, not_p = torch.sigmoid(d), torch.sigmoid(-d)
+    return _at_least_zero(p * (_softplus(-tau) - _softplus(-d)) + not_p * (_softplus(tau) - _softplus(d)))
+
+
+def _bernoulli_backward_kl(
+    objective: RPOObjective, d: Tensor, q: Tensor | float, not_q: Tensor | float, entropy: Tensor | float
+) -> Tensor:
+    """CE = q A(-d) + (1-q) A(d), or KL = CE - H(q). q may lie outside [0, 1] in the first."""
+    cross_entropy = _weighted(q, _softplus(-d)) + _weighted(not_q, _softplus(d))
+    return cross_entropy if objective.cross_entropy else _at_least_zero(cross_entropy - entropy)
+
+
+def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
+    """D over the whole group, p = softmax(s), q = softmax(t).
+
+    squared       mean_i 1/2 (a_i - b_i)^2, a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar), b_i the same for t
+    backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
+    forward_kl    KL(p || q)
+    """
+    K = len(s)
+    if objective.distance == "squared":
+        total = 0.0
+        for i in range(K):
+            others = [j for j in range(K) if j != i]
+            total = total + ((s[i] - s[others].mean()) - (t[i] - t[others].mean())) ** 2 / 2
+        # (K-1)/K of it is 1/2 the unbiased variance of s - t.
+        return total / K if objective.leave_one_out else total / K * (K - 1) / K
+    log_p = _log_softmax(s)
+    if objective.distance == "forward_kl":
+        return _at_least_zero((log_p.exp() * (log_p - _log_softmax(t))).sum())
+    q = _softmax(t)
+    some = q > 0
+    cross_entropy = -(q[some] * log_p[some]).sum()
+    entropy = -(q[some] * q[some].log()).sum()
+    return cross_entropy if objective.cross_entropy else _at_least_zero(cross_entropy - entropy)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """A(x) = max(x, 0) + log1p(exp(-|x|)), with slope 1/2 at 0. torch's softplus is linear above 20: off by 2e-9."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _log_softmax(s: Tensor) -> Tensor:
+    """log p_i = -A(logsumexp_{j != i} s_j - s_i), for K > 1: every digit also where p_i is next to 1. [K] -> [K]."""
+    others = [[j for j in range(len(s)) if j != i] for i in range(len(s))]
+    return torch.stack([-_softplus(torch.logsumexp(s[o], dim=0) - x) for x, o in zip(s, others, strict=True)])
+
+
+def _weighted(weight: Tensor | float, x: Tensor) -> Tensor:
+    """weight * x with 0 * inf := 0, in value and gradient."""
+    return weight * x if weight != 0 else torch.zeros_like(x)
+
+
+def _at_least_zero(kl: Tensor) -> Tensor:
+    """max(kl, 0) in value, kl in gradient: rounding can push a divergence below 0 next to its optimum."""
+    return kl - kl.detach().clamp(max=0)
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+def _log_ratios(
+    logps: Tensor,
+    objective: RPOObjective,
+    ref_logps: Tensor | None,
+    ref_weights: Tensor | None,
+    labels: Tensor | None,
+    group_size: int,
+    cu_groups: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ignore_index: int,
+) -> list[Tensor]:
+    """:func:`log_ratios` as a list: a response that nothing uses then gets no gradient at all, not 0 * NaN."""
+    if labels is None:
+        policy = [x.unsqueeze(0) for x in logps]
+        scored = [torch.ones(1, dtype=torch.bool, device=logps.device)] * len(policy)
+    else:
+        policy = _sequences(logps, cu_seqlens)
+        scored = _scored_positions(logps, labels, cu_seqlens, ignore_index)
+    if objective.reference == "none":
+        return [x[m].sum() for x, m in zip(policy, scored, strict=True)]
+    if ref_logps is None:
+        raise ValueError(f"reference: an objective with reference {objective.reference!r} needs `ref_logps`")
+
+    several = objective.reference in ("harmonic", "geometric")
+    refs = list(ref_logps.to(logps.dtype)) if several else [ref_logps.to(logps.dtype)]
+    for ref in refs:
+        if ref.shape not in {(len(policy),), logps.shape}:
+            expected = f"{'[R, S]' if several else '[S]'} or per token with labels"
+            raise ValueError(f"reference: `ref_logps` must be {expected}, got shape {tuple(ref_logps.shape)}")
+
+    groups = _groups(len(policy), group_size, cu_groups)
+    group_of = {i: g for g, group in enumerate(groups) for i in group}
+    alpha = torch.full((len(refs),), 1 / len(refs)) if ref_weights is None else ref_weights
+    alpha = alpha.to(logps) if alpha.ndim == 2 else alpha.to(logps).unsqueeze(1).expand(-1, len(groups))
+
+    ratios = []
+    for i, (x, m) in enumerate(zip(policy, scored, strict=True)):
+        each = []
+        for ref in refs:
+            if labels is not None and ref.shape == labels.shape:
+                each.append((x[m] - _sequences(ref, cu_seqlens)[i][m]).sum())
+            else:
+                each.append(x[m].sum() - ref[i])
+        h = torch.stack(each)
+        if objective.reference == "single":
+            ratios.append(h[0])
+        elif objective.reference == "harmonic":
+            ratios.append(torch.logsumexp(alpha[:, group_of[i]].log() + h, dim=0))
+        else:
+            ratios.append((alpha[:, group_of[i]] * h).sum())
+    return ratios
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """The S sequences of [S, T] or packed [N], each a vector."""
+    if cu_seqlens is not None:
+        if x.ndim != 1:
+            raise ValueError(f"reference: packed tokens must be [N], got shape {tuple(x.shape)}")
+        edges = torch.as_tensor(cu_seqlens).tolist()
+        return [x[start:stop] for start, stop in pairwise(edges)]
+    if x.ndim != 2:
+        raise ValueError(f"reference: tokens must be [S, T], or [N] with `cu_seqlens`; got shape {tuple(x.shape)}")
+    return list(x)
+
+
+def _scored_positions(
+    tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int
+) -> list[Tensor]:
+    """The mask m_it of each sequence; without labels every token is scored."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if labels is None else labels != ignore_index
+    if mask.shape != tokens.shape:
+        raise ValueError(f"reference: `labels` must have shape {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+    return _sequences(mask, cu_seqlens)
+
+
+def _groups(responses: int, group_size: int, cu_groups: Tensor | None) -> list[range]:
+    """The responses of each group."""
+    edges = range(0, responses + 1, group_size) if cu_groups is None else torch.as_tensor(cu_groups).tolist()
+    if edges[-1] != responses:
+        raise ValueError(f"reference: the groups end at response {edges[-1]}, but there are {responses}")
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def _scaled(logits: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
+    """z = softcap tanh(logit_scale logits / softcap) / temperature; without a cap logit_scale logits / temperature."""
+    z = logit_scale * _promoted(logits)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
+    """hidden weight^T + bias at the scored positions; the rows of ignored ones are zeros that nothing reads."""
+    scored = labels != ignore_index
+    rows = _promoted(hidden[scored]) @ _promoted(weight).T
+    if bias is not None:
+        rows = rows + _promoted(bias)
+    return rows.new_zeros(*labels.shape, len(weight)).masked_scatter(scored.unsqueeze(-1), rows)
+
+
+def _promoted(x: Tensor) -> Tensor:
+    """At least float32, and float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _spread(values: Tensor, scored: Tensor) -> Tensor:
+    """The values at the scored positions, exact zeros elsewhere."""
+    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
+
+
+def _stack(scalars: Sequence[Tensor], like: Tensor) -> Tensor:
+    """A vector of scalars; empty, but with a dtype and a device, when there are none."""
+    return torch.stack(list(scalars)) if scalars else like.new_zeros(0)

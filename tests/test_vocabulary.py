@@ -1,0 +1,203 @@
+"""The vocabulary pass against float64 truth, forward and gradient, on both engines."""
+
+import pytest
+import torch
+
+from rpo_kernels import reference, token_logps, token_logps_and_entropy
+
+from .helpers import HAS_GPU, kernel_dtypes, poisoned_memory, worst
+
+TRANSFORMS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"temperature": 0.7, "logit_scale": 1.3}, id="scaled"),
+    pytest.param({"softcap": 30.0, "logit_scale": 0.5, "temperature": 1.5}, id="softcap"),
+]
+# One element; odd below a tile; one past 16 bytes of fp32; one past a whole tile; GPT-2's odd vocabulary.
+VOCABULARIES = [1, 31, 257, 4097, 50_257]
+
+
+def truth(logits, labels, entropy_weight=None, logp_weight=None, **transform):
+    """(logps, entropies, dlogits) in float64, computed from the logits as stored."""
+    x = logits.detach().double().requires_grad_()
+    logps = reference.token_logps(x, labels, **transform)
+    entropies = reference.token_entropy(x, labels, **transform)
+    total = (logps * logp_weight).sum()
+    if entropy_weight is not None:
+        total = total + (entropies * entropy_weight).sum()
+    (grad,) = torch.autograd.grad(total, x)
+    return logps.detach(), entropies.detach(), grad
+
+
+def same_dtype_pytorch(logits, labels, weight, **transform):
+    """The same through PyTorch's own operators, in the precision of a careful trainer (logits upcast to fp32)."""
+    x = logits.detach().clone().requires_grad_()
+    z = x.float() * transform.get("logit_scale", 1.0)
+    cap = transform.get("softcap")
+    z = (cap * torch.tanh(z / cap) if cap else z) / transform.get("temperature", 1.0)
+    safe = labels.clamp(min=0)[..., None]
+    logps = torch.where(labels >= 0, z.log_softmax(-1).gather(-1, safe)[..., 0], 0)
+    (grad,) = torch.autograd.grad((logps * weight).sum(), x)
+    return logps.detach(), grad
+
+
+def rows(V, dtype, device, scale=8.0):
+    """Six rows: flat, ordinary, confident in the label, confident in another token, ignored, maximum in the last column."""
+    x = torch.randn(2, 3, V, device=device) * scale
+    labels = torch.randint(0, V, (2, 3), device=device)
+    x[0, 0] = 0.25
+    x[0, 2, labels[0, 2]] += 40
+    x[1, 0, 0] += 40
+    labels[1, 1] = -100
+    x[1, 2, -1] = x.max() + 3
+    return x.to(dtype), labels
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_break_tiles(V, transform, backend, device):
+    for dtype in kernel_dtypes(backend):
+        x, labels = rows(V, dtype, device)
+        weight = torch.randn(labels.shape, device=device)
+        logps64, _, grad64 = truth(x, labels, logp_weight=weight.double(), **transform)
+        theirs, their_grad = same_dtype_pytorch(x, labels, weight, **transform)
+        x.requires_grad_()
+        with poisoned_memory():
+            ours = token_logps(x, labels, backend=backend, **transform)
+            (our_grad,) = torch.autograd.grad((ours * weight).sum(), x)
+        # Where PyTorch happens to be exact (V = 1, a lone maximum) ours may still round a few times.
+        eps = torch.finfo(torch.float32).eps
+        assert worst(ours, logps64) <= 1.5 * worst(theirs, logps64) + 2 * eps * float(logps64.abs().max()), dtype
+        ulp = max(4 * eps, torch.finfo(dtype).eps / 2) * float(grad64.abs().max())
+        assert worst(our_grad, grad64) <= 1.5 * worst(their_grad, grad64) + ulp, dtype
+        assert (ours[labels == -100] == 0).all() and (our_grad[labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_entropy_and_its_gradient_match_float64(transform, backend, device):
+    for V in (1, 4097):
+        x, labels = rows(V, torch.float32, device)
+        a, b = torch.randn(2, *labels.shape, device=device)
+        _, entropies64, grad64 = truth(x, labels, b.double(), a.double(), **transform)
+        x.requires_grad_()
+        with poisoned_memory():
+            logps, entropies = token_logps_and_entropy(x, labels, backend=backend, **transform)
+            (grad,) = torch.autograd.grad((logps * a + entropies * b).sum(), x)
+        bound = 4 * torch.finfo(torch.float32).eps * 8.3  # four roundings of log V nats
+        assert worst(entropies, entropies64) <= bound
+        assert worst(grad, grad64) <= bound
+        assert torch.equal(logps, token_logps(x, labels, backend=backend, **transform))
+
+
+def test_confident_tokens_keep_their_digits(backend, device):
+    """log p = -e^-30 and 1 - p are lost to a subtraction of logsumexps, which gives 0 (and a zero gradient)."""
+    x = torch.zeros(1, 64, device=device)
+    x[0, 5] = 30.0
+    x.requires_grad_()
+    logp = token_logps(x, torch.tensor([5], device=device), backend=backend)
+    (grad,) = torch.autograd.grad(logp.sum(), x)
+    expected = -torch.log1p(63 * torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
+    logp = logp.detach()
+    assert abs(float(logp) / float(expected) - 1) < 1e-5
+    assert abs(float(grad[0, 5]) / -float(expected) - 1) < 1e-5
+    assert abs(float(grad.double().sum())) < 1e-5 * -float(expected)
+
+
+def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor(
+        [
+            [1.0, -inf, 2.0, 0.5],  # a banned token elsewhere
+            [-inf, 1.0, 2.0, 0.5],  # the label banned: -inf
+            [1.5, -inf, -inf, -inf],  # all but the label banned: exactly 0
+            [-inf, -inf, -inf, -inf],  # nothing left: nan
+            [1.0, inf, 2.0, 0.5],  # nan
+            [inf, 1.0, 2.0, 0.5],  # nan
+            [1.0, nan, 2.0, 0.5],  # nan
+            [1e4, -1e4, 0.0, 1e4],
+        ],
+        device=device,
+    )
+    labels = torch.zeros(len(x), dtype=torch.int64, device=device)
+    expected = x.double().log_softmax(-1)[:, 0]
+    torch.testing.assert_close(token_logps(x, labels, backend=backend).double(), expected, equal_nan=True, rtol=1e-6, atol=0)
+    finite = x[[0, 2, 7]].requires_grad_()
+    (grad,) = torch.autograd.grad(token_logps(finite, labels[:3], backend=backend).sum(), finite)
+    p = finite.detach().double().softmax(-1)
+    onehot = torch.nn.functional.one_hot(labels[:3], 4)
+    torch.testing.assert_close(grad.double(), onehot - p, rtol=1e-6, atol=1e-7)
+
+
+def test_ignored_rows_may_hold_anything(backend, device):
+    x = torch.randn(4, 9, device=device)
+    x[1], x[3] = float("nan"), float("inf")
+    labels = torch.tensor([2, -100, 3, -100], device=device)
+    x.requires_grad_()
+    logps, entropies = token_logps_and_entropy(x, labels, backend=backend)
+    (grad,) = torch.autograd.grad((logps + entropies).sum(), x)
+    assert logps[1] == logps[3] == entropies[1] == 0
+    assert (grad[[1, 3]] == 0).all() and grad.isfinite().all()
+
+
+def test_a_view_of_shifted_logits_is_read_where_it_lies(backend, device):
+    full = torch.randn(3, 5, 33, device=device)
+    labels = torch.randint(0, 33, (3, 4), device=device)
+    view = full[:, :-1].requires_grad_()
+    logps = token_logps(view, labels, backend=backend)
+    (grad,) = torch.autograd.grad(logps.sum(), view)
+    copy = full[:, :-1].contiguous().requires_grad_()
+    same = token_logps(copy, labels, backend=backend)
+    assert torch.equal(logps, same)
+    assert torch.equal(grad, torch.autograd.grad(same.sum(), copy)[0])
+    swapped = full.transpose(0, 1)[1:].requires_grad_()
+    expected = token_logps(swapped.contiguous(), labels.t(), backend=backend)
+    assert torch.equal(token_logps(swapped, labels.t(), backend=backend), expected)
+
+
+def test_leading_dimensions_of_any_number_work(backend, device):
+    x = torch.randn(2, 3, 2, 7, device=device)
+    labels = torch.randint(0, 7, (2, 3, 2), device=device)
+    expected = reference.token_logps(x.double(), labels)
+    assert worst(token_logps(x, labels, backend=backend), expected) < 1e-6
+    assert worst(token_logps(x[0, 0], labels[0, 0], backend=backend), expected[0, 0]) < 1e-6
+    assert worst(token_logps(x[0, 0, 0], labels[0, 0, 0], backend=backend), expected[0, 0, 0]) < 1e-6
+    assert token_logps(x[:, :, :0], labels[:, :, :0], backend=backend).shape == (2, 3, 0)
+
+
+def test_a_row_does_not_depend_on_its_batch_and_repeats_bit_for_bit(backend, device):
+    x = torch.randn(9, 4099, device=device) * 5
+    labels = torch.randint(0, 4099, (9,), device=device)
+    together = token_logps(x, labels, backend=backend)
+    assert torch.equal(together, token_logps(x, labels, backend=backend))
+    for i in (0, 4, 8):
+        assert torch.equal(together[i], token_logps(x[i : i + 1], labels[i : i + 1], backend=backend)[0])
+
+
+def test_the_gradient_may_take_the_place_of_the_logits(backend, device):
+    for dtype in kernel_dtypes(backend):
+        x, labels = rows(4097, dtype, device)
+        expected = x.clone().requires_grad_()
+        token_logps(expected, labels, backend=backend).sum().backward()
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        seen = []
+        logits.register_hook(lambda g: seen.append(g.data_ptr()))
+        token_logps(logits, labels, inplace_backward=True, backend=backend).sum().backward()
+        assert torch.equal(leaf.grad, expected.grad)
+        assert seen == [logits.data_ptr()]
+
+
+def test_labels_may_be_int32_or_strided(backend, device):
+    x = torch.randn(4, 3, 11, device=device)
+    labels = torch.randint(0, 11, (3, 4), device=device).t()
+    expected = token_logps(x, labels.contiguous(), backend=backend)
+    assert torch.equal(token_logps(x, labels, backend=backend), expected)
+    assert torch.equal(token_logps(x, labels.int(), backend=backend), expected)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="on a CPU such labels raise (test_bad_input)")
+def test_a_label_outside_the_vocabulary_gives_nan_on_a_gpu():
+    x = torch.randn(3, 11, device="cuda", requires_grad=True)
+    logps = token_logps(x, torch.tensor([2, 11, -1], device="cuda"))
+    (grad,) = torch.autograd.grad(logps.sum(), x)
+    assert logps.isnan().tolist() == [False, True, True]
+    assert grad.isnan().any(-1).tolist() == [False, True, True]
