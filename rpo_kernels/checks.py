@@ -1,7 +1,8 @@
 """Checks of arguments: the operation, the argument, what was expected, what came, and the likely slip.
 
-Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free, on a CPU; on a GPU a
-look would stop the device, and the kernels turn what these checks refuse into NaN losses without reading out of bounds.
+Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free, on a CPU and not while
+a graph is traced (its operators look when they run); on a GPU a look would stop the device, and the kernels turn what these
+checks refuse into NaN losses without reading out of bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def check_tensor(op: str, name: str, x: object) -> None:
 def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.device != device:
-            raise ValueError(f"{op}: `{name}` must be on the device of the log-probabilities' input, {device}; got {x.device}")
+            raise ValueError(f"{op}: `{name}` must be on {device} like the first argument, got {x.device}")
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
@@ -60,8 +61,7 @@ def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index:
                 slip = "labels[:, 1:]" if labels.dim() == 2 else "labels[1:]"
                 hint = f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
         raise ValueError(
-            f"{op}: `labels` must have the shape of `{name}` without its last dimension, {list(expected)}; "
-            f"got {shape_of(labels)}{hint}"
+            f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got {shape_of(labels)}{hint}"
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
@@ -79,10 +79,21 @@ def check_logits(op: str, logits: object, labels: object, ignore_index: int, inp
             f"{op}: the last dimension of `logits` must be contiguous, got strides {tuple(logits.stride())}; "
             "pass logits.contiguous()"
         )
-    if inplace_backward and any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride())):
+    if inplace_backward and _overlaps(logits):
         raise ValueError(
-            f"{op}: `inplace_backward` needs rows of their own, but `logits` repeats rows (strides {tuple(logits.stride())})"
+            f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
+            f"{shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements may lie at one address: some stride does not step over all smaller dimensions."""
+    reach = 0
+    for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (n - 1)
+    return False
 
 
 def check_transform(op: str, temperature: float, logit_scale: float, softcap: float | None) -> None:
@@ -91,7 +102,7 @@ def check_transform(op: str, temperature: float, logit_scale: float, softcap: fl
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: `{name}` must be a number, got {value!r}")
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:  # torch.compile traces a comparison, but not math.isfinite
             raise ValueError(f"{op}: `{name}` must be a finite number > 0, got {value!r}")
 
 
@@ -148,10 +159,12 @@ def check_groups(
     op: str, objective: RPOObjective, S: int, group_size: object, cu_groups: Tensor | None, device: torch.device
 ) -> None:
     if S == 0:
-        raise ValueError(f"{op}: there are no sequences")
+        raise ValueError(f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences")
     if cu_groups is not None:
         if objective.label is not None:
-            raise ValueError(f"{op}: `cu_groups` with an objective that labels pairs: use group_size=2")
+            raise ValueError(
+                f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2"
+            )
         return check_offsets(op, "cu_groups", cu_groups, device)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
@@ -186,7 +199,9 @@ def check_reference(
             "with reference='none'"
         )
     if ref_weights is not None and not several:
-        raise ValueError(f"{op}: `ref_weights` belong to objectives with several references, not {objective.reference!r}")
+        raise ValueError(
+            f"{op}: `ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with {objective.reference!r}"
+        )
     if ref_logps is None:
         return
     check_tensor(op, "ref_logps", ref_logps)
@@ -196,7 +211,10 @@ def check_reference(
     if shape not in shapes or (several and not len(ref_logps)):
         lead = "R, " if several else ""
         expected = " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
-        raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}")
+        hint = ""
+        if not several and shape[1:] in shapes:
+            hint = "; several references need an objective with reference='harmonic' or 'geometric'"
+        raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}{hint}")
     check_device(op, device, ref_logps=ref_logps)
     if ref_weights is not None:
         check_tensor(op, "ref_weights", ref_weights)
@@ -215,21 +233,27 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
     if reduction == "none":
         raise ValueError(f"{op}: `normalizer` divides a sum, but `reduction` is 'none'")
     if isinstance(normalizer, Tensor):
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"{op}: `normalizer` must be a real number, got {normalizer.dtype}")
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: `normalizer` must be a number or a scalar tensor, got shape {shape_of(normalizer)}")
         check_constant(op, "normalizer", normalizer)
         check_device(op, device, normalizer=normalizer)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}")
-    elif not (normalizer > 0 and math.isfinite(normalizer)):
+    elif not 0 < normalizer < math.inf:
         raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
 
 
 # ---- values, looked at on a CPU only ---------------------------------------------------------------------------------
 
 
+def _readable(x: Tensor | None) -> bool:
+    return x is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> None:
-    if labels.device.type != "cpu" or not labels.numel():
+    if not _readable(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
@@ -239,21 +263,22 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
-    if offsets is None or offsets.device.type != "cpu":
+    if not _readable(offsets):
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != total:
         raise ValueError(
-            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {int(offsets[0])} and {int(offsets[-1])}"
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; "
+            f"got {int(offsets[0])} and {int(offsets[-1])}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
 
 
 def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective) -> None:
-    if rewards is None or rewards.device.type != "cpu":
+    if not _readable(rewards):
         return
     if rewards.isnan().any():
-        raise ValueError(f"{op}: `rewards` hold NaN at {int(rewards.isnan().nonzero()[0])}")
+        raise ValueError(f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}")
     if rewards.isinf().any() and objective.distance != "backward_kl":
         raise ValueError(
             f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at "
@@ -262,8 +287,40 @@ def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective
 
 
 def check_weight_values(op: str, ref_weights: Tensor | None) -> None:
-    if ref_weights is None or ref_weights.device.type != "cpu":
+    if not _readable(ref_weights):
         return
+    if (ref_weights < 0).any():
+        raise ValueError(f"{op}: `ref_weights` must be >= 0, got {float(ref_weights.min()):g}")
     sums = ref_weights.double().sum(0)
-    if (ref_weights < 0).any() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5):
-        raise ValueError(f"{op}: `ref_weights` must be >= 0 and sum to 1 over the references, got sums {sums.flatten()[:8].tolist()}")
+    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5):
+        got = ", ".join(f"{x:g}" for x in sums.flatten()[:8].tolist())
+        raise ValueError(f"{op}: `ref_weights` must sum to 1 over the references, got {got}")
+
+
+def check_normalizer_value(op: str, normalizer: Tensor | None) -> None:
+    if _readable(normalizer) and not (normalizer > 0 and normalizer.isfinite()):
+        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {float(normalizer)}")
+
+
+def check_length_values(op: str, lengths: Tensor | None) -> None:
+    if _readable(lengths) and (lengths < 0).any():
+        raise ValueError(f"{op}: `lengths` must be >= 0, got {int(lengths.min())}")
+
+
+def check_group_values(
+    op: str,
+    objective: RPOObjective,
+    S: int,
+    N: int,
+    cu_seqlens: Tensor | None,
+    cu_groups: Tensor | None,
+    rewards: Tensor | None,
+    ref_weights: Tensor | None,
+    normalizer: Tensor | None,
+) -> None:
+    """What a group pass over S sequences of N tokens takes."""
+    check_offset_values(op, "cu_seqlens", cu_seqlens, N, "tokens")
+    check_offset_values(op, "cu_groups", cu_groups, S, "sequences")
+    check_reward_values(op, rewards, objective)
+    check_weight_values(op, ref_weights)
+    check_normalizer_value(op, normalizer)

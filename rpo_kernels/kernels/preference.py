@@ -86,13 +86,13 @@ def _preference_kernel(
     ref_weights_ptr,  # in   [R] or [R, G] fp32, or unused (R = 1)
     rewards_ptr,  # in   [S] fp32, or unused
     normalizer_ptr,  # in   [] fp32, or unused
+    sft_share_ptr,  # in   [] fp32, counted groups / tokens of their chosen responses, or unused
     loss_ptr,  # out  [] fp32
     losses_ptr,  # out  [G] fp32
-    sequence_ptr,  # out  [4, S] fp32: implicit rewards, log-probs, targets, dL/dlogps
+    sequence_ptr,  # out  [5, S] fp32: implicit rewards, log-probs, targets, dL/dlogps, role (0 dropped, 1 counted, 2 chosen)
     lengths_ptr,  # out  [S] int32 (tokens), or unused
     coef_ptr,  # out  [N] fp32 (tokens), or unused
     scratch_ptr,  # tmp  [3, S] fp32: a (l - lref), loss share, dL/ds
-    role_ptr,  # tmp  [S] int32: 0 dropped, 1 counted, 2 counted and chosen
     N,
     S,
     G,
@@ -125,6 +125,7 @@ def _preference_kernel(
     RAGGED: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     HAS_NORMALIZER: tl.constexpr,
+    HAS_SFT_SHARE: tl.constexpr,
     IS_MEAN: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -324,8 +325,8 @@ def _preference_kernel(
                 slope *= 2.0 / (kf * (kf - 1.0))
         tl.store(scratch_ptr + S + i, tl.where(counted, scale * share, 0.0), mask=live)
         tl.store(scratch_ptr + 2 * S + i, tl.where(counted, scale * slope, 0.0), mask=live)
-        role = tl.where(counted, tl.where(i == chosen, 2, 1), 0)
-        tl.store(role_ptr + i, role, mask=live)
+        role = tl.where(counted, tl.where(i == chosen, 2.0, 1.0), 0.0)
+        tl.store(sequence_ptr + 4 * S + i, role, mask=live)
     tl.debug_barrier()
 
     # 3. Groups that count, and the scored tokens of their chosen responses.
@@ -333,7 +334,7 @@ def _preference_kernel(
     tokens = 0
     for i0 in range(0, S, BLOCK_I * BLOCK_J):
         i = i0 + tl.arange(0, BLOCK_I * BLOCK_J)
-        is_chosen = tl.load(role_ptr + i, mask=i < S, other=0) == 2
+        is_chosen = tl.load(sequence_ptr + 4 * S + i, mask=i < S, other=0.0) == 2.0
         groups += tl.sum(is_chosen.to(tl.int32), axis=0)
         tokens += tl.sum(tl.load(lengths_ptr + i, mask=is_chosen, other=0), axis=0)
     factor = 1.0
@@ -343,7 +344,10 @@ def _preference_kernel(
         factor = tl.where(groups > 0, 1.0 / tl.maximum(groups, 1).to(tl.float32), 0.0)
     if broken > 0:
         factor = float("nan")
-    per_token = groups.to(tl.float32) / tl.maximum(tokens, 1).to(tl.float32)
+    if HAS_SFT_SHARE:
+        per_token = tl.load(sft_share_ptr)
+    else:
+        per_token = groups.to(tl.float32) / tl.maximum(tokens, 1).to(tl.float32)
 
     # 4. Group losses and their sum.
     loss = 0.0
@@ -358,7 +362,7 @@ def _preference_kernel(
             member = j < last[:, None]
             share = tl.load(scratch_ptr + S + j, mask=member, other=0.0)
             if SFT >= 0:
-                is_chosen = tl.load(role_ptr + j, mask=member, other=0) == 2
+                is_chosen = tl.load(sequence_ptr + 4 * S + j, mask=member, other=0.0) == 2.0
                 nll = -tl.load(sequence_ptr + S + j, mask=is_chosen, other=0.0)
                 if SFT == MEAN:
                     nll = nll / tl.maximum(tl.load(lengths_ptr + j, mask=is_chosen, other=1), 1).to(tl.float32)
@@ -384,7 +388,7 @@ def _preference_kernel(
         if AVERAGE:
             coef = coef / tl.maximum(count, 1).to(tl.float32)
         if SFT >= 0:
-            pull = tl.where(tl.load(role_ptr + s, mask=live, other=0) == 2, sft_weight, 0.0)
+            pull = tl.where(tl.load(sequence_ptr + 4 * S + s, mask=live, other=0.0) == 2.0, sft_weight, 0.0)
             if SFT == MEAN:
                 pull = pull / tl.maximum(count, 1).to(tl.float32)
             elif SFT == TOKENS:
@@ -431,13 +435,16 @@ def preference_forward(
     ref_weights: torch.Tensor | None,
     rewards: torch.Tensor | None,
     normalizer: torch.Tensor | None,
+    sft_share: torch.Tensor | None,
     mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences ``[S]``, all fp32.
 
-    Returns the loss ``[]``, losses ``[G]``, ``[4, S]`` (implicit rewards, log-probabilities, targets, dL/dlogps of
-    sequences), lengths int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty without labels). ``ref_logps`` is ``[R, N]``
-    or ``[R, S]``, ``ref_weights`` ``[R]`` or ``[R, G]``, ``normalizer`` divides the sum of losses in place of the mean.
+    Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities, targets, dL/dlogps and roles of
+    sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty
+    without labels). ``ref_logps`` is ``[R, N]`` or ``[R, S]``, ``ref_weights`` ``[R]`` or ``[R, G]``. ``normalizer`` divides
+    the sum of losses in place of the mean, and ``sft_share`` is (counted groups) / (tokens of their chosen responses) of a
+    batch of which this call sees a part.
     """
     S, has_tokens = sequences, labels is not None
     N = logps.numel() if has_tokens else 0
@@ -445,10 +452,10 @@ def preference_forward(
     device = logps.device
     loss = torch.empty((), dtype=torch.float32, device=device)
     losses = torch.empty(G, dtype=torch.float32, device=device)
-    by_sequence = torch.empty((4, S), dtype=torch.float32, device=device)
+    by_sequence = torch.empty((5, S), dtype=torch.float32, device=device)
     counts = torch.empty(S, dtype=torch.int32, device=device)
     coef = torch.empty(N, dtype=torch.float32, device=device)
-    scratch = torch.empty((4, S), dtype=torch.float32, device=device)
+    scratch = torch.empty((3, S), dtype=torch.float32, device=device)
 
     ref_kind = 0
     if ref_logps is not None:
@@ -459,8 +466,8 @@ def preference_forward(
     block_t = min(1024, max(16, triton.next_power_of_2(triton.cdiv(N, S)))) if has_tokens else 1
     block_j = 8 if cu_groups is not None else min(8, triton.next_power_of_2(group_size))
     _preference_kernel[(1,)](
-        logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer,
-        loss, losses, by_sequence, counts, coef, scratch, scratch[3].view(torch.int32),
+        logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,
+        loss, losses, by_sequence, counts, coef, scratch,
         N, S, G, N // S, group_size, 1 if ref_logps is None else ref_logps.shape[0],
         *weight_strides, G.bit_length(), ignore_index,
         objective.beta, objective.eta, objective.margin, objective.scale,
@@ -480,6 +487,7 @@ def preference_forward(
         RAGGED=cu_groups is not None,
         HAS_WEIGHTS=ref_weights is not None,
         HAS_NORMALIZER=normalizer is not None,
+        HAS_SFT_SHARE=sft_share is not None,
         IS_MEAN=mean,
         BLOCK_S=max(1, 4096 // block_t) if has_tokens else 512,
         BLOCK_T=block_t,

@@ -26,15 +26,20 @@ def shift_labels(
     checks.check_tensor(op, "mask", mask)
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"{op}: `input_ids` must be integers, got {input_ids.dtype}")
-    if mask.shape != input_ids.shape or not input_ids.dim():
+    if not input_ids.dim() or (cu_seqlens is not None and input_ids.dim() != 1):
+        expected = "[..., T]" if cu_seqlens is None else "packed [N] with `cu_seqlens`"
+        raise ValueError(f"{op}: `input_ids` must be {expected}, got {checks.shape_of(input_ids)}")
+    if mask.shape != input_ids.shape:
         raise ValueError(
             f"{op}: `mask` must have the shape of `input_ids`, {checks.shape_of(input_ids)}; got {checks.shape_of(mask)}"
         )
-    labels = torch.full_like(input_ids, ignore_index)
-    labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
+    checks.check_device(op, input_ids.device, mask=mask)
     if cu_seqlens is not None:
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, input_ids.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, input_ids.shape[-1], "tokens")
+    labels = torch.full_like(input_ids, ignore_index)
+    labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
+    if cu_seqlens is not None:
         last = cu_seqlens[1:].long() - 1
         labels[last[last >= 0]] = ignore_index
     return labels

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import checks
 from ..backend import engine
 from ..objectives import RPOObjective
+from .autograd import once_differentiable
 from .output import RPOOutput
 
 
@@ -64,8 +65,12 @@ def preference_loss(
             raise ValueError(f"{op}: `lengths` are missing: this objective divides by the number of scored tokens")
     else:
         checks.check_tensor(op, "lengths", lengths)
-        if lengths.dtype not in (torch.int32, torch.int64) or lengths.shape != (S,):
-            raise ValueError(f"{op}: `lengths` must be int [S] = [{S}], got {lengths.dtype} {checks.shape_of(lengths)}")
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: `lengths` must be int64 or int32, got {lengths.dtype}")
+        if lengths.shape != (S,):
+            raise ValueError(
+                f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}"
+            )
         checks.check_device(op, logps.device, lengths=lengths)
     inputs = prepare(op, objective, logps.device, S, [(S,)], rewards, ref_logps, ref_weights, None, group_size, cu_groups,
                      reduction, normalizer, backend)  # fmt: skip
@@ -97,13 +102,14 @@ def sequence_logps(
     checks.check_tensor(op, "token_logps", token_logps)
     checks.check_float(op, "token_logps", token_logps)
     if labels is not None:
-        checks.check_labels(op, labels, token_logps[..., None], "token_logps[..., None]", ignore_index)
+        checks.check_labels(op, labels, token_logps[..., None], "token_logps", ignore_index)
+        checks.check_device(op, token_logps.device, labels=labels)
     elif average:
         raise ValueError(f"{op}: `labels` are missing: average=True divides by the number of scored tokens")
     x = token_logps.double()
     if labels is not None:
         x = torch.where(labels != ignore_index, x, 0)
-    segments = Segments.of(op, token_logps, cu_seqlens)
+    segments = Segments.of(op, "token_logps", token_logps, cu_seqlens)
     total = segments.sum(x)
     if average:
         total = total / segments.sum((labels != ignore_index).double()).clamp(min=1)
@@ -117,15 +123,16 @@ class Segments:
         self.sequences, self.cu_seqlens = sequences, cu_seqlens
 
     @staticmethod
-    def of(op: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    def of(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Segments:
         if cu_seqlens is None:
             if tokens.dim() != 2:
                 raise ValueError(
-                    f"{op}: tokens must be rows [S, T], or packed [N] with `cu_seqlens`; got {checks.shape_of(tokens)}"
+                    f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got {checks.shape_of(tokens)}"
+                    f"{' without cu_seqlens' if tokens.dim() == 1 else ''}"
                 )
             return Segments(tokens.shape[0], None)
         if tokens.dim() != 1:
-            raise ValueError(f"{op}: with `cu_seqlens` tokens must be packed [N], got {checks.shape_of(tokens)}")
+            raise ValueError(f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got {checks.shape_of(tokens)}")
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")
         return Segments(cu_seqlens.shape[0] - 1, cu_seqlens)
@@ -164,24 +171,19 @@ def prepare(
 
 def group_pass(
     op, logps, labels, ignore_index, S, lengths, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, normalizer,
-    group_size, spec, mean, backend,
+    group_size, spec, mean, backend, sft_share=None,
 ):  # fmt: skip
-    """Run the group pass of the chosen engine, values checked where that is free."""
+    """Run the group pass of the chosen engine, on values that ``checks.check_group_values`` has seen."""
     objective = RPOObjective.from_spec(spec)
-    if labels is not None:
-        checks.check_offset_values(op, "cu_seqlens", cu_seqlens, labels.numel(), "tokens")
-    checks.check_offset_values(op, "cu_groups", cu_groups, S, "sequences")
-    checks.check_reward_values(op, rewards, objective)
-    checks.check_weight_values(op, ref_weights)
     return engine(op, backend, logps.device, "preference").preference_forward(
         logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
         cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_weights=ref_weights, rewards=rewards,
-        normalizer=normalizer, mean=mean,
+        normalizer=normalizer, sft_share=sft_share, mean=mean,
     )  # fmt: skip
 
 
 def output(reduction, loss, losses, by_sequence, lengths, cu_groups) -> RPOOutput:
-    rewards, logps, targets, _ = by_sequence.detach().unbind()
+    rewards, logps, targets, *_ = by_sequence.detach().unbind()
     return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
 
 
@@ -207,10 +209,11 @@ def _forward_op(
     mean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if lengths is not None and lengths.device.type == "cpu" and (lengths < 0).any():
-        raise ValueError(f"preference_loss: `lengths` must be >= 0, got {int(lengths.min())}")
+    op, S = "preference_loss", logps.shape[0]
+    checks.check_length_values(op, lengths)
+    checks.check_group_values(op, RPOObjective.from_spec(objective), S, 0, None, cu_groups, rewards, ref_weights, normalizer)
     loss, losses, by_sequence, _, _ = group_pass(
-        "preference_loss", logps.contiguous(), None, 0, logps.shape[0], lengths, None, rewards, ref_logps, ref_weights,
+        op, logps.contiguous(), None, 0, S, lengths, None, rewards, ref_logps, ref_weights,
         cu_groups, normalizer, group_size, objective, mean, backend,
     )  # fmt: skip
     return loss, losses, by_sequence
@@ -219,23 +222,23 @@ def _forward_op(
 @_forward_op.register_fake
 def _(logps, lengths, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, mean, backend):
     G = logps.shape[0] // group_size if cu_groups is None else cu_groups.shape[0] - 1
-    return logps.new_empty(()), logps.new_empty(G), logps.new_empty(4, logps.shape[0])
+    return logps.new_empty(()), logps.new_empty(G), logps.new_empty(5, logps.shape[0])
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, _, _, _, cu_groups, _, ctx.group_size, *_ = inputs
-    ctx.save_for_backward(output[2], cu_groups)
+    logps, _, _, _, _, cu_groups, _, ctx.group_size, *_ = inputs
+    ctx.save_for_backward(logps, output[2], cu_groups)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx, dloss, dlosses, _):
-    by_sequence, cu_groups = ctx.saved_tensors
+    logps, by_sequence, cu_groups = ctx.saved_tensors
     coef = by_sequence[3]
     upstream = dloss
     if dlosses is not None:  # reduction "none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]
-    return (None if upstream is None else coef * upstream, *(None,) * 10)
+    return (None if upstream is None else once_differentiable(coef * upstream, logps), *(None,) * 10)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

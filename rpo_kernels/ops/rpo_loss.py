@@ -59,7 +59,7 @@ def rpo_loss(
     checks.check_objective(op, objective)
     checks.check_logits(op, logits, labels, ignore_index, inplace_backward)
     checks.check_transform(op, temperature, logit_scale, softcap)
-    S = Segments.of(op, labels, cu_seqlens).sequences
+    S = Segments.of(op, "labels", labels, cu_seqlens).sequences
     inputs = prepare(op, objective, logits.device, S, [(S,), tuple(labels.shape)], rewards, ref_logps, ref_weights,
                      cu_seqlens, group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
     loss, losses, by_sequence, lengths, *_ = _forward_op(
@@ -89,12 +89,13 @@ def _forward_op(
     ignore_index: int,
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logps, lse, _ = vocabulary_forward(
-        "rpo_loss", logits, labels, temperature, logit_scale, softcap, ignore_index, False, backend
+    op, N, S = "rpo_loss", labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    checks.check_group_values(
+        op, RPOObjective.from_spec(objective), S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer
     )
-    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    logps, lse, _ = vocabulary_forward(op, logits, labels, temperature, logit_scale, softcap, ignore_index, False, backend)
     group = group_pass(
-        "rpo_loss", logps, labels.reshape(-1), ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
+        op, logps, labels.reshape(-1), ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
         normalizer, group_size, objective, mean, backend,
     )  # fmt: skip
     return (*group, logps, lse)
@@ -107,7 +108,7 @@ def _(logits, labels, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, no
     floats = torch.empty((), dtype=torch.float32, device=logits.device)
     N = labels.numel()
     tokens = floats.new_empty(N), floats.new_empty(N), floats.new_empty(2, N)
-    return (floats, floats.new_empty(G), floats.new_empty(4, S), floats.new_empty(S, dtype=torch.int32), *tokens)
+    return (floats, floats.new_empty(G), floats.new_empty(5, S), floats.new_empty(S, dtype=torch.int32), *tokens)
 
 
 def _setup_context(ctx, inputs, output):

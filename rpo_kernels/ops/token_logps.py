@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backend import engine
+from .autograd import once_differentiable
 
 
 def token_logps(
@@ -84,7 +85,7 @@ def _token_logps(op, logits, labels, temperature, logit_scale, softcap, ignore_i
     return logps, entropies
 
 
-def rows_of(logits: Tensor) -> Tensor:
+def rows_of(op: str, logits: Tensor) -> Tensor:
     """Logits ``[..., V]`` as a view ``[outer, inner, V]``."""
     if logits.dim() <= 2:
         return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits[None]
@@ -92,8 +93,8 @@ def rows_of(logits: Tensor) -> Tensor:
         return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:])
     except RuntimeError:
         raise ValueError(
-            f"the leading dimensions of `logits` must be views of at most two, got shape {checks.shape_of(logits)} with strides "
-            f"{tuple(logits.stride())}; pass logits.contiguous()"
+            f"{op}: the leading dimensions of `logits` must collapse to two without a copy, got shape "
+            f"{checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         ) from None
 
 
@@ -102,8 +103,9 @@ def vocabulary_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine."""
     checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
+    rows = rows_of(op, logits)
     return engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
-        rows_of(logits), labels.reshape(-1), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        rows, labels.reshape(-1), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
         ignore_index=ignore_index, entropy=entropy,
     )  # fmt: skip
 
@@ -120,8 +122,9 @@ def _forward_op(
     inplace: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op = "token_logps_and_entropy" if entropy else "token_logps"
     logps, lse, entropies = vocabulary_forward(
-        "token_logps", logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
+        op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
     )
     return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,))
 
@@ -159,20 +162,24 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def dlogits_of(inplace: bool, logits: Tensor, *args) -> Tensor:
     """Gradient of the logits, in memory of its own or over the logits."""
-    if inplace:
-        _backward_inplace_op(logits, *args)
-        return logits
-    return _backward_op(logits, *args)
+    with torch.no_grad():
+        if inplace:
+            _backward_inplace_op(logits, *args)
+            dlogits = logits.detach()
+        else:
+            dlogits = _backward_op(logits, *args)
+    return once_differentiable(dlogits, logits, *args)
 
 
 def _backward_into(
     out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale, softcap, ignore_index, backend
 ) -> None:
+    op = "vocabulary_backward"
     flat = [None if x is None else x.reshape(-1) for x in (entropies, entropy_coef)]
-    engine("vocabulary_backward", backend, logits.device, "vocabulary").vocabulary_backward(
-        rows_of(logits), labels.reshape(-1), logps.reshape(-1), lse, coef.reshape(-1), entropies=flat[0], entropy_coef=flat[1],
+    engine(op, backend, logits.device, "vocabulary").vocabulary_backward(
+        rows_of(op, logits), labels.reshape(-1), logps.reshape(-1), lse, coef.reshape(-1), entropies=flat[0], entropy_coef=flat[1],
         upstream=upstream, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-        out=rows_of(out),
+        out=rows_of(op, out),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def preference_forward(
     ref_weights: torch.Tensor | None,
     rewards: torch.Tensor | None,
     normalizer: torch.Tensor | None,
+    sft_share: torch.Tensor | None,
     mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The group pass over log-probabilities of tokens or sequences; see ``kernels.preference.preference_forward``."""
@@ -80,7 +81,8 @@ def preference_forward(
         if objective.sft_normalizer == "mean":
             per_sequence = per_sequence / n
         elif objective.sft_normalizer == "tokens":
-            per_sequence = per_sequence * groups / lengths[chosen[counted]].sum().clamp(min=1)
+            share = groups / lengths[chosen[counted]].sum().clamp(min=1) if sft_share is None else sft_share
+            per_sequence = per_sequence * share
         sft[chosen[counted]] = per_sequence[chosen[counted]]
         losses = losses - torch.where(counted, sft[chosen] * torch.where(sft[chosen] > 0, l[chosen], 0), 0)
 
@@ -89,18 +91,20 @@ def preference_forward(
         factor = 1 / normalizer.double()
     elif mean:
         factor = torch.where(groups > 0, 1 / groups.clamp(min=1), 0)
-    slope, s_out, t_out = (torch.zeros_like(s) for _ in range(3))
+    slope, s_out, t_out, role = (torch.zeros_like(s) for _ in range(4))
     slots = members >= 0
     slope[members[slots]] = slopes[slots]
     s_out[members[slots]] = sg[slots]
     t_out[members[slots]] = tg[slots]
+    role[members[live]] = 1
+    role[chosen[counted]] = 2
     dl = (unit * slope - sft) * factor
     s_out, t_out = torch.where(lengths > 0, s_out, 0), torch.where(lengths > 0, t_out, 0)
 
     coef = torch.empty(0, dtype=torch.float32, device=device)
     if labels is not None:
         coef = torch.where(scored, dl.float()[token_sequence], 0.0)
-    by_sequence = torch.stack([s_out, l, t_out, dl]).float()
+    by_sequence = torch.stack([s_out, l, t_out, dl, role]).float()
     return (losses.sum() * factor).float(), losses.float(), by_sequence, lengths, coef
 
 

@@ -1,0 +1,159 @@
+"""Kernels compiled with no GPU: the machine code that a launch would run on a given chip, and what that code costs.
+
+    with recorded_launches() as launches:
+        vocabulary_forward(logits, labels, ...)         # tensors may be on the meta device: nothing runs
+    code = launches[0].compile(GPUTarget("cuda", 90, 32))
+    code.registers, code.local_bytes, code.loop_accesses
+
+Needs the package triton, and a process in which the kernels were not decorated for its interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel.
+
+    Attributes:
+        asm: what each stage of the compiler made (``"ttgir"``, ``"llir"``, and ``"ptx"``, ``"cubin"`` or ``"amdgcn"``, ...).
+        registers: per thread, of 32 bits.
+        local_bytes: stack per thread; anything above 0 is registers spilled to memory, or arrays indexed at run time.
+        shared_bytes: per program.
+        loop_accesses: (``"load"`` or ``"store"``, bytes per thread) of each access to global memory that lies inside a loop,
+            with the number of such instructions.
+    """
+
+    asm: Mapping[str, str | bytes]
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    loop_accesses: Counter[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: its arguments by name, and its warps."""
+
+    kernel: Any
+    arguments: Mapping[str, Any]
+    num_warps: int
+
+    def compile(self, target: Any, **options: Any) -> MachineCode:
+        """See :func:`compile_kernel`."""
+        return compile_kernel(self.kernel, self.arguments, target, self.num_warps, **options)
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Within it kernels are not run: their launches are appended to the list that it yields."""
+    triton = _triton()
+    launches: list[Launch] = []
+
+    def record(kernel, *args, grid, warmup=False, num_warps=4, **kwargs):
+        names = [p.name for p in kernel.params]
+        launches.append(Launch(kernel, dict(zip(names, args)) | kwargs, num_warps))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        yield launches
+
+
+def compile_kernel(
+    kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any
+) -> MachineCode:
+    """Compile a ``@triton.jit`` function as a launch with these arguments would on a chip.
+
+    Args:
+        kernel: the function, not decorated for the interpreter.
+        arguments: every argument by name. Tensors count by dtype and alignment, None and constexprs by value, integers as
+            Triton's launcher specialises them: divisible by 16, equal to 1, beyond 32 bits.
+        target: ``triton.backends.compiler.GPUTarget``, such as ``GPUTarget("cuda", 90, 32)`` or ``GPUTarget("hip", "gfx942", 64)``.
+        num_warps: of a program.
+        options: further options of the compiler, such as ``maxnreg``.
+
+    Raises:
+        RuntimeError: without triton, or for a kernel decorated for its interpreter.
+    """
+    triton = _triton()
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"compile_kernel: {getattr(kernel, '__name__', kernel)!r} is not compiled but interpreted here; start a process "
+            "without TRITON_INTERPRET=1"
+        )
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        kind, constant, aligned = _specialise(param, arguments[param.name])
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[(i,)] = constant
+        elif aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
+    asm, shared = compiled.asm, compiled.metadata.shared
+    if target.backend == "hip":
+        read = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", asm["amdgcn"])[1])
+        return MachineCode(asm, read("vgpr_count"), read("private_segment_fixed_size"), shared, _loop_accesses(asm["amdgcn"]))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
+    return MachineCode(asm, registers, stack + local, shared, _loop_accesses(asm["ptx"]))
+
+
+def _triton() -> Any:
+    try:
+        import triton.compiler
+    except ImportError:
+        raise RuntimeError("rpo_kernels.offline: compiling kernels needs the package triton, which is not installed") from None
+    return triton
+
+
+_DTYPES = {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u"}
+
+
+def _specialise(param: Any, value: Any) -> tuple[str, Any, bool]:
+    """(type, value if constant, whether a multiple of 16), as the launcher takes an argument."""
+    if param.is_constexpr or value is None:
+        return "constexpr", value, False
+    if isinstance(value, torch.Tensor):
+        family, bits = re.fullmatch(r"torch\.([a-z]+)(\d+)", str(value.dtype)).groups()
+        return f"*{_DTYPES[family]}{bits}", None, value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", None, False
+    if value == 1 and not param.do_not_specialize:
+        return "constexpr", 1, False
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, None, value % 16 == 0 and not param.do_not_specialize
+
+
+def _loop_accesses(code: str) -> Counter[tuple[str, int]]:
+    """Accesses to global memory between a label and a later branch back to it, in PTX or AMD assembly."""
+    lines = code.splitlines()
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$?\.?L\w+):", line))}
+    looped = set()
+    for i, line in enumerate(lines):
+        target = re.search(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(\$?\.?L\w+)", line)
+        if target and labels.get(target[1], i) < i:
+            looped.update(range(labels[target[1]], i))
+    found: Counter[tuple[str, int]] = Counter()
+    for i in looped:
+        if m := re.search(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", lines[i]):
+            found["load" if m[1] == "ld" else "store", int(m[2] or 1) * int(m[3]) // 8] += 1
+        elif m := re.search(r"\b(?:global|buffer|flat)_(load|store)_(?:dword(?:x(\d))?|[su]?(byte|short))", lines[i]):
+            found[m[1], {"byte": 1, "short": 2}.get(m[3]) or 4 * int(m[2] or 1)] += 1
+    return found
