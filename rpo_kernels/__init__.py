@@ -2,6 +2,8 @@
 
 from .objectives import RPOObjective
 from .ops.labels import shift_labels
+from .ops.linear_rpo_loss import linear_rpo_loss
+from .ops.linear_token_logps import linear_token_logps, linear_token_logps_and_entropy
 from .ops.output import RPOOutput
 from .ops.preference import preference_loss, sequence_logps
 from .ops.rpo_loss import rpo_loss
@@ -12,6 +14,9 @@ __version__ = "0.1.0"
 __all__ = [
     "RPOObjective",
     "RPOOutput",
+    "linear_rpo_loss",
+    "linear_token_logps",
+    "linear_token_logps_and_entropy",
     "preference_loss",
     "rpo_loss",
     "sequence_logps",

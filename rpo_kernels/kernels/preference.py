@@ -432,6 +432,7 @@ def preference_forward(
     cu_seqlens: torch.Tensor | None,
     cu_groups: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
+    ref_per_token: bool,
     ref_weights: torch.Tensor | None,
     rewards: torch.Tensor | None,
     normalizer: torch.Tensor | None,
@@ -442,7 +443,7 @@ def preference_forward(
 
     Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities, targets, dL/dlogps and roles of
     sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty
-    without labels). ``ref_logps`` is ``[R, N]`` or ``[R, S]``, ``ref_weights`` ``[R]`` or ``[R, G]``. ``normalizer`` divides
+    without labels). ``ref_logps`` is ``[R, N]`` if ``ref_per_token``, else ``[R, S]``; ``ref_weights`` ``[R]`` or ``[R, G]``. ``normalizer`` divides
     the sum of losses in place of the mean, and ``sft_share`` is (counted groups) / (tokens of their chosen responses) of a
     batch of which this call sees a part.
     """
@@ -457,9 +458,6 @@ def preference_forward(
     coef = torch.empty(N, dtype=torch.float32, device=device)
     scratch = torch.empty((3, S), dtype=torch.float32, device=device)
 
-    ref_kind = 0
-    if ref_logps is not None:
-        ref_kind = 2 if has_tokens and ref_logps.shape[1] == N else 1
     weight_strides = (0, 0)
     if ref_weights is not None:
         weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
@@ -478,7 +476,7 @@ def preference_forward(
         CROSS_ENTROPY=objective.cross_entropy,
         LEAVE_ONE_OUT=objective.leave_one_out,
         AVERAGE=objective.average,
-        REF=ref_kind,
+        REF=0 if ref_logps is None else 2 if ref_per_token else 1,
         HARMONIC=objective.reference == "harmonic",
         SFT=_SFT[objective.sft_normalizer] if objective.sft_weight > 0 else -1,
         HAS_TOKENS=has_tokens,

@@ -171,13 +171,13 @@ def prepare(
 
 def group_pass(
     op, logps, labels, ignore_index, S, lengths, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, normalizer,
-    group_size, spec, mean, backend, sft_share=None,
+    group_size, spec, mean, backend, sft_share=None, ref_per_token=False,
 ):  # fmt: skip
     """Run the group pass of the chosen engine, on values that ``checks.check_group_values`` has seen."""
     objective = RPOObjective.from_spec(spec)
     return engine(op, backend, logps.device, "preference").preference_forward(
         logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_weights=ref_weights, rewards=rewards,
+        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_per_token=ref_per_token, ref_weights=ref_weights, rewards=rewards,
         normalizer=normalizer, sft_share=sft_share, mean=mean,
     )  # fmt: skip
 

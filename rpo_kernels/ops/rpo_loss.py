@@ -97,6 +97,7 @@ def _forward_op(
     group = group_pass(
         op, logps, labels.reshape(-1), ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
         normalizer, group_size, objective, mean, backend,
+        ref_per_token=ref_logps is not None and ref_logps.shape[1] == labels.numel(),
     )  # fmt: skip
     return (*group, logps, lse)
 

@@ -25,6 +25,7 @@ def preference_forward(
     cu_seqlens: torch.Tensor | None,
     cu_groups: torch.Tensor | None,
     ref_logps: torch.Tensor | None,
+    ref_per_token: bool,
     ref_weights: torch.Tensor | None,
     rewards: torch.Tensor | None,
     normalizer: torch.Tensor | None,
@@ -49,7 +50,7 @@ def preference_forward(
         lengths = torch.zeros(S, dtype=torch.int32, device=device)
         lengths.index_add_(0, token_sequence, scored.int())
         l = total(logps)
-        if ref_logps is not None and ref_logps.shape[1] == labels.numel():
+        if ref_logps is not None and ref_per_token:
             ratios = torch.stack([total(logps.double() - ref) for ref in ref_logps])
         else:
             ratios = l[None] - (0 if ref_logps is None else ref_logps.double())

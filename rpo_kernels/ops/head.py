@@ -1,0 +1,228 @@
+"""An lm_head worked off in chunks of rows: what both linear operations are made of.
+
+Only scored rows take part. A chunk's logits are computed, read by the vocabulary pass, and turned into dlogits, in place
+where the dtypes agree; dlogits wait in a buffer until it is full, so that few large GEMMs make the weight's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, gemm
+from ..backend import engine
+
+GPU_WORKSPACE = 1 << 30
+CPU_WORKSPACE = 256 << 20
+# Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes find them in the cache.
+GPU_CHUNK_ROWS = 1024
+CPU_CHUNK_ROWS = 256
+
+
+class Options(NamedTuple):
+    """How hidden states become logits, and where."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float
+    ignore_index: int
+    compute_dtype: torch.dtype  # of the GEMMs' inputs
+    logits_dtype: torch.dtype
+    workspace_bytes: int
+    backend: str
+
+
+class Head:
+    """Weight, bias and the vocabulary passes over chunks of their logits."""
+
+    def __init__(self, op: str, weight: Tensor, bias: Tensor | None, options: Options):
+        self.op, self.options = op, options
+        self.weight = weight.to(options.compute_dtype)
+        self.bias = bias
+        self.rows = engine(op, options.backend, weight.device, "vocabulary")
+        self.transform = {name: getattr(options, name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")}
+
+    @property
+    def V(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether dlogits take the logits' place."""
+        return self.options.logits_dtype == self.options.compute_dtype
+
+    def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """``[rows, V]`` whose rows begin at multiples of 16 bytes."""
+        pitch = -(-self.V // 16) * 16
+        return torch.empty((rows, pitch), dtype=dtype, device=self.weight.device)[:, : self.V]
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        gemm.project(hidden, self.weight, out)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def forward(self, logits: Tensor, labels: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        return self.rows.vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
+
+    def backward(self, logits, labels, logps, lse, coef, out, entropies=None, entropy_coef=None, upstream=None) -> None:
+        self.rows.vocabulary_backward(
+            logits[None], labels, logps, lse, coef, entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
+            out=out[None], **self.transform,
+        )  # fmt: skip
+
+
+class Chunks(NamedTuple):
+    """Sizes, in rows, of what the workspace holds: one chunk of logits and the dlogits that wait."""
+
+    logits: int
+    waiting: int
+
+    @staticmethod
+    def plan(head: Head, rows: int, largest: int, keeps_dlogits: bool) -> Chunks:
+        """For ``rows`` rows in all, some ``largest`` of which would like to share a chunk of logits."""
+        options, V = head.options, head.V
+        per_logit, per_dlogit = options.logits_dtype.itemsize * V, options.compute_dtype.itemsize * V
+        budget = options.workspace_bytes
+        most = Chunks.capacity(options, V)
+        if most < 1:
+            raise ValueError(
+                f"{head.op}: `workspace_bytes` is too small for one row of {V} logits: expected at least "
+                f"{per_logit + (0 if head.in_place else per_dlogit)}, got {budget}"
+            )
+        chunk = GPU_CHUNK_ROWS if head.weight.is_cuda else CPU_CHUNK_ROWS
+        chunk = max(1, min(max(chunk, largest), most, rows))
+        if not keeps_dlogits:
+            return Chunks(chunk, chunk)
+        left = budget // per_dlogit if head.in_place else (budget - chunk * per_logit) // per_dlogit
+        return Chunks(chunk, max(chunk, min(left, rows)))
+
+    @staticmethod
+    def capacity(options: Options, V: int) -> int:
+        """Rows whose logits and dlogits fit the workspace together."""
+        in_place = options.logits_dtype == options.compute_dtype
+        return options.workspace_bytes // (V * (options.logits_dtype.itemsize + (0 if in_place else options.compute_dtype.itemsize)))
+
+
+class Gradients:
+    """Gradients of hidden states, weight and bias, gathered chunk by chunk."""
+
+    def __init__(self, head: Head, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], chunks: Chunks, rows: int):
+        """``hidden`` ``[N, H]`` and ``weight`` ``[V, H]`` as the caller holds them; ``rows`` will come in all."""
+        self.head, self.chunks = head, chunks
+        self.needs_hidden, self.needs_weight, self.needs_bias = needs
+        self.weight_dtype = weight.dtype
+        self.dhidden = torch.zeros_like(hidden) if self.needs_hidden else None
+        self.dbias = torch.zeros(head.V, dtype=torch.float32, device=weight.device) if self.needs_bias else None
+        self.dweight: Tensor | None = None
+        self.flushes_once = rows <= chunks.waiting
+        self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype)
+        self.waiting: list[Tensor] = []
+        self.filled = 0
+
+    def slot(self, rows: int) -> Tensor:
+        """Where the next ``rows`` rows of dlogits go; logits too, where they share a dtype."""
+        if self.filled + rows > self.buffer.shape[0]:
+            self._flush()
+        return self.buffer[self.filled : self.filled + rows]
+
+    def add(self, index: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
+        """Take in the dlogits of a slot, of the rows ``hidden`` ``[n, H]`` at ``index`` ``[n]``."""
+        if self.dhidden is not None:
+            self.dhidden[index] = gemm.backproject(dlogits, self.head.weight).to(self.dhidden.dtype)
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+        if self.needs_weight:
+            self.waiting.append(hidden)
+            self.filled += len(hidden)
+
+    def _flush(self) -> None:
+        if not self.filled:
+            return
+        hidden = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting)
+        if self.dweight is None and not self.flushes_once:
+            self.dweight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=hidden.device)
+        self.dweight = gemm.weight_gradient(self.buffer[: self.filled], hidden, self.dweight)
+        self.waiting, self.filled = [], 0
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dhidden, dweight, dbias); dweight in its parameter's dtype, dbias in fp32."""
+        self._flush()
+        del self.buffer
+        if self.needs_weight:
+            if self.dweight is None:
+                self.dweight = torch.zeros(self.head.weight.shape, dtype=self.weight_dtype, device=self.head.weight.device)
+            self.dweight = self.dweight.to(self.weight_dtype)
+        return self.dhidden, self.dweight, self.dbias
+
+
+class Scored(NamedTuple):
+    """The scored rows of a batch, pulled together."""
+
+    index: Tensor  # [n] int64, flat positions
+    hidden: Tensor  # [n, H] in the compute dtype
+    labels: Tensor  # [n]
+
+    @staticmethod
+    def of(hidden: Tensor, labels: Tensor, options: Options, count: int | None) -> Scored:
+        """Rows whose label is not ignored. Their number decides shapes: one look at the device, unless it is given."""
+        labels = labels.reshape(-1)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        scored = labels != options.ignore_index
+        if count is None:
+            index = scored.nonzero()[:, 0]
+        else:
+            index = torch.argsort(scored, descending=True, stable=True)[:count]
+        if index.shape[0] == labels.shape[0]:
+            return Scored(index, hidden.to(options.compute_dtype), labels)
+        return Scored(index, hidden[index].to(options.compute_dtype), labels[index])
+
+
+def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias")) -> None:
+    """Shapes, dtypes and devices of a linear head; dtypes may differ under autocast alone."""
+    h, w, b = names
+    for name, x in ((h, hidden), (w, weight)):
+        checks.check_tensor(op, name, x)
+        checks.check_float(op, name, x)
+    if weight.dim() != 2 or not weight.shape[0]:
+        raise ValueError(f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got {checks.shape_of(weight)}")
+    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
+        hint = f"; did you mean `{w}.t()`?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` {checks.shape_of(weight)}; "
+            f"got {checks.shape_of(hidden)}{hint}"
+        )
+    checks.check_labels(op, labels, hidden, h, ignore_index)
+    checks.check_device(op, hidden.device, **{w: weight, "labels": labels})
+    if bias is not None:
+        checks.check_tensor(op, b, bias)
+        checks.check_float(op, b, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
+        checks.check_device(op, hidden.device, **{b: bias})
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}"
+        )
+
+
+def options_of(
+    op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend
+) -> tuple:
+    """The fields of :class:`Options`, in types that an operator takes."""
+    checks.check_transform(op, temperature, logit_scale, softcap)
+    checks.check_backend(op, backend)
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
+    if logits_dtype not in (torch.float32, compute):
+        raise ValueError(f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got {logits_dtype}")
+    if workspace_bytes is None:
+        workspace_bytes = CPU_WORKSPACE if kind == "cpu" else GPU_WORKSPACE
+    elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
+    elif workspace_bytes <= 0:
+        raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
+    return (
+        float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
+    )  # fmt: skip

@@ -1,0 +1,349 @@
+"""Token log-probabilities (and entropies) from hidden states and an lm_head, never holding more than a chunk of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .autograd import once_differentiable
+from .head import Chunks, Gradients, Head, Options, Scored, check_linear, options_of
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    count: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under ``x = hidden weight^T + bias``: :func:`token_logps` without the logits.
+
+    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head (d logp / d hidden is kept
+    from the forward); 3 when all logits fit the workspace, else 4 (the backward recomputes them).
+
+    Args:
+        hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
+        weight: ``[V, H]``, the lm_head; tied weights are fine.
+        labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part in no GEMM.
+        bias: ``[V]`` or None.
+        temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
+        logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a sequence), or the dtype
+            of the GEMMs.
+        workspace_bytes: bound on logits and dlogits held at a time; 1 GiB on a GPU, 256 MiB on a CPU.
+        count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
+
+    Returns:
+        float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight and bias; sums over
+        chunks are fp32, rounded once. Second derivatives raise.
+
+    Raises:
+        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+    """
+    return _run("linear_token_logps", hidden, weight, labels, bias, count, False, temperature, logit_scale, softcap,
+                ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
+
+
+def linear_token_logps_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    count: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass; both differentiable.
+
+    Arguments and errors as there; a frozen head costs 3 GEMMs.
+    """
+    return _run("linear_token_logps_and_entropy", hidden, weight, labels, bias, count, True, temperature, logit_scale,
+                softcap, ignore_index, logits_dtype, workspace_bytes, backend)  # fmt: skip
+
+
+def _run(op, hidden, weight, labels, bias, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
+         workspace_bytes, backend):  # fmt: skip
+    check_linear(op, hidden, weight, bias, labels, ignore_index)
+    options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
+    check_count(op, count, labels.numel())
+    grad = torch.is_grad_enabled()
+    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    keep = _what_to_keep(labels.numel(), weight.shape[0], needs, entropy, Options(*options))
+    logps, entropies, *_ = _forward_op(hidden, weight, bias, labels, count, entropy, keep, *options)
+    return logps, entropies
+
+
+def check_count(op: str, count: object, total: int) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{op}: `count` must be an int, got {count!r}")
+    if not 0 <= count <= total:
+        raise ValueError(f"{op}: `count` must lie between 0 and the number of positions, {total}; got {count}")
+
+
+def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Options) -> str:
+    """What the forward keeps for the backward: nothing, the unit gradients of hidden states, or the logits."""
+    if needs == [True, False, False] and not entropy:
+        return "unit gradients"
+    if any(needs) and N <= Chunks.capacity(options, V):
+        return "logits"
+    return "nothing"
+
+
+def scored_rows(op: str, hidden: Tensor, labels: Tensor, options: Options, count: int | None) -> tuple[Scored, Tensor | None]:
+    """The scored rows, and with a count from the caller a factor that is NaN if it is wrong."""
+    scored = Scored.of(hidden, labels, options, count)
+    if count is None:
+        return scored, None
+    true = (labels != options.ignore_index).sum()
+    if true.device.type == "cpu" and int(true) != count:
+        raise ValueError(f"{op}: `count` must be the number of labels that are not ignore_index, {int(true)}; got {count}")
+    return scored, torch.where(true == count, 1.0, torch.nan)
+
+
+@torch.library.custom_op("rpo_kernels::linear_token_logps", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    count: int | None,
+    entropy: bool,
+    keep: str,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "linear_token_logps"
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
+    checks.check_label_values(op, labels, weight.shape[0], ignore_index)
+    head = Head(op, weight, bias, options)
+    rows, valid = scored_rows(op, hidden, labels, options, count)
+    n, N = len(rows.index), labels.numel()
+    logps, lse, entropies = _outputs(hidden, n, n if entropy else 0)
+    chunks = Chunks.plan(head, n, 0, keeps_dlogits=False)
+    kept = hidden.new_empty(0)
+    unit = None
+    if keep == "logits":
+        kept = head.buffer(N, logits_dtype)
+    elif keep == "unit gradients":
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        unit = Gradients(head, flat, weight, (True, False, False), chunks, n)
+    scratch = head.buffer(0 if keep == "logits" or (unit and head.in_place) else min(chunks.logits, n), logits_dtype)
+    ones = torch.ones(min(chunks.logits, n), dtype=torch.float32, device=hidden.device) if unit else None
+    for start in range(0, n, chunks.logits):
+        part = slice(start, min(start + chunks.logits, n))
+        size = part.stop - part.start
+        out = kept[part] if keep == "logits" else unit.slot(size) if unit and head.in_place else scratch[:size]
+        logits, y = head.logits(rows.hidden[part], out), rows.labels[part]
+        logps[part], lse[:, part], h = head.forward(logits, y, entropy)
+        if entropy:
+            entropies[part] = h
+        if unit:
+            slot = unit.slot(size)
+            head.backward(logits, y, logps[part], lse[:, part].contiguous(), ones[:size], slot)
+            unit.add(rows.index[part], rows.hidden[part], slot)
+    if unit:
+        kept = unit.finish()[0]
+    if valid is not None:
+        logps, entropies = logps * valid, entropies * valid
+    return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept)
+
+
+def _outputs(like: Tensor, n: int, entropies: int) -> tuple[Tensor, Tensor, Tensor]:
+    float32 = {"dtype": torch.float32, "device": like.device}
+    return torch.empty(n, **float32), torch.empty(2, n, **float32), torch.empty(entropies, **float32)
+
+
+def _spread(x: Tensor, index: Tensor, labels: Tensor, wanted: bool = True) -> Tensor:
+    """Values of scored rows at their positions, 0 elsewhere."""
+    if not wanted:
+        return x
+    return torch.zeros(labels.numel(), dtype=x.dtype, device=x.device).index_copy_(0, index, x).view(labels.shape)
+
+
+def _pad(x: Tensor, N: int) -> Tensor:
+    """``[2, n]`` in a tensor whose shape does not depend on the number of scored rows."""
+    return torch.nn.functional.pad(x, (0, N - x.shape[1]))
+
+
+@_forward_op.register_fake
+def _(hidden, weight, bias, labels, count, entropy, keep, t, s, c, i, compute_dtype, logits_dtype, w, b):
+    logps = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
+    entropies = logps.new_empty(labels.shape if entropy else (0,))
+    N, V = labels.numel(), weight.shape[0]
+    if keep == "logits":
+        kept = torch.empty((N, -(-V // 16) * 16), dtype=logits_dtype, device=hidden.device)[:, :V]
+    else:
+        kept = hidden.new_empty((N, hidden.shape[-1]) if keep == "unit gradients" else (0,))
+    return logps, entropies, logps.new_empty(2, N), kept
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, labels, ctx.count, ctx.entropy, ctx.keep, *ctx.options = inputs
+    logps, entropies, lse, kept = output
+    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, entropies if ctx.entropy else None, kept)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, kept)
+
+
+def _backward(ctx, dlogps, dentropies, *_):
+    hidden, weight, bias, labels, logps, lse, entropies, kept = ctx.saved_tensors
+    none = (None,) * 12
+    dentropies = dentropies if ctx.entropy else None
+    if dlogps is None and dentropies is None:
+        return (None, None, None, *none)
+    coef = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
+    sources = (hidden, weight, bias)
+    needs = list(ctx.needs_input_grad[:3])
+    if ctx.keep == "unit gradients":
+        rows = coef.reshape(-1, 1)
+        dhidden = torch.where(rows == 0, 0, rows * kept).to(hidden.dtype).view(hidden.shape)
+        return (once_differentiable(dhidden, *sources), None, None, *none)
+    arguments = (hidden, weight, bias, labels, logps, lse, coef, entropies, dentropies, *needs, ctx.count, *ctx.options)
+    grads = _from_logits_op(kept, *arguments) if ctx.keep == "logits" else _recompute_op(*arguments)
+    grads = [once_differentiable(g, *sources) if need else None for g, need in zip(grads, needs)]
+    return (*grads, *none)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _backward_through(
+    kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, count,
+    *options,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dL/d(hidden, weight, bias) from dL/dlogps, over logits that were kept or are computed again."""
+    options = Options(*options)
+    head = Head("linear_token_logps", weight, bias, options)
+    rows = Scored.of(hidden, labels, options, count)
+    n, index = len(rows.index), rows.index
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chunks = Chunks.plan(head, n, 0, needs_weight)
+    logps, coef = logps.reshape(-1)[index], coef.reshape(-1)[index]
+    if entropy_coef is not None:
+        entropies, entropy_coef = entropies.reshape(-1)[index], entropy_coef.reshape(-1)[index]
+    gradients = Gradients(head, flat, weight, (needs_hidden, needs_weight, needs_bias), chunks, n)
+    if kept is not None and head.in_place:  # the logits turn into dlogits where they lie
+        gradients.buffer, gradients.flushes_once = kept, True
+    scratch = head.buffer(0 if kept is not None or head.in_place else min(chunks.logits, n), options.logits_dtype)
+    for start in range(0, n, chunks.logits):
+        part = slice(start, min(start + chunks.logits, n))
+        size = part.stop - part.start
+        slot = gradients.slot(size)
+        if kept is not None:
+            logits = kept[part]
+            slot = logits if head.in_place else slot
+        else:
+            logits = head.logits(rows.hidden[part], slot if head.in_place else scratch[:size])
+        head.backward(
+            logits, rows.labels[part], logps[part], lse[:, part].contiguous(), coef[part], slot,
+            None if entropy_coef is None else entropies[part], None if entropy_coef is None else entropy_coef[part],
+        )  # fmt: skip
+        gradients.add(index[part], rows.hidden[part], slot)
+    dhidden, dweight, dbias = gradients.finish()
+    empty = hidden.new_empty(0)
+    return (
+        dhidden.view(hidden.shape) if needs_hidden else empty,
+        dweight if needs_weight else empty.clone(),
+        dbias.to(bias.dtype) if needs_bias else empty.clone(),
+    )
+
+
+@torch.library.custom_op("rpo_kernels::linear_token_logps_backward", mutates_args=())
+def _recompute_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    count: int | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_through(
+        None, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias,
+        count, temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rpo_kernels::linear_token_logps_backward_", mutates_args=("kept",))
+def _from_logits_op(
+    kept: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    count: int | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_through(
+        kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias,
+        count, temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
+    )  # fmt: skip
+
+
+@_recompute_op.register_fake
+def _(hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, *_):
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
+    )
+
+
+@_from_logits_op.register_fake
+def _(kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, *_):
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
+    )

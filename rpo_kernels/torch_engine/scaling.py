@@ -1,0 +1,9 @@
+"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched when that is 1."""
+
+import torch
+
+
+def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """x *= factor in place; a look at the factor is free on a CPU alone."""
+    if x.device.type != "cpu" or float(factor) != 1.0:
+        x.mul_(factor)
