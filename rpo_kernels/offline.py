@@ -30,7 +30,7 @@ class MachineCode:
     Attributes:
         asm: what each stage of the compiler made (``"ttgir"``, ``"llir"``, and ``"ptx"``, ``"cubin"`` or ``"amdgcn"``, ...).
         registers: per thread, of 32 bits.
-        local_bytes: stack per thread; anything above 0 is registers spilled to memory, or arrays indexed at run time.
+        local_bytes: memory per thread that holds what registers do not: spills, stack.
         shared_bytes: per program.
         loop_accesses: (``"load"`` or ``"store"``, bytes per thread) of each access to global memory that lies inside a loop,
             with the number of such instructions.
@@ -105,7 +105,8 @@ def compile_kernel(
     asm, shared = compiled.asm, compiled.metadata.shared
     if target.backend == "hip":
         read = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", asm["amdgcn"])[1])
-        return MachineCode(asm, read("vgpr_count"), read("private_segment_fixed_size"), shared, _loop_accesses(asm["amdgcn"]))
+        local = max(read("private_segment_fixed_size"), 4 * read("vgpr_spill_count"))
+        return MachineCode(asm, read("vgpr_count"), local, shared, _loop_accesses(asm["amdgcn"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()

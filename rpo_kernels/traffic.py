@@ -4,8 +4,8 @@
         token_logps(logits, labels, backend="triton")
     launches[0].kernel, launches[0].loads["logits"]     # times each element was loaded, in the shape of the logits
 
-The interpreter runs programs one after the other and every access through numpy, so that counts are exact and also show
-what only a GPU would suffer from: addresses outside the arguments, and accesses that no barrier orders.
+The interpreter runs programs one after the other and sees every address. So counts are exact, and show what only a GPU would
+suffer from: accesses outside the arguments, and accesses that no barrier orders.
 """
 
 from __future__ import annotations
@@ -20,94 +20,82 @@ import torch
 
 
 class Launch:
-    """What one launch of a kernel did to its arguments, each under its name without ``_ptr``.
+    """What one launch of a kernel did to its tensors, each under the name of its argument without ``_ptr``.
 
     Attributes:
         kernel: name of the kernel.
-        loads, stores: per argument, how often each element was accessed, in its shape. Arguments in the same memory share
-            their counts; of arguments that overlap in part, the first takes them.
+        loads, stores: per tensor, how often each element was accessed, in its shape. Tensors in the same memory share counts.
+        loaded_bytes, stored_bytes: per tensor.
         stray: accesses to no element of any argument.
-        races: accesses to an element that another program stores, or loads of what the same program stored since its last
-            barrier.
+        races: accesses to what another program stores, and loads of what the same program stored since its last barrier.
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any]):
-        self.kernel, self.races = kernel, 0
-        self._outside = 0
+        self.kernel, self.races, self._outside = kernel, 0, 0
         self._epoch = self._program = 0  # barriers and programs so far; epoch in which the present program began
-        self._regions: list[_Region] = []
-        self._names: dict[str, _Region] = {}
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor):
-                same = [region for region in self._regions if region.key == _Region.key_of(value)]
-                self._names[name.removesuffix("_ptr")] = region = same[0] if same else _Region(value)
-                if not same:
-                    self._regions.append(region)
+        self._regions: dict[tuple, _Region] = {}
+        tensors = {name.removesuffix("_ptr"): x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        keys = {name: (x.data_ptr(), tuple(x.shape), x.stride(), x.element_size()) for name, x in tensors.items()}
+        self._named = {name: self._regions.setdefault(key, _Region(*key)) for name, key in keys.items()}
 
     @property
     def loads(self) -> dict[str, np.ndarray]:
-        return {name: region.elements(region.loads) for name, region in self._names.items()}
+        return {name: region.by_element(region.loads) for name, region in self._named.items()}
 
     @property
     def stores(self) -> dict[str, np.ndarray]:
-        return {name: region.elements(region.stores) for name, region in self._names.items()}
+        return {name: region.by_element(region.stores) for name, region in self._named.items()}
 
     @property
     def loaded_bytes(self) -> dict[str, int]:
-        return {name: int(self.loads[name].sum()) * region.itemsize for name, region in self._names.items()}
+        return {name: int(counts.sum()) * self._named[name].size for name, counts in self.loads.items()}
 
     @property
     def stored_bytes(self) -> dict[str, int]:
-        return {name: int(self.stores[name].sum()) * region.itemsize for name, region in self._names.items()}
+        return {name: int(counts.sum()) * self._named[name].size for name, counts in self.stores.items()}
 
     @property
     def stray(self) -> int:
-        between = (c.sum() - r.elements(c).sum() for r in self._regions for c in (r.loads, r.stores))  # gaps of strided ones
-        return self._outside + int(sum(between))
+        gaps = (c.sum() - r.by_element(c).sum() for r in self._regions.values() for c in (r.loads, r.stores))
+        return self._outside + int(sum(gaps))
 
-    def _access(self, pointers: Any, mask: np.ndarray, store: bool) -> None:
-        addresses = pointers.data[np.broadcast_to(mask.astype(bool), pointers.data.shape)].astype(np.int64)
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        for region in self._regions:
-            if not addresses.size:
-                return
-            offsets = addresses - region.start
-            inside = (offsets >= 0) & (offsets < region.span * region.itemsize)
-            if region.itemsize != size or not inside.any():
-                continue
-            fits = offsets[inside]
-            self._outside += int((fits % size != 0).sum())
-            self.races += region.count(fits // size, store, self._epoch, self._program)
-            addresses = addresses[~inside]
-        self._outside += addresses.size
-
-    def _advance(self, program: bool) -> None:
+    def advance(self, program: bool) -> None:
+        """A barrier, or the next program, begins."""
         self._epoch += 1
         self._program = self._epoch if program else self._program
 
+    def book(self, pointers: Any, mask: Any, store: bool) -> None:
+        """Count an access to a block of pointers of the interpreter."""
+        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
+        size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
+        for region in self._regions.values():
+            inside = (addresses >= region.start) & (addresses < region.start + region.span * size)
+            if size == region.size and inside.any():
+                offsets = addresses[inside] - region.start
+                self._outside += int((offsets % size != 0).sum())
+                self.races += region.book(offsets // size, store, self._epoch, self._program)
+                addresses = addresses[~inside]
+        self._outside += addresses.size
+
 
 class _Region:
-    """Counts over the memory from the first to the last element of a tensor."""
+    """Counts over the memory from the first element of a tensor to its last."""
 
-    def __init__(self, tensor: torch.Tensor):
-        self.key = self.key_of(tensor)
-        self.start, self.shape, self.strides, self.itemsize = self.key
-        self.span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides)) if tensor.numel() else 0
+    def __init__(self, start: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int):
+        self.start, self.shape, self.strides, self.size = start, shape, strides, size
+        self.span = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
         self.loads, self.stores = np.zeros((2, self.span), np.int64)
-        self._stored_in, self._loaded_by = np.full((2, self.span), -1)  # epoch; program
+        self._stored_in, self._loaded_by = np.full((2, self.span), -1)  # an epoch, a program
 
-    @staticmethod
-    def key_of(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
-        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.element_size()
+    def by_element(self, counts: np.ndarray) -> np.ndarray:
+        strides = [counts.itemsize * stride for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(counts, self.shape, strides, writeable=False)
 
-    def elements(self, counts: np.ndarray) -> np.ndarray:
-        return np.lib.stride_tricks.as_strided(counts, self.shape, [8 * s for s in self.strides], writeable=False)
-
-    def count(self, i: np.ndarray, store: bool, epoch: int, program: int) -> int:
-        """Book accesses to elements i; how many of them race."""
+    def book(self, i: np.ndarray, store: bool, epoch: int, program: int) -> int:
+        """Count accesses to elements i; returns how many race."""
         stored, loaded = self._stored_in[i], self._loaded_by[i]
-        elsewhere = (stored >= 0) & (stored < program)
-        races = elsewhere | ((loaded >= 0) & (loaded != program)) if store else elsewhere | (stored == epoch)
+        races = (stored >= 0) & (stored < program)
+        races |= (loaded >= 0) & (loaded != program) if store else stored == epoch
         np.add.at(self.stores if store else self.loads, i, 1)
         (self._stored_in if store else self._loaded_by)[i] = epoch if store else program
         return int(races.sum())
@@ -115,46 +103,38 @@ class _Region:
 
 @contextlib.contextmanager
 def ledger() -> Iterator[list[Launch]]:
-    """Within it every launch of a kernel is booked: appended to the list that it yields. Atomics are refused.
+    """Within it, every launch of a kernel is appended to the list that it yields. Atomics are refused.
 
     Raises:
-        RuntimeError: without triton, or where kernels are compiled.
+        RuntimeError: where kernels are compiled, not interpreted.
     """
     from .backend import interpreted
 
-    try:
-        if not interpreted():
-            raise RuntimeError("ledger: kernels are compiled in this process; start it with TRITON_INTERPRET=1")
-        from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
-    except ImportError:
-        raise RuntimeError("ledger: counting traffic needs the package triton, which is not installed") from None
+    if not interpreted():
+        raise RuntimeError("ledger: traffic is counted in Triton's interpreter; start the process with TRITON_INTERPRET=1")
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
     launches: list[Launch] = []
-    run, set_grid_idx = InterpretedFunction.run, InterpreterBuilder.set_grid_idx
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def booked_run(fn, *args, **kwargs):
+    def before(owner: type, name: str, action: Any) -> Any:
+        original = getattr(owner, name)
+        return mock.patch.object(owner, name, lambda *args, **kwargs: (action(*args, **kwargs), original(*args, **kwargs))[1])
+
+    def launch(fn, *args, grid, warmup, **kwargs):
         launches.append(Launch(fn.__name__, dict(zip(fn.arg_names, args)) | kwargs))
-        return run(fn, *args, **kwargs)
-
-    def booked_load(builder, pointers, mask, *rest, **kwargs):
-        launches[-1]._access(pointers, mask.data, store=False)
-        return load(builder, pointers, mask, *rest, **kwargs)
-
-    def booked_store(builder, pointers, value, mask, *rest):
-        launches[-1]._access(pointers, mask.data, store=True)
-        return store(builder, pointers, value, mask, *rest)
-
-    def next_program(builder, *index):
-        launches[-1]._advance(program=True)
-        return set_grid_idx(builder, *index)
 
     def refuse(*_):
         raise NotImplementedError("ledger: atomics are not counted")
 
-    booked = {
-        "create_masked_load": booked_load, "create_masked_store": booked_store, "set_grid_idx": next_program,
-        "create_barrier": lambda _: launches[-1]._advance(program=False),
-        "create_atomic_cas": refuse, "create_atomic_rmw": refuse,
-    }  # fmt: skip
-    with mock.patch.object(InterpretedFunction, "run", booked_run), mock.patch.multiple(InterpreterBuilder, **booked):
+    with contextlib.ExitStack() as patches:
+        for owner, name, action in [
+            (InterpretedFunction, "run", launch),
+            (InterpreterBuilder, "set_grid_idx", lambda *_: launches[-1].advance(program=True)),
+            (InterpreterBuilder, "create_barrier", lambda *_: launches[-1].advance(program=False)),
+            (InterpreterBuilder, "create_masked_load", lambda _, at, mask, *rest, **kw: launches[-1].book(at, mask, False)),
+            (InterpreterBuilder, "create_masked_store", lambda _, at, x, mask, *rest: launches[-1].book(at, mask, True)),
+            (InterpreterBuilder, "create_atomic_cas", refuse),
+            (InterpreterBuilder, "create_atomic_rmw", refuse),
+        ]:
+            patches.enter_context(before(owner, name, action))
         yield launches

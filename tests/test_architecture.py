@@ -23,14 +23,16 @@ PACKAGE = ROOT / "rpo_kernels"
 # Who may import whom, top floor first. Rooms are the files and folders of the package; "face" is __init__.py.
 ENGINE = {"backend", "checks", "objectives"}
 MAY_IMPORT = {
-    "__main__": {"face", "ops", "offline", "kernels", "torch_engine", "reference", *ENGINE},
+    "__main__": {"face", "ops", "offline", "traffic", "kernels", "torch_engine", "reference", *ENGINE},
     "adapters": {"face"},  # like any user
     "face": {"ops", "objectives"},
     "offline": {"kernels", *ENGINE},
-    "ops": {"distributed", *ENGINE},  # the engine is chosen by backend, at run time
+    "traffic": {"kernels", *ENGINE},
+    "ops": {"distributed", "gemm", *ENGINE},  # the engine is chosen by backend, at run time
     "kernels": ENGINE,
     "torch_engine": ENGINE,
     "distributed": ENGINE,
+    "gemm": set(),
     "checks": {"backend", "objectives"},
     "backend": {"objectives"},
     "reference": {"objectives"},  # the truth shares no code with what it is the truth of
@@ -42,6 +44,9 @@ MAY_IMPORT_LAZILY = {"backend": {"kernels", "torch_engine"}}
 FACE = {
     "RPOObjective",
     "RPOOutput",
+    "linear_rpo_loss",
+    "linear_token_logps",
+    "linear_token_logps_and_entropy",
     "preference_loss",
     "rpo_loss",
     "sequence_logps",

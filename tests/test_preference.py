@@ -149,7 +149,7 @@ def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
         from rpo_kernels.torch_engine.preference import preference_forward
     _, _, (s, l, *_), _, _ = preference_forward(
         lp.flatten(), RPOObjective("squared", 1.0), labels=labels.flatten(), ignore_index=-100, sequences=2, group_size=2,
-        lengths=None, cu_seqlens=None, cu_groups=None, ref_logps=ref.view(1, -1), ref_weights=None,
+        lengths=None, cu_seqlens=None, cu_groups=None, ref_logps=ref.view(1, -1), ref_per_token=True, ref_weights=None,
         rewards=torch.zeros(2, device=device), normalizer=None, sft_share=None, mean=True,
     )  # fmt: skip
     assert float(((s.double() - truth) / truth).abs().max()) <= 1e-6

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def public_calls(device):
     _, labels, rewards, ref_logps = batch(device)
     flat, ref_tokens = labels.view(12), torch.randn(12, device=device)
     cu_seqlens, cu_groups = ints(0, 3, 6, 6, 12, device=device), ints(0, 1, 4, device=device)
-    several = RPOObjective(reference="harmonic", average=True)
+    several, weight = RPOObjective(reference="harmonic", average=True), torch.randn(8, 5, device=device)
     loss = partial(rpo_loss, rewards=rewards, objective=OBJECTIVE, ref_logps=ref_logps)
 
     def every_output(out):
@@ -122,7 +123,8 @@ def public_calls(device):
             (12, 5),
         ),
         "rpo_loss, reduction none": (lambda x: loss(x, labels, reduction="none").loss.square(), (4, 3, 5)),
-        "rpo_loss, in place": (lambda x: loss(x * 1.0, labels, normalizer=3, inplace_backward=True).loss, (4, 3, 5)),
+        "rpo_loss after a head": (lambda x: loss(x @ weight, labels).loss, (4, 3, 8)),
+        "rpo_loss, in place after a head": (lambda x: loss(x @ weight, labels, inplace_backward=True).loss, (4, 3, 8)),
         "preference_loss": (
             lambda x: every_output(
                 preference_loss(
@@ -160,7 +162,7 @@ def test_a_compiled_call_is_one_graph_and_equals_an_eager_one(name, device):
 )
 @pytest.mark.filterwarnings("ignore")  # inductor is made of pieces that torch deprecates
 def test_the_default_compiler_takes_the_operators(device):
-    compiled_equals_eager("rpo_loss, in place", device)
+    compiled_equals_eager("rpo_loss after a head", device)  # no pointwise operation beside ours: C++ would take 15 s
 
 
 @pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "preference_loss"])
@@ -193,6 +195,15 @@ def test_bad_values_raise_from_a_compiled_call_too(bad):
         torch.compile(call, fullgraph=True, backend="aot_eager")(**arguments)
 
 
+@pytest.mark.parametrize("bad", [(0, 3, 5_000_000), (0, 7, 3, 12), (-9_000_000, 12), (0, 11), (1, 12)])
+def test_offsets_that_no_check_has_seen_give_nan_and_nothing_outside_is_read(bad, device):
+    """A compiled call, and any call on a GPU, does not look at values."""
+    tokens = torch.randn(12, device=device, requires_grad=True)
+    logps = torch.compile(sequence_logps, fullgraph=True, backend="aot_eager")(tokens, cu_seqlens=ints(*bad, device=device))
+    assert logps.isnan().all()
+    logps.sum().backward()
+
+
 # ---- autograd ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,38 +220,43 @@ def test_checkpointing_gives_the_same_gradients(device, backend):
     assert plain[0].abs().sum() > 0
 
 
-def differentiable_calls(device, backend="auto", **options):
-    """Each operator with a gradient, as a function of the logits that gives one number that is not linear in its output."""
+def squares(x):
+    return x.square().sum()
+
+
+def differentiable_calls(device, backend="auto", to_number=squares, **options):
+    """Each operator with a gradient, as a function of the logits that gives one number."""
     _, labels, rewards, ref_logps = batch(device)
     shared = {"rewards": rewards, "objective": OBJECTIVE, "ref_logps": ref_logps, "backend": backend}
-    return {
-        "token_logps": lambda x: token_logps(x, labels, backend=backend, **options).square().sum(),
-        "token_logps_and_entropy": lambda x: sum(token_logps_and_entropy(x, labels, backend=backend, **options)).square().sum(),
-        "rpo_loss": lambda x: rpo_loss(x, labels, **shared, **options).loss.square(),
-        "rpo_loss, reduction none": lambda x: rpo_loss(x, labels, **shared, reduction="none", **options).loss.square().sum(),
+    calls = {
+        "token_logps": lambda x: token_logps(x, labels, backend=backend, **options),
+        "token_logps_and_entropy": lambda x: sum(token_logps_and_entropy(x, labels, backend=backend, **options)),
+        "rpo_loss": lambda x: rpo_loss(x, labels, **shared, **options).loss,
+        "rpo_loss, reduction none": lambda x: rpo_loss(x, labels, **shared, reduction="none", **options).loss,
     }
+    return {name: lambda x, call=call: to_number(call(x)) for name, call in calls.items()}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("to_number", [torch.sum, squares])  # upstream constant, or depending on the logits
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
-@pytest.mark.parametrize("penalty", [lambda g, loss: g.square().sum(), lambda g, loss: loss + g.square().sum()])
-def test_second_derivatives_raise(name, inplace, penalty, device):
+def test_second_derivatives_raise(name, to_number, inplace, device):
     """They are not implemented; a gradient penalty that went missing without a word would train another objective."""
     leaf = batch(device)[0]
-    loss = differentiable_calls(device, inplace_backward=inplace)[name](leaf * 1.0)
+    loss = differentiable_calls(device, to_number=to_number, inplace_backward=inplace)[name](leaf * 1.0)
     dlogits = gradient(loss, leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        penalty(dlogits, loss).backward()
+        (loss + squares(dlogits)).backward()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("power", [1, 2])
-def test_second_derivatives_of_sequence_log_probs_raise(reduction, power, device):
+@pytest.mark.parametrize("to_number", [torch.sum, squares])
+def test_second_derivatives_of_sequence_log_probs_raise(reduction, to_number, device):
     _, _, rewards, ref_logps = batch(device)
     logps = torch.randn(4, device=device, requires_grad=True)
-    loss = preference_loss(logps, rewards, OBJECTIVE, ref_logps=ref_logps, reduction=reduction).loss.pow(power).sum()
+    loss = to_number(preference_loss(logps, rewards, OBJECTIVE, ref_logps=ref_logps, reduction=reduction).loss)
     with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        gradient(gradient(loss, logps, create_graph=True).square().sum(), logps)
+        (loss + squares(gradient(loss, logps, create_graph=True))).backward()
 
 
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
@@ -274,22 +290,48 @@ def test_logits_that_are_needed_after_they_were_overwritten_raise(name, device, 
         (loss + penalty).backward()
 
 
-@pytest.mark.parametrize("layout", ["rows", "packed, ragged"])
-def test_a_loss_of_each_group_weights_its_own_gradient(layout, device, backend):
-    """Reduction "none" under any upstream w: the gradient is sum_g w_g dL_g."""
-    logits, labels, rewards, ref_logps = batch(device, S=6 if layout == "rows" else 5)  # two groups with a loss, one without
-    shared = {"rewards": rewards, "objective": OBJECTIVE, "ref_logps": ref_logps, "backend": backend, "reduction": "none"}
-    if layout == "rows":
-        losses = rpo_loss(logits, labels, **shared).loss
-    else:  # groups of 2, 0 and 3 responses
-        cu_seqlens, cu_groups = ints(0, 2, 5, 9, 12, 15, device=device), ints(0, 2, 2, 5, device=device)
-        shared |= {"cu_seqlens": cu_seqlens, "cu_groups": cu_groups}
-        losses = rpo_loss(logits.view(15, 5), labels.view(15), **shared).loss
+@pytest.mark.parametrize("bounds", [[0, 2, 4, 6], [0, 3, 3, 5, 6]], ids=["pairs", "ragged"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+def test_a_loss_of_each_group_weights_its_own_gradient(bounds, packed, device, backend):
+    """Reduction "none" under any upstream w: the gradient is the sum of w_g dL_g, each group on its own."""
+    logits, labels, rewards, ref_logps = batch(device, S=6)
+    groups = {} if bounds == [0, 2, 4, 6] else {"cu_groups": ints(*bounds, device=device)}
+    call = partial(rpo_loss, objective=OBJECTIVE, backend=backend)
+    tokens = {"logits": logits, "labels": labels}
+    if packed:
+        cu_seqlens = ints(0, 3, 5, 9, 12, 15, 18, device=device)
+        tokens = {"logits": logits.view(18, 5), "labels": labels.view(18), "cu_seqlens": cu_seqlens}
+    losses = call(**tokens, rewards=rewards, ref_logps=ref_logps, reduction="none", **groups).loss
     weights = torch.randn_like(losses)
-    together = gradient(losses, logits, grad_outputs=weights, retain_graph=True)
-    alone = [w * gradient(loss, logits, retain_graph=True) for w, loss in zip(weights, losses)]
-    torch.testing.assert_close(together, sum(alone))
-    assert (losses > 0).sum() == 2
+    alone = []
+    for w, (first, last) in zip(weights, pairwise(bounds)):
+        if last - first < 2:
+            continue  # nothing to compare
+        own = {name: x[first:last] for name, x in (tokens | {"rewards": rewards, "ref_logps": ref_logps}).items()}
+        if packed:
+            own |= {name: tokens[name][cu_seqlens[first] : cu_seqlens[last]] for name in ("logits", "labels")}
+            own["cu_seqlens"] = cu_seqlens[first : last + 1] - cu_seqlens[first]
+        alone.append(w * call(**own, reduction="sum", group_size=last - first).loss)
+    assert sum(x != 0 for x in alone) == 2
+    expected = gradient(sum(alone), logits)
+    torch.testing.assert_close(gradient(losses, logits, grad_outputs=weights), expected)
+
+
+@pytest.mark.parametrize("bounds", [[0, 2, 4, 6], [0, 3, 3, 5, 6]], ids=["pairs", "ragged"])
+def test_a_loss_of_each_group_of_log_probs_weights_its_own_gradient(bounds, device, backend):
+    logps, rewards, ref_logps = torch.randn(3, 6, device=device).unbind()
+    logps.requires_grad_()
+    groups = {} if bounds == [0, 2, 4, 6] else {"cu_groups": ints(*bounds, device=device)}
+    call = partial(preference_loss, objective=OBJECTIVE, backend=backend)
+    losses = call(logps, rewards, ref_logps=ref_logps, reduction="none", **groups).loss
+    weights = torch.randn_like(losses)
+    alone = [
+        w * call(logps[a:b], rewards[a:b], ref_logps=ref_logps[a:b], reduction="sum", group_size=b - a).loss
+        for w, (a, b) in zip(weights, pairwise(bounds))
+        if b - a > 1
+    ]
+    expected = gradient(sum(alone), logps)
+    torch.testing.assert_close(gradient(losses, logps, grad_outputs=weights), expected)
 
 
 def test_only_logits_get_a_gradient(device, backend):

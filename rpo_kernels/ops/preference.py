@@ -140,7 +140,11 @@ class Segments:
     def sum(self, x: Tensor) -> Tensor:
         if self.cu_seqlens is None:
             return x.sum(1)
-        return torch.segment_reduce(x, "sum", offsets=self.cu_seqlens.long(), axis=0, initial=0, unsafe=True)
+        offsets = self.cu_seqlens.long()
+        inside = offsets.clamp(0, x.shape[0]).cummax(0).values  # where no check sees them, bad offsets give NaN
+        broken = (inside != offsets).any() | (offsets[0] != 0) | (offsets[-1] != x.shape[0])
+        total = torch.segment_reduce(x, "sum", offsets=inside, axis=0, initial=0, unsafe=True)
+        return torch.where(broken, torch.nan, total)
 
 
 def prepare(

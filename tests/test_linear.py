@@ -1,0 +1,362 @@
+"""The linear path against float64 truth and against the logits path, in every plan it may choose."""
+
+import itertools
+
+import pytest
+import torch
+
+from rpo_kernels import (
+    RPOObjective,
+    gemm,
+    linear_rpo_loss,
+    linear_token_logps,
+    linear_token_logps_and_entropy,
+    reference,
+    rpo_loss,
+)
+from rpo_kernels.ops.linear_rpo_loss import pack_groups
+
+from .helpers import HAS_GPU, kernel_dtypes, worst
+from .test_preference import OBJECTIVES, batch, in_float64
+
+H = 6
+ROW = 5 * (4 + 4)  # bytes of a row of five fp32 logits, and as much again for slack
+# Workspaces of 1 row (every group in two sweeps), a few rows (one group or two at a time), and all in one.
+WORKSPACES = {"row": 5 * 4, "groups": 12 * 5 * 4, "all": None}
+
+
+def head(logits, device):
+    """Hidden states, weight and bias for labels of these logits' shape."""
+    V = logits.shape[-1]
+    return torch.randn(*logits.shape[:-1], H, device=device), torch.randn(V, H, device=device), torch.randn(V, device=device)
+
+
+def relative(a, b):
+    return worst(a, b) / max(float(b.detach().abs().max()), 1e-30)
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("objective", OBJECTIVES[::3])
+def test_every_objective_equals_the_reference_whatever_the_workspace(objective, workspace, backend, device):
+    if backend == "triton" and workspace == "all" and not HAS_GPU:
+        pytest.skip("the plan with everything in one chunk runs on the torch engine and in test_rows_and_packed")
+    logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
+    leaves = [x.requires_grad_() for x in head(logits, device)]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    options = {"softcap": 20.0, "temperature": 1.3}
+    truth = reference.linear_rpo_loss(
+        *doubles[:2], labels, None if rewards is None else rewards.double(), objective, bias=doubles[2], **in_float64(kwargs), **options
+    )
+    truth.loss.backward()
+    ours = linear_rpo_loss(
+        *leaves[:2], labels, rewards, objective, bias=leaves[2], workspace_bytes=WORKSPACES[workspace], backend=backend, **kwargs,
+        **options,
+    )  # fmt: skip
+    ours.loss.backward()
+    for a, b in [(ours.loss, truth.loss), (ours.losses, truth.losses), (ours.rewards, truth.rewards), (ours.logps, truth.logps)]:
+        assert relative(a, b) < 5e-6
+    assert torch.equal(ours.lengths.long(), truth.lengths)
+    for leaf, double in zip(leaves, doubles):
+        assert relative(leaf.grad, double.grad) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_and_packed_sequences_equal_the_loss_from_logits(packed, backend, device):
+    objective = RPOObjective("forward_kl", 0.3, sft_weight=0.1, sft_normalizer="tokens")
+    logits, labels, rewards, kwargs = batch(objective, device, packed, ragged=False)
+    hidden, weight, bias = (x.requires_grad_() for x in head(logits, device))
+    ours = linear_rpo_loss(hidden, weight, labels, rewards, objective, bias=bias, backend=backend, **kwargs)
+    theirs = rpo_loss(hidden @ weight.t() + bias, labels, rewards, objective, backend=backend, **kwargs)
+    for a, b in zip(ours[:6], theirs[:6]):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    a = torch.autograd.grad(ours.loss * 3, (hidden, weight, bias))  # an upstream gradient other than 1
+    b = torch.autograd.grad(theirs.loss * 3, (hidden, weight, bias))
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_any_subset_of_gradients_from_a_free_upstream(needs, workspace, backend, device):
+    N, V = 7, 5
+    hidden, weight, bias = head(torch.empty(N, V), device)
+    labels = torch.randint(0, V, (N,), device=device)
+    labels[[1, 4]] = -100
+    a, b = torch.randn(2, N, device=device)
+    leaves = [x.requires_grad_(n) for x, n in zip((hidden, weight, bias), needs)]
+    doubles = [x.detach().double().requires_grad_(n) for x, n in zip(leaves, needs)]
+    z = doubles[0] @ doubles[1].t() + doubles[2]
+    expected = reference.token_logps(z, labels), reference.token_entropy(z, labels)
+    options = {"bias": leaves[2], "workspace_bytes": WORKSPACES[workspace], "backend": backend}
+    both = linear_token_logps_and_entropy(*leaves[:2], labels, **options)
+    alone = linear_token_logps(*leaves[:2], labels, **options)
+    assert worst(both[0], expected[0]) < 1e-5 and worst(both[1], expected[1]) < 1e-5
+    assert torch.equal(alone, both[0])
+    if not any(needs):
+        return
+    inputs = [x for x, n in zip(leaves, needs) if n]
+    truths = [x for x, n in zip(doubles, needs) if n]
+    for total, truth in [
+        ((both[0] * a + both[1] * b).sum(), (expected[0] * a + expected[1] * b).sum()),
+        ((alone * a).sum(), (expected[0] * a).sum()),
+    ]:
+        for x, y in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(truth, truths, retain_graph=True)):
+            assert relative(x, y) < 1e-5
+
+
+@pytest.fixture
+def gemms(monkeypatch):
+    """Multiply-adds done, in units of one row against the whole head."""
+    done = []
+
+    def count(name, rows):
+        inner = getattr(gemm, name)
+
+        def counting(*args):
+            done.append((name, rows(*args)))
+            return inner(*args)
+
+        monkeypatch.setattr(gemm, name, counting)
+
+    count("project", lambda hidden, weight, out: len(hidden))
+    count("backproject", lambda dlogits, weight: len(dlogits))
+    count("weight_gradient", lambda dlogits, hidden, total: len(hidden))
+    return done
+
+
+@pytest.mark.parametrize(
+    ("trainable", "workspace", "expected"),
+    [(True, None, 3), (True, 5 * 4 * 12, 3), (False, None, 2), (None, None, 1), (None, 5 * 4, 1), (True, 5 * 4, 4)],
+)
+def test_the_loss_costs_three_gemms_two_when_frozen_one_without_gradients(trainable, workspace, expected, gemms, backend, device):
+    """Of the scored rows alone. A group beyond the workspace pays one more."""
+    labels = torch.randint(0, 5, (6, 4), device=device)
+    labels[:, 0], labels[2] = -100, -100
+    hidden, weight, _ = head(torch.empty(6, 4, 5), device)
+    hidden.requires_grad_(trainable is not None)
+    weight.requires_grad_(bool(trainable))
+    out = linear_rpo_loss(
+        hidden, weight, labels, torch.randn(6, device=device), RPOObjective(), ref_logps=torch.zeros(6, device=device),
+        workspace_bytes=workspace, backend=backend,
+    )  # fmt: skip
+    before = len(gemms)
+    if trainable is not None:
+        out.loss.backward()
+    assert len(gemms) == before  # the gradients were ready
+    assert sum(rows for _, rows in gemms) == expected * 5 * 3
+
+
+@pytest.mark.parametrize(
+    ("trainable", "workspace", "expected"),
+    [(True, 5 * 4, 4), (True, None, 3), (False, 5 * 4, 2), (False, None, 2), (None, None, 1)],
+)
+def test_token_logps_cost_four_gemms_three_if_the_logits_fit_two_when_frozen(
+    trainable, workspace, expected, gemms, backend, device
+):
+    labels = torch.randint(0, 5, (9,), device=device)
+    labels[:3] = -100
+    hidden, weight, _ = head(torch.empty(9, 5), device)
+    hidden.requires_grad_(trainable is not None)
+    weight.requires_grad_(bool(trainable))
+    logps = linear_token_logps(hidden, weight, labels, workspace_bytes=workspace, backend=backend)
+    if trainable is not None:
+        (logps * torch.randn(9, device=device)).sum().backward()
+    assert sum(rows for _, rows in gemms) == expected * 6
+
+
+def test_a_reference_in_the_same_call_equals_its_log_probs_and_is_exactly_the_policy_when_equal(backend, device):
+    labels = torch.randint(0, 5, (6, 4), device=device)
+    labels[:, 0] = -100
+    hidden, weight, bias = head(torch.empty(6, 4, 5), device)
+    ref_hidden, ref_weight = torch.randn(6, 4, H + 2, device=device), torch.randn(5, H + 2, device=device)
+    rewards = torch.randn(6, device=device)
+    hidden.requires_grad_()
+    for workspace in WORKSPACES.values():
+        options = {"bias": bias, "workspace_bytes": workspace, "backend": backend}
+        live = linear_rpo_loss(
+            hidden, weight, labels, rewards, RPOObjective(), ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=bias, **options
+        )
+        ref_logps = linear_token_logps(ref_hidden, ref_weight, labels, **options)
+        given = linear_rpo_loss(hidden, weight, labels, rewards, RPOObjective(), ref_logps=ref_logps, **options)
+        torch.testing.assert_close(live.loss, given.loss, rtol=1e-5, atol=1e-6)
+        same = linear_rpo_loss(hidden, weight, labels, rewards, RPOObjective(), ref_hidden=hidden.detach(), **options)
+        assert (same.rewards == 0).all()
+
+
+def test_one_loss_per_group_has_a_free_upstream_gradient(backend, device):
+    objective = RPOObjective("backward_kl", 0.3, sft_weight=0.1)
+    logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
+    hidden, weight, _ = (x.requires_grad_() for x in head(logits, device))
+    upstream = torch.randn(5, device=device)
+    ours = linear_rpo_loss(hidden, weight, labels, rewards, objective, reduction="none", backend=backend, **kwargs)
+    theirs = rpo_loss(hidden @ weight.t(), labels, rewards, objective, reduction="none", backend=backend, **kwargs)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)
+    a = torch.autograd.grad((ours.loss * upstream).sum(), (hidden, weight))
+    b = torch.autograd.grad((theirs.loss * upstream).sum(), (hidden, weight))
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_counts_from_the_caller_change_nothing_and_wrong_ones_are_refused(backend, device):
+    objective = RPOObjective("squared", 0.3)
+    logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
+    hidden, weight, _ = head(logits, device)
+    weight.requires_grad_()
+    args = (hidden, weight, labels, rewards, objective)
+    plain = linear_rpo_loss(*args, backend=backend, **kwargs)
+    counts = plain.lengths.tolist()
+    given = linear_rpo_loss(*args, counts=counts, backend=backend, **kwargs)
+    assert torch.equal(plain.loss, given.loss)
+    assert torch.equal(*(torch.autograd.grad(out.loss, weight)[0] for out in (plain, given)))
+    logps = linear_token_logps(hidden, weight, labels, backend=backend)
+    assert torch.equal(logps, linear_token_logps(hidden, weight, labels, count=sum(counts), backend=backend))
+    counts[0] += 1
+    if HAS_GPU:
+        assert linear_rpo_loss(*args, counts=counts, backend=backend, **kwargs).loss.isnan()
+    else:
+        with pytest.raises(ValueError, match="`counts` must be the scored tokens of each sequence"):
+            linear_rpo_loss(*args, counts=counts, backend=backend, **kwargs)
+        with pytest.raises(ValueError, match="`count` must be the number of labels"):
+            linear_token_logps(hidden, weight, labels, count=sum(counts), backend=backend)
+
+
+@pytest.mark.parametrize("chunks", [2, 64])
+def test_the_weight_gradient_over_many_chunks_is_as_good_as_one_gemm(chunks, backend, device):
+    for dtype in kernel_dtypes(backend)[2:]:  # bf16
+        S, T, V = 128, 2, 31
+        hidden, weight = torch.randn(S, T, 16, device=device).to(dtype), torch.randn(V, 16, device=device).to(dtype)
+        labels = torch.randint(0, V, (S, T), device=device)
+        objective, rewards = RPOObjective("squared", 0.5, reference="none"), torch.randn(S, device=device)
+        h64, w64 = (x.double().requires_grad_() for x in (hidden, weight))
+        (exact,) = torch.autograd.grad(reference.linear_rpo_loss(h64, w64, labels, rewards, objective).loss, w64)
+        logits = (hidden.float() @ weight.float().t()).requires_grad_()
+        (dlogits,) = torch.autograd.grad(rpo_loss(logits, labels, rewards, objective, backend=backend).loss, logits)
+        one = dlogits.flatten(0, 1).to(dtype).t() @ hidden.flatten(0, 1)
+        weight.requires_grad_()
+        workspace = V * (4 + 2) * S * T // chunks
+        out = linear_rpo_loss(hidden, weight, labels, rewards, objective, workspace_bytes=workspace, backend=backend)
+        (ours,) = torch.autograd.grad(out.loss, weight)
+        cast = float((exact - exact.to(dtype).double()).norm())
+        assert float((ours.double() - exact).norm()) <= float((one.double() - exact).norm()) + cast
+
+
+def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
+    for dtype in kernel_dtypes(backend)[1:]:
+        hidden = torch.randn(64, 32, device=device).to(dtype)
+        weight = (torch.randn(50, 32, device=device) * 4).to(dtype)
+        labels = torch.randint(0, 50, (64,), device=device)
+        exact = reference.linear_token_logps(hidden.double(), weight.double(), labels)
+        ours = worst(linear_token_logps(hidden, weight, labels, backend=backend), exact)
+        rounded = worst(linear_token_logps(hidden, weight, labels, logits_dtype=dtype, backend=backend), exact)
+        assert ours < 1e-4 < 1e-2 < rounded
+
+
+def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(device):
+    hidden = torch.randn(6, 4, 8, device=device, requires_grad=True)
+    weight = torch.randn(5, 8, device=device, requires_grad=True)
+    labels = torch.randint(0, 5, (6, 4), device=device)
+    objective, rewards = RPOObjective("squared", 0.5, reference="none"), torch.randn(6, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = linear_rpo_loss(hidden, weight, labels, rewards, objective)
+    out.loss.backward()
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+    h, w = (x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight))
+    truth = reference.linear_rpo_loss(h, w, labels, rewards, objective)
+    truth.loss.backward()
+    assert relative(out.loss, truth.loss) < 1e-5
+    assert relative(weight.grad, w.grad) < 2**-7 and relative(hidden.grad, h.grad) < 2**-7
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (13,)])
+def test_an_empty_batch_one_token_and_nothing_scored(shape, backend, device):
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(*shape, 5), device))
+    labels = torch.randint(0, 5, shape, device=device)
+    for ignored in (False, True):
+        if ignored:
+            labels = torch.full_like(labels, -100)
+        logps = linear_token_logps(hidden, weight, labels, backend=backend)
+        grads = torch.autograd.grad(logps.sum(), (hidden, weight))
+        assert logps.shape == shape and all(g.isfinite().all() for g in grads)
+        if ignored:
+            assert (logps == 0).all() and all((g == 0).all() for g in grads)
+
+
+def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, device):
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    labels = torch.full((4, 3), -100, device=device)
+    out = linear_rpo_loss(hidden, weight, labels, None, RPOObjective.dpo(), ref_logps=torch.zeros(4, device=device), backend=backend)
+    out.loss.backward()
+    assert out.loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_a_second_backward_raises_and_results_repeat_bit_for_bit(backend, device):
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    labels = torch.randint(0, 5, (4, 3), device=device)
+    objective, rewards = RPOObjective("squared", 0.5, reference="none"), torch.randn(4, device=device)
+    runs = []
+    for _ in range(2):
+        out = linear_rpo_loss(hidden, weight, labels, rewards, objective, backend=backend)
+        runs.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
+    objective = RPOObjective("squared", 0.5, reference="none")
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    labels = torch.randint(0, 5, (4, 3), device=device)
+    rewards = torch.randn(4, device=device)
+
+    def run(hidden, weight):
+        lp, entropy = linear_token_logps_and_entropy(hidden.tanh(), weight, labels, backend=backend)
+        return linear_rpo_loss(hidden.tanh(), weight, labels, rewards, objective, backend=backend).loss * 2 + (lp * entropy).sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(run(hidden, weight), (hidden, weight))
+    for a, b in zip(torch.autograd.grad(compiled(hidden, weight), (hidden, weight)), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_groups_are_packed_whole():
+    units = pack_groups([3, 2, 0, 0, 9, 1, 1, 1], [0, 2, 4, 6, 6, 8], rows=7)
+    assert [(u.groups.start, u.groups.stop, u.size) for u in units] == [(0, 2, 5), (2, 4, 10), (4, 5, 2)]
+    assert [u.size for u in pack_groups([0, 0], [0, 2], rows=1)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(H, 5)}, ValueError, r"`hidden` must be \[..., H\] with H = 5 .* did you mean `weight.t\(\)`"),
+        ({"weight": torch.zeros(5)}, ValueError, r"`weight` must be \[V, H\]"),
+        ({"weight": torch.zeros(5, H, dtype=torch.bfloat16)}, TypeError, "`weight` must have the dtype of `hidden`"),
+        ({"bias": torch.zeros(4)}, ValueError, r"`bias` must be \[V\] = \[5\], got \[4\]"),
+        ({"labels": torch.zeros(4, 4, dtype=torch.int64)}, ValueError, r"did you mean `labels\[:, 1:\]`"),
+        ({"labels": torch.full((4, 3), 5)}, ValueError, r"`labels` must lie in \[0, 5\)"),
+        ({"workspace_bytes": 10}, ValueError, "too small for one row of 5 logits: expected at least 20, got 10"),
+        ({"workspace_bytes": 0}, ValueError, "`workspace_bytes` must be > 0"),
+        ({"logits_dtype": torch.float16}, ValueError, "`logits_dtype` must be torch.float32 or the dtype of the GEMMs"),
+        ({"counts": [1, 2]}, ValueError, "`counts` must be one number >= 0 per sequence, S = 4"),
+        ({"counts": torch.ones(4)}, TypeError, "`counts` must be a sequence of ints on the host"),
+        ({"ref_hidden": torch.zeros(4, 3, H)}, ValueError, "`ref_logps` and `ref_hidden` are two sources of one reference"),
+        ({"ref_weight": torch.zeros(5, H)}, ValueError, "`ref_weight` belongs to `ref_hidden`, which is None"),
+        (
+            {"ref_logps": None, "ref_hidden": torch.zeros(4, 3, H), "ref_weight": torch.zeros(7, H)},
+            ValueError,
+            "`ref_weight` must have the vocabulary of `weight`, 5; got 7",
+        ),
+        ({"ref_logps": None}, ValueError, "`ref_logps` are missing"),
+        ({"ref_logps": torch.zeros(3)}, ValueError, r"`ref_logps` must be \[4\] or \[4, 3\], got \[3\]"),
+    ],
+)
+def test_bad_input_is_told_apart(change, error, message):
+    arguments = {
+        "hidden": torch.zeros(4, 3, H),
+        "weight": torch.zeros(5, H),
+        "labels": torch.zeros(4, 3, dtype=torch.int64),
+        "rewards": torch.zeros(4),
+        "objective": RPOObjective(),
+        "ref_logps": torch.zeros(4),
+    } | change
+    with pytest.raises(error, match=f"linear_rpo_loss: .*{message}"):
+        linear_rpo_loss(**arguments)

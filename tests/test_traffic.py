@@ -1,0 +1,323 @@
+"""The cost model as counts: what each kernel reads and writes, element by element, and how often kernels are launched.
+
+Counted in Triton's interpreter, which sees every address.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
+
+from .helpers import HAS_GPU
+
+if HAS_GPU:
+    pytest.skip("traffic is counted in Triton's interpreter, which a machine with a GPU does not use", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from rpo_kernels.kernels.preference import preference_forward
+from rpo_kernels.kernels.vocabulary import _row_offset, vocabulary_backward, vocabulary_forward
+from rpo_kernels.traffic import ledger
+
+PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
+           "sppo", "nca", "bco"]  # fmt: skip
+PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
+# An odd vocabulary below a tile, and one past the fp32 tile of eight warps.
+CASES = [(31, "contiguous"), (31, "transposed"), (2049, "shifted"), (2049, "padded")]
+
+
+def memory(layout, V, dtype=torch.float32):
+    """Logits ``[3, 4, V]``: contiguous, or views into something larger whose gaps must stay untouched."""
+    if layout == "contiguous":
+        return torch.randn(3, 4, V).to(dtype)
+    if layout == "shifted":
+        return torch.randn(3, 5, V).to(dtype)[:, :-1]
+    if layout == "transposed":
+        return torch.randn(4, 3, V).to(dtype).transpose(0, 1)
+    return torch.randn(3, 4, V + 3).to(dtype)[:, :, :V]  # padded rows
+
+
+def some_labels(V):
+    labels = torch.randint(0, V, (3, 4))
+    labels[0, 1] = labels[1] = labels[2, 3] = -100
+    labels[2, 0] = V - 1
+    return labels
+
+
+def clean(launch):
+    return (launch.stray, launch.races) == (0, 0)
+
+
+def once(counts):
+    return (counts == 1).all()
+
+
+@pytest.mark.parametrize("V, layout", CASES)
+def test_a_forward_reads_each_scored_logit_once_and_nothing_of_ignored_rows(V, layout):
+    for dtype, transform in [(torch.float16, {"softcap": 5.0}), (torch.bfloat16, {})]:
+        logits, labels = memory(layout, V, dtype), some_labels(V)
+        scored = labels != -100
+        with ledger() as launches:
+            token_logps(logits, labels, backend="triton", **transform)
+            token_logps_and_entropy(logits, labels, backend="triton", **transform)
+        for launch in launches:
+            loads = torch.as_tensor(launch.loads["logits"].copy())
+            expected = scored[..., None].expand(3, 4, V).long().clone()
+            expected.scatter_add_(-1, labels.clamp(min=0)[..., None], scored[..., None].long())  # the label's own, again
+            assert torch.equal(loads.view(3, 4, V), expected)
+            assert launch.loaded_bytes["logits"] == int(scored.sum()) * (V + 1) * logits.element_size()
+            assert once(launch.loads["labels"]) and once(launch.stores["logps"]) and once(launch.stores["lse"])
+            assert clean(launch)
+        without, with_entropy = launches
+        assert without.loaded_bytes == with_entropy.loaded_bytes
+        assert once(with_entropy.stores["entropy"])
+
+
+@pytest.mark.parametrize("V, layout", CASES)
+def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(V, layout):
+    logits, labels = memory(layout, V), some_labels(V)
+    scored = labels != -100
+    for entropy, inplace in itertools.product((False, True), (False, True)):
+        x = (logits.clone() if inplace else logits).requires_grad_()
+        with ledger() as launches:
+            logps, entropies = token_logps_and_entropy(x * 1 if inplace else x, labels, inplace_backward=inplace, backend="triton")
+            ((logps + entropies).sum() if entropy else logps.sum()).backward()
+        forward, backward = launches
+        assert clean(forward) and clean(backward)
+        loads = torch.as_tensor(backward.loads["logits"].copy()).view(3, 4, V)
+        assert torch.equal(loads, scored[..., None].expand(3, 4, V).long())
+        assert once(backward.stores["dlogits"])
+        assert backward.stored_bytes["dlogits"] == logits.numel() * 4
+        if inplace:
+            assert once(backward.stores["logits"]) and backward.loaded_bytes["dlogits"] == backward.loaded_bytes["logits"]
+        for name in ["labels", "coef", *(["entropy_coef"] if entropy else [])]:
+            assert once(backward.loads[name])
+        for name in ["logps", *(["entropy"] if entropy else [])]:
+            assert (backward.loads[name].flatten() == scored.flatten().numpy()).all()
+        assert backward.loads["lse"].sum() == 2 * scored.sum()
+
+
+def test_rows_without_a_coefficient_are_not_read_in_the_backward():
+    logits, labels = torch.randn(4, 33, requires_grad=True), torch.tensor([1, 2, 3, 4])
+    with ledger() as launches:
+        token_logps(logits, labels, backend="triton")[[0, 2]].sum().backward()
+    assert launches[1].loads["logits"].reshape(4, 33).sum(1).tolist() == [33, 0, 33, 0]
+    assert once(launches[1].stores["dlogits"])
+
+
+def test_labels_outside_the_vocabulary_reach_no_memory():
+    """A CPU refuses them; the kernels, which see them on a GPU, must not follow them."""
+    V = 37
+    logits = torch.randn(1, 6, V + 3)[..., :V]
+    labels = torch.tensor([V, -1, 2**40, -(2**62), V - 1, 0])
+    with ledger() as launches:
+        logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+        vocabulary_backward(logits, labels, logps, lse, torch.ones(6), entropies=None, entropy_coef=None, upstream=None, **PLAIN,
+                            out=torch.empty(1, 6, V))  # fmt: skip
+    assert logps.isnan().tolist() == [True] * 4 + [False] * 2
+    assert launches[0].loads["logits"].sum() == 6 * V + 2
+    assert all(map(clean, launches))
+
+
+# ---- the group pass -----------------------------------------------------------------------------------------------------
+
+
+def group_batch(packed):
+    """Eight sequences of 0 to 40 tokens, some ignored."""
+    lengths = [3, 0, 40, 1, 17, 17, 16, 6]
+    shape = (sum(lengths),) if packed else (8, 17)
+    labels = torch.randint(0, 9, shape)
+    labels[torch.rand(shape) < 0.3] = -100
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return torch.where(labels == -100, 0, -torch.rand(shape)), labels, offsets if packed else None
+
+
+def group_pass(logps, labels, cu_seqlens, objective=None, **changes):
+    arguments = {
+        "labels": labels.flatten(), "ignore_index": -100, "sequences": 8, "group_size": 2, "lengths": None,
+        "cu_seqlens": cu_seqlens, "cu_groups": None, "ref_logps": None, "ref_per_token": False, "ref_weights": None,
+        "rewards": torch.randn(8), "normalizer": None, "sft_share": None, "mean": True,
+    }  # fmt: skip
+    with ledger() as launches:
+        out = preference_forward(logps.flatten(), objective or RPOObjective("squared"), **arguments | changes)
+    (launch,) = launches
+    return out, launch
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_group_pass_reads_log_probs_and_references_once_and_labels_twice_and_writes_a_coefficient_per_token(packed):
+    logps, labels, offsets = group_batch(packed)
+    scored = (labels != -100).flatten().numpy()
+    N = scored.size
+    for objective in (RPOObjective("squared"), RPOObjective("forward_kl", average=True, sft_weight=0.1, sft_normalizer="tokens")):
+        _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True)
+        assert clean(launch)
+        assert (launch.loads["logps"] == scored).all() and (launch.loads["ref_logps"][0] == scored).all()
+        assert (launch.loads["labels"] == 2).all()  # to sum, and to spread the coefficients
+        assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and once(launch.stores["sequence"])
+        assert once(launch.stores["lengths"]) and launch.stores["loss"] == 1
+        assert launch.loads["coef"].sum() == launch.loads["losses"].sum() == 0
+        _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, 8))
+        assert clean(launch) and once(launch.loads["ref_logps"]) and (launch.loads["logps"] == scored).all()
+
+
+def test_each_further_reference_reads_the_log_probs_and_labels_again():
+    logps, labels, offsets = group_batch(True)
+    scored = (labels != -100).numpy()
+    objective = RPOObjective("squared", reference="harmonic")
+    _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(3, scored.size), ref_per_token=True,
+                           ref_weights=torch.full((3, 4), 1 / 3))  # fmt: skip
+    assert clean(launch)
+    assert (launch.loads["ref_logps"] == scored).all()
+    assert (launch.loads["logps"] == 3 * scored).all() and (launch.loads["labels"] == 4).all()
+
+
+BROKEN = {
+    "does not begin at 0": [2, 3, 9, 20, 40, 60, 80, 90, 100],
+    "does not end at the end": [0, 3, 9, 20, 40, 60, 80, 90, 99],
+    "ends beyond the end": [0, 3, 9, 20, 40, 60, 80, 90, 101],
+    "goes back": [0, 3, 9, 5, 40, 60, 80, 90, 100],
+    "negative": [0, -3, 9, 20, 40, 60, 80, 90, 100],
+    "far beyond": [0, 3, 9, 2**31 - 1, 40, 60, 80, 90, 100],
+    "far below": [0, 3, 9, 20, -(2**31), 60, 80, 90, 100],
+}
+
+
+@pytest.mark.parametrize("offsets", BROKEN.values(), ids=BROKEN)
+def test_offsets_that_do_not_partition_the_tokens_reach_no_other_memory_and_give_nan(offsets):
+    labels = torch.zeros(100, dtype=torch.int64)
+    out, launch = group_pass(torch.randn(100), labels, torch.tensor(offsets, dtype=torch.int32), ref_logps=torch.randn(1, 100),
+                             ref_per_token=True)  # fmt: skip
+    loss, _, _, _, coef = out
+    assert clean(launch)
+    assert loss.isnan() and coef.isnan().all()
+
+
+BROKEN_GROUPS = {
+    "does not begin at 0": [1, 2, 5, 8],
+    "does not end at the end": [0, 2, 5, 7],
+    "ends beyond the end": [0, 2, 5, 9],
+    "goes back": [0, 5, 2, 8],
+    "negative": [0, -2, 5, 8],
+    "far beyond": [0, 2**31 - 1, 5, 8],
+    "far below": [0, -(2**31), 5, 8],
+}
+
+
+@pytest.mark.parametrize("offsets", BROKEN_GROUPS.values(), ids=BROKEN_GROUPS)
+@pytest.mark.parametrize("comparison", ["listwise", "pointwise"])
+def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_give_nan(offsets, comparison):
+    logps, labels, cu_seqlens = group_batch(True)
+    objective = RPOObjective("backward_kl", comparison=comparison, sft_weight=0.1, sft_normalizer="mean", reference="geometric")
+    out, launch = group_pass(logps, labels, cu_seqlens, objective, cu_groups=torch.tensor(offsets, dtype=torch.int32),
+                             ref_logps=torch.randn(2, 8), ref_weights=torch.rand(2, 3))  # fmt: skip
+    assert clean(launch)
+    assert out[0].isnan() and out[4][labels != -100].isnan().all()
+
+
+def test_ragged_groups_with_gaps_stay_within_their_tensors():
+    """A group of one, an empty one, one with an empty sequence; more groups than programs have lanes in a block."""
+    logps, labels, cu_seqlens = group_batch(True)
+    for offsets in ([0, 1, 1, 6, 8], [0, 0, 0, 8], [0, 8, 8], [0, *[3] * 200, 8]):
+        for comparison in ("listwise", "pairwise", "pointwise"):
+            out, launch = group_pass(logps, labels, cu_seqlens, RPOObjective("forward_kl", comparison=comparison),
+                                     cu_groups=torch.tensor(offsets, dtype=torch.int32))  # fmt: skip
+            assert clean(launch)
+            assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and out[0].isfinite()
+
+
+# ---- launches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
+    objective = getattr(RPOObjective, preset)()
+    logits, labels = torch.randn(4, 3, 5, requires_grad=True), torch.randint(0, 5, (4, 3))
+    rewards = torch.randn(4) if objective.uses_rewards else None
+    reference = {} if objective.reference == "none" else {"ref_logps": torch.randn(4)}
+    with ledger() as launches:
+        loss = rpo_loss(logits, labels, rewards, objective, backend="triton", **reference).loss
+        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_preference_kernel"]
+        loss.backward()
+        assert [launch.kernel for launch in launches[2:]] == ["_vocabulary_backward_kernel"]
+    assert all(map(clean, launches))
+    lengths = torch.tensor([3, 3, 3, 3])
+    with ledger() as launches:
+        logps = torch.randn(4, requires_grad=True)
+        preference_loss(logps, rewards, objective, lengths=lengths, backend="triton", **reference).loss.backward()
+    assert [launch.kernel for launch in launches] == ["_preference_kernel"]
+    assert clean(launches[0])
+
+
+def test_token_log_probs_take_one_launch_each_way():
+    logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, -100])
+    for call in (token_logps, lambda *args, **kwargs: sum(token_logps_and_entropy(*args, **kwargs))):
+        with ledger() as launches:
+            call(logits, labels, backend="triton").sum().backward()
+        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_vocabulary_backward_kernel"]
+    with ledger() as launches:
+        token_logps(logits[:0], labels[:0], backend="triton")
+    assert launches == []
+
+
+# ---- offsets of rows ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row_offset_kernel(out_ptr, row, inner, stride_outer, stride_inner):
+    tl.store(out_ptr, _row_offset(row, inner, stride_outer, stride_inner))
+
+
+@pytest.mark.parametrize(
+    "row, inner, stride_outer, stride_inner",
+    [
+        (40_000, 65_536, 7, 151_936),  # beyond 2^31 within one outer row
+        (40_000, 1, 151_936, 7),  # as outer rows
+        (2**31 - 1, 1000, 1000 * 262_144, 262_144),
+        (5, 2, 2**33, 2**32),  # strides that need 64 bits themselves
+        (7, 3, 5, 11),
+    ],
+)
+def test_rows_beyond_two_to_the_31_elements_are_reached(row, inner, stride_outer, stride_inner):
+    out = torch.zeros((), dtype=torch.int64)
+    _row_offset_kernel[(1,)](out, row, inner, stride_outer, stride_inner)
+    assert int(out) == row // inner * stride_outer + row % inner * stride_inner
+
+
+# ---- the ledger itself --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _probe_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, RACE: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(out_ptr + i, x, mask=i < size)
+    if RACE == 1:  # a neighbour's store, with no barrier between
+        tl.store(x_ptr + i, tl.load(out_ptr + (i ^ 1), mask=i < size, other=0.0), mask=i < size)
+    if RACE == 2:
+        tl.debug_barrier()
+        tl.store(x_ptr + i, tl.load(out_ptr + (i ^ 1), mask=i < size, other=0.0), mask=i < size)
+    if RACE == 3:  # another program's
+        tl.debug_barrier()
+        tl.load(out_ptr + tl.arange(0, BLOCK))
+
+
+@pytest.mark.parametrize("race, expected", [(0, 0), (1, 8), (2, 0), (3, 4)])
+def test_the_ledger_sees_races(race, expected):
+    x, out = torch.randn(2, 8)
+    with ledger() as launches:
+        _probe_kernel[(2,)](x, out, 8, BLOCK=4, RACE=race)
+    assert launches[0].races == expected and launches[0].stray == 0
+
+
+def test_the_ledger_sees_what_lies_outside_and_between():
+    x, out = torch.randn(2, 32)
+    with ledger() as launches:
+        _probe_kernel[(2,)](x[8:15], out[8:16], 8, BLOCK=4, RACE=0)  # one load past the end
+        _probe_kernel[(2,)](x[8:16], out[8:24:2], 8, BLOCK=4, RACE=0)  # as if contiguous: four stores into gaps
+    assert [launch.stray for launch in launches] == [1, 4]
+    assert launches[0].loads["x"].tolist() == [1] * 7 and launches[0].loaded_bytes["x"] == 28
+    assert launches[1].stores["out"].tolist() == [1] * 4 + [0] * 4
