@@ -52,10 +52,10 @@ class RPOObjective:
         sft_normalizer: that likelihood is the ``"sum"`` over the response's tokens, their ``"mean"``, or the mean over the
             scored ``"tokens"`` of all chosen responses of the batch.
         target: ``"rewards"`` for t = eta r*; a number for an objective with its own target, t = +target/2 for the chosen
-            response and -target/2 for the others, so that the gap is ``target`` (may be ``inf``: a hard label);
+            response and -target/2 for the others, so that the gap is ``target`` >= 0 (may be ``inf``: a hard label);
             ``"softmax"`` (pointwise) for t_i = log(K q_i) with weights 1 + K q_i, q = softmax(eta r*), as NCA has it.
-        label: for pairs, the probability q that the first response is the better one, in place of a target. Values outside
-            [0, 1] are legal under ``cross_entropy`` (robust DPO).
+        label: for pairs, the probability q >= 1/2 that the first response is the better one, in place of a target. Values above
+            1 are legal under ``cross_entropy`` (robust DPO).
         cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q). The gradient is the same; the
             published losses of the DPO family print this form.
         scale: factor on the distance (published = scale x RPO).
@@ -101,7 +101,8 @@ class RPOObjective:
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
         if self.cross_entropy and self.distance != "backward_kl":
             raise ValueError(
-                "RPOObjective: `cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target || policy)), "
+                "RPOObjective: `cross_entropy` is a form of distance 'backward_kl' "
+                "(RPO's backward KL is KL(target || policy)), "
                 f"got distance {self.distance!r}"
             )
         if not self.leave_one_out and (self.distance, self.comparison) != ("squared", "listwise"):
@@ -119,18 +120,18 @@ class RPOObjective:
                     f"got {self.distance!r} with {self.comparison!r}"
                 )
         else:
-            _number("target", self.target, infinite=self.distance == "backward_kl")
+            _number("target", self.target, low=0.0, infinite=self.distance == "backward_kl")
         if self.label is None:
             return
-        _number("label", self.label)
+        _number("label", self.label, low=0.5)
         if self.distance != "backward_kl" or self.comparison == "pointwise" or self.target != "rewards":
             raise ValueError(
                 "RPOObjective: `label` is a pair's target under distance 'backward_kl', in place of `target`; "
                 f"got distance {self.distance!r}, comparison {self.comparison!r}, target {self.target!r}"
             )
-        if not (0.0 <= self.label <= 1.0 or self.cross_entropy):
+        if self.label > 1.0 and not self.cross_entropy:
             raise ValueError(
-                f"RPOObjective: `label` outside [0, 1] has no KL divergence, got {self.label}; pass cross_entropy=True"
+                f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass cross_entropy=True"
             )
 
     @property
@@ -145,11 +146,11 @@ class RPOObjective:
 
     @property
     def label_gap(self) -> float:
-        """The target gap log(q / (1 - q)) that ``label`` stands for; NaN outside [0, 1]."""
+        """The target gap log(q / (1 - q)) that ``label`` stands for; NaN above 1."""
         q = self.label
-        if q is None or not 0.0 <= q <= 1.0:
+        if q is None or q > 1.0:
             return math.nan
-        return math.copysign(math.inf, q - 0.5) if q in (0.0, 1.0) else math.log(q / (1 - q))
+        return math.inf if q == 1.0 else math.log(q / (1 - q))
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -161,7 +162,8 @@ class RPOObjective:
 
     @classmethod
     def dpo(cls, beta: float = 0.1, label_smoothing: float = 0.0) -> RPOObjective:
-        """DPO (arXiv 2305.18290): -log sigmoid(d); with label smoothing eps, cDPO: -(1-eps) log sigmoid(d) - eps log sigmoid(-d)."""
+        """DPO (arXiv 2305.18290): -log sigmoid(d). With label smoothing 0 < eps < 1/2, cDPO:
+        -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)."""
         return cls("backward_kl", beta, target=_log_odds(label_smoothing), cross_entropy=True)
 
     @classmethod
@@ -210,8 +212,8 @@ class RPOObjective:
 
     @classmethod
     def exo(cls, beta: float = 0.1, label_smoothing: float = 1e-3) -> RPOObjective:
-        """EXO-pref (arXiv 2402.00856): KL(B(sigmoid(d)) || B(1 - eps)), 0 < eps < 1."""
-        _number("label_smoothing", label_smoothing, low=0.0, high=1.0, strict=True)
+        """EXO-pref (arXiv 2402.00856): KL(B(sigmoid(d)) || B(1 - eps)), 0 < eps < 1/2."""
+        _number("label_smoothing", label_smoothing, low=0.0, high=0.5, strict=True)
         return cls("forward_kl", beta, target=_log_odds(label_smoothing))
 
     @classmethod
@@ -229,7 +231,8 @@ class RPOObjective:
     def rloo(cls, beta: float = 0.1) -> RPOObjective:
         """REINFORCE leave-one-out with the KL in the reward (arXiv 2402.14740), in gradient, on policy:
         -(1/K) sum_i A_i l_i with A_i the leave-one-out advantage of r_i - beta (l_i - lref_i)."""
-        return cls("squared", beta, scale=1 / beta if beta else 0.0, leave_one_out=False)
+        _number("beta", beta, low=0.0, strict=True)
+        return cls("squared", beta, scale=1 / beta, leave_one_out=False)
 
     @classmethod
     def gvpo(cls, beta: float = 0.1) -> RPOObjective:
@@ -239,7 +242,8 @@ class RPOObjective:
     @classmethod
     def sppo(cls, beta: float = 1e-3) -> RPOObjective:
         """SPPO, hard labels (arXiv 2405.00675): (h_1 - 1/(2 beta))^2 + (h_2 + 1/(2 beta))^2, h_i = l_i - lref_i."""
-        return cls("squared", beta, comparison="pointwise", target=1.0, scale=4 / beta**2 if beta else 0.0)
+        _number("beta", beta, low=0.0, strict=True)
+        return cls("squared", beta, comparison="pointwise", target=1.0, scale=4 / beta / beta)
 
     @classmethod
     def nca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
@@ -256,7 +260,7 @@ class RPOObjective:
 
 
 def _log_odds(label_smoothing: float) -> float:
-    _number("label_smoothing", label_smoothing, low=0.0, high=1.0)
+    _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     return math.inf if label_smoothing == 0 else math.log((1 - label_smoothing) / label_smoothing)
 
 

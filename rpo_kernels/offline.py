@@ -28,12 +28,11 @@ class MachineCode:
     """A compiled kernel.
 
     Attributes:
-        asm: what each stage of the compiler made (``"ttgir"``, ``"llir"``, and ``"ptx"``, ``"cubin"`` or ``"amdgcn"``, ...).
+        asm: what each stage of the compiler made (``"ttgir"``, ``"ptx"``, ``"amdgcn"``, ...).
         registers: per thread, of 32 bits.
         local_bytes: memory per thread that holds what registers do not: spills, stack.
         shared_bytes: per program.
-        loop_accesses: (``"load"`` or ``"store"``, bytes per thread) of each access to global memory that lies inside a loop,
-            with the number of such instructions.
+        loop_accesses: instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes per thread).
     """
 
     asm: Mapping[str, str | bytes]
@@ -45,7 +44,7 @@ class MachineCode:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: its arguments by name, and its warps."""
+    """A launch of a kernel, with its arguments by name."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -70,16 +69,14 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def compile_kernel(
-    kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any
-) -> MachineCode:
+def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any) -> MachineCode:
     """Compile a ``@triton.jit`` function as a launch with these arguments would on a chip.
 
     Args:
         kernel: the function, not decorated for the interpreter.
         arguments: every argument by name. Tensors count by dtype and alignment, None and constexprs by value, integers as
             Triton's launcher specialises them: divisible by 16, equal to 1, beyond 32 bits.
-        target: ``triton.backends.compiler.GPUTarget``, such as ``GPUTarget("cuda", 90, 32)`` or ``GPUTarget("hip", "gfx942", 64)``.
+        target: ``triton.backends.compiler.GPUTarget``: ``("cuda", 90, 32)``, ``("hip", "gfx942", 64)``, ...
         num_warps: of a program.
         options: further options of the compiler, such as ``maxnreg``.
 
@@ -89,8 +86,7 @@ def compile_kernel(
     triton = _triton()
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError(
-            f"compile_kernel: {getattr(kernel, '__name__', kernel)!r} is not compiled but interpreted here; start a process "
-            "without TRITON_INTERPRET=1"
+            f"compile_kernel: {kernel.__name__!r} is interpreted here; start a process without TRITON_INTERPRET=1"
         )
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -120,7 +116,7 @@ def _triton() -> Any:
     try:
         import triton.compiler
     except ImportError:
-        raise RuntimeError("rpo_kernels.offline: compiling kernels needs the package triton, which is not installed") from None
+        raise RuntimeError("compile_kernel: the package triton is not installed") from None
     return triton
 
 

@@ -31,7 +31,7 @@ class ReferenceOutput(NamedTuple):
 
     loss: Tensor  # scalar, or [G] with reduction "none"
     losses: Tensor  # [G]; 0 for a group that does not count
-    rewards: Tensor  # [S] implicit rewards s_i, the margin already subtracted; 0 for a response without a scored token
+    rewards: Tensor  # [S] implicit rewards a_i (l_i - lref_i), without margin; 0 for a response without a scored token
     logps: Tensor  # [S] sums of token log-probabilities, in nats
     lengths: Tensor | None  # [S] scored tokens, int64; None where the caller gave none
     targets: Tensor  # [S] t_i in reward units; 0 for a response without a scored token
@@ -273,6 +273,7 @@ def _loss(
     implicit = [zero] * len(logps)
     targets = [zero.detach()] * len(logps)
     weights = [1.0] * len(logps)
+    margins = [0.0] * len(logps)
     chosen: list[int | None] = []
     kept: list[list[int]] = []
     for group in groups:
@@ -283,8 +284,10 @@ def _loss(
         chosen.append(_chosen(targets, group, members, has_own_target))
         for i in members:
             a = objective.beta / n[i] if objective.average else objective.beta
-            implicit[i] = a * ratios[i] - (objective.margin if i == chosen[-1] else 0.0)
-    s, t = _stack(implicit, logps), _stack(targets, logps)
+            implicit[i] = a * ratios[i]
+            margins[i] = objective.margin if i == chosen[-1] else 0.0
+    implicit, t = _stack(implicit, logps), _stack(targets, logps)
+    s = implicit - logps.new_tensor(margins)
 
     # A group counts if enough of its responses remain to be compared.
     counted = []
@@ -321,7 +324,7 @@ def _loss(
         loss = losses.sum()
     else:
         loss = losses.sum() / max(sum(counted), 1)
-    return ReferenceOutput(loss, losses, s, logps, lengths, t)
+    return ReferenceOutput(loss, losses, implicit, logps, lengths, t)
 
 
 # ---- targets -------------------------------------------------------------------------------------------------------

@@ -568,13 +568,13 @@ def test_a_flag_that_is_no_flag_is_named(name):
 
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance):
-    objective_refuses("`target` must be a finite number, got inf", distance=distance, target=INF)
+    objective_refuses("`target` must be a finite number >= 0, got inf", distance=distance, target=INF)
 
 
 @pytest.mark.parametrize(
     "message, arguments",
     [
-        ("`target` must be a number, got nan", {"target": NAN}),
+        ("`target` must be a number >= 0, got nan", {"target": NAN}),
         (
             "target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', got 'backward_kl' with 'listwise'",
             {"target": "softmax"},
@@ -584,7 +584,7 @@ def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance
             "'listwise', target 'rewards'",
             {"label": 0.5, "distance": "squared"},
         ),
-        ("`label` outside [0, 1] has no KL divergence, got 2.0; pass cross_entropy=True", {"label": 2.0}),
+        ("`label` above 1 has no KL divergence, got 2.0; pass cross_entropy=True", {"label": 2.0}),
         (
             "`cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target || policy)), got distance "
             "'forward_kl'",
@@ -609,10 +609,10 @@ def test_presets_refuse_a_beta_that_is_not_positive(preset, beta):
 @pytest.mark.parametrize(
     "preset, arguments, message",
     [
-        ("dpo", {"label_smoothing": 1}, "`label_smoothing` must be a finite number >= 0 and < 1, got 1"),
-        ("dpo", {"label_smoothing": -0.1}, "`label_smoothing` must be a finite number >= 0 and < 1, got -0.1"),
+        ("dpo", {"label_smoothing": 1}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got 1"),
+        ("dpo", {"label_smoothing": -0.1}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got -0.1"),
         ("robust_dpo", {"label_smoothing": 0.5}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got 0.5"),
-        ("exo", {"label_smoothing": 0}, "`label_smoothing` must be a finite number > 0 and < 1, got 0"),
+        ("exo", {"label_smoothing": 0}, "`label_smoothing` must be a finite number > 0 and < 0.5, got 0"),
         ("ipo", {"tau": 0}, "`tau` must be a finite number > 0, got 0"),
         ("ipo", {"tau": -1}, "`tau` must be a finite number > 0, got -1"),
         ("rebel", {"eta": 0}, "`eta` must be a finite number > 0, got 0"),

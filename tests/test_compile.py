@@ -25,6 +25,9 @@ TARGETS = {
 }
 IN_FULL = "sm_90"  # every variant; the other chips get those that need the fewest and the most registers
 V = 151_936
+# The group pass is one program, whose occupancy is worth nothing; but ptxas trades registers for it, and keeps up to sixteen of
+# a thread's in local memory. A kernel that is short of registers spills hundreds of bytes.
+SOME_REGISTERS = 64
 FAMILY = list(itertools.product(("squared", "backward_kl", "forward_kl"), ("listwise", "pairwise", "pointwise")))
 EVERYTHING = {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "tokens"}
 
@@ -41,24 +44,30 @@ def launch_vocabulary(dtype, softcap, entropy, V=V):
     options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0 if softcap else 0.0, "ignore_index": -100}
     vocabulary_forward(logits, labels, entropy=entropy, **options)
     entropies = meta(3) if entropy else None
-    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), entropies=entropies, entropy_coef=entropies, upstream=meta(),
-                        out=logits, **options)  # fmt: skip
+    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), entropies=entropies, entropy_coef=entropies,
+                        upstream=meta(), out=logits, **options)  # fmt: skip
 
 
 def launch_group_pass(objective, *, tokens=512, packed=False, K=2, per_token=True):
     """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for ragged groups."""
     from rpo_kernels.kernels.preference import preference_forward
 
-    S, int32 = 256, torch.int32
-    N = S * max(tokens, 1)
+    S, N = 256, 256 * max(tokens, 1)
+    offsets = meta(S + 1, dtype=torch.int32)
     R = 0 if objective.reference == "none" else 1 if objective.reference == "single" else 3
     preference_forward(
         meta(N), objective, labels=meta(N, dtype=torch.int64) if tokens else None, ignore_index=-100, sequences=S,
-        group_size=K or 2, lengths=None if tokens else meta(S, dtype=int32), cu_seqlens=meta(S + 1, dtype=int32) if packed else None,
-        cu_groups=None if K else meta(101, dtype=int32), ref_logps=meta(R, N if per_token else S) if R else None,
+        group_size=K or 2, lengths=None if tokens else offsets[1:], cu_seqlens=offsets if packed else None,
+        cu_groups=None if K else offsets[:101], ref_logps=meta(R, N if per_token else S) if R else None,
         ref_per_token=per_token and R > 0, ref_weights=meta(R, S // K if K else 100) if R > 1 else None,
         rewards=meta(S) if objective.uses_rewards else None, normalizer=meta() if packed else None, sft_share=None, mean=True,
     )  # fmt: skip
+
+
+def launch_scale(dtype):
+    from rpo_kernels.kernels.scaling import scale
+
+    scale(meta(V, 4096, dtype=dtype), meta())
 
 
 def variants(full):
@@ -68,6 +77,7 @@ def variants(full):
         if full or softcap == entropy:
             name = f"vocabulary {str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}"
             yield name, lambda a=(dtype, softcap, entropy): launch_vocabulary(*a)
+    yield "scale", lambda: launch_scale(torch.bfloat16)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
     group_passes = {"rows harmonic": (harmonic, {})}
     if full:
@@ -120,17 +130,23 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-m", "tests.test_compile", name], cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_compile", name], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, starved, odd = json.loads(done.stdout.splitlines()[-1])
-    assert starved["local_bytes"] > 0 and starved.get("spill_instructions", 1) > 0, starved
+    assert starved["local_bytes"] > SOME_REGISTERS, starved
     assert [access[:2] for access in odd["accesses"]] == [["load", 2]], odd
-    assert len(rows) == (12 * 2 + 14 if name == IN_FULL else 4 * 2 + 1)
-    assert [row for row in rows if row["local_bytes"] or row.get("spill_instructions")] == []
+    assert len(rows) == (12 * 2 + 1 + 14 if name == IN_FULL else 4 * 2 + 1 + 1)
     for row in rows:
-        if "vocabulary" in row["name"]:
+        if "group pass" not in row["name"]:
             moves = [["load", 16]] if "forward" in row["name"] else [["load", 16], ["store", 16]]
             assert [access[:2] for access in row["accesses"]] == moves, row
+            assert row["local_bytes"] == 0, row
+        else:
+            assert row["local_bytes"] <= SOME_REGISTERS, row
+    for row in [*rows, starved]:  # what the tool calls stack is what the code does
+        assert bool(row.get("spill_instructions", row["local_bytes"])) == bool(row["local_bytes"]), row
 
 
 if __name__ == "__main__":

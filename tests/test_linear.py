@@ -14,7 +14,7 @@ from rpo_kernels import (
     reference,
     rpo_loss,
 )
-from rpo_kernels.ops.linear_rpo_loss import pack_groups
+from rpo_kernels.ops.units import pack_groups
 
 from .helpers import HAS_GPU, kernel_dtypes, worst
 from .test_preference import OBJECTIVES, batch, in_float64
@@ -44,8 +44,9 @@ def test_every_objective_equals_the_reference_whatever_the_workspace(objective, 
     leaves = [x.requires_grad_() for x in head(logits, device)]
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     options = {"softcap": 20.0, "temperature": 1.3}
+    rewards64 = None if rewards is None else rewards.double()
     truth = reference.linear_rpo_loss(
-        *doubles[:2], labels, None if rewards is None else rewards.double(), objective, bias=doubles[2], **in_float64(kwargs), **options
+        *doubles[:2], labels, rewards64, objective, bias=doubles[2], **in_float64(kwargs), **options
     )
     truth.loss.backward()
     ours = linear_rpo_loss(
@@ -284,7 +285,8 @@ def test_an_empty_batch_one_token_and_nothing_scored(shape, backend, device):
 def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, device):
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     labels = torch.full((4, 3), -100, device=device)
-    out = linear_rpo_loss(hidden, weight, labels, None, RPOObjective.dpo(), ref_logps=torch.zeros(4, device=device), backend=backend)
+    ref_logps = torch.zeros(4, device=device)
+    out = linear_rpo_loss(hidden, weight, labels, None, RPOObjective.dpo(), ref_logps=ref_logps, backend=backend)
     out.loss.backward()
     assert out.loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 

@@ -153,7 +153,7 @@ def nemo(b, beta, eta, form):  # the pairwise RPO losses of NeMo-Aligner
 CASES = {
     "dpo": Case(RPOObjective.dpo(0.1), lambda b: dpo(b, 0.1)),
     "dpo, label smoothing": Case(RPOObjective.dpo(0.2, 0.1), lambda b: cdpo(b, 0.2, 0.1)),
-    "dpo, most labels wrong": Case(RPOObjective.dpo(0.2, 0.8), lambda b: cdpo(b, 0.2, 0.8)),
+    "dpo, hardly better than chance": Case(RPOObjective.dpo(0.2, 0.4), lambda b: cdpo(b, 0.2, 0.4)),
     "robust_dpo": Case(RPOObjective.robust_dpo(0.1, 0.1), lambda b: robust_dpo(b, 0.1, 0.1)),
     "ipo": Case(RPOObjective.ipo(0.1), lambda b: ipo(b, 0.1)),
     "ipo, average": Case(RPOObjective.ipo(0.3, average=True), lambda b: ipo_average(b, 0.3)),

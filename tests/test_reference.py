@@ -472,8 +472,8 @@ def test_only_the_backward_divergence_takes_an_infinite_target():
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise"])
 def test_a_label_is_the_probability_that_the_first_response_wins(comparison):
     logps, ref_logps, _ = batch(responses=6)
-    for q in (0.0, 0.3, 1.0):
-        tau = INF if q == 1 else -INF if q == 0 else math.log(q / (1 - q))
+    for q in (0.5, 0.7, 1.0):
+        tau = INF if q == 1 else math.log(q / (1 - q))
         outs = [
             preference_loss(logps, None, RPOObjective(comparison=comparison, **how), ref_logps=ref_logps)
             for how in ({"label": q}, {"target": tau})
@@ -498,12 +498,17 @@ def test_a_numeric_target_sets_the_first_response_against_the_others():
 def test_the_chosen_response_has_the_largest_target_and_the_first_wins_a_tie():
     logps, _, _ = batch(responses=6)
     rewards = torch.tensor([1.0, 4.0, 4.0, 0.0, 0.0, -1.0])
-    objective = RPOObjective(beta=1.0, margin=0.5, reference="none")
-    out = preference_loss(logps, rewards, objective, group_size=3)
-    close(logps - out.rewards, [0.0, 0.5, 0.0, 0.5, 0.0, 0.0])
-    without = RPOObjective("squared", beta=1.0, margin=0.5, target=-1.0, reference="none")
-    out = preference_loss(logps, None, without, group_size=3)
-    close(logps - out.rewards, [0.5, 0.0, 0.0, 0.5, 0.0, 0.0])
+    for objective, r, chosen in [
+        ({}, rewards, [1, 3]),
+        ({"distance": "squared", "target": 1.0}, None, [0, 3]),
+    ]:
+        with_margin = RPOObjective(**objective, beta=1.0, margin=0.5, reference="none")
+        without = RPOObjective(**objective, beta=1.0, reference="none")
+        shifted = logps.detach().clone()
+        shifted[chosen] -= 0.5
+        out = preference_loss(logps, r, with_margin, group_size=3)
+        close(out.losses, preference_loss(shifted, r, without, group_size=3).losses)
+        close(out.rewards, logps)  # what the policy earns, whatever lead it is asked for
 
 
 # ---- the negative log-likelihood of the chosen, reductions -----------------------------------------------------------

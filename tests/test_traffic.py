@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from rpo_kernels.kernels.preference import preference_forward
+from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.vocabulary import _row_offset, vocabulary_backward, vocabulary_forward
 from rpo_kernels.traffic import ledger
 
@@ -81,9 +82,10 @@ def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(
     logits, labels = memory(layout, V), some_labels(V)
     scored = labels != -100
     for entropy, inplace in itertools.product((False, True), (False, True)):
-        x = (logits.clone() if inplace else logits).requires_grad_()
+        leaf = (logits.clone() if inplace else logits).requires_grad_()
+        x = leaf * 1 if inplace else leaf
         with ledger() as launches:
-            logps, entropies = token_logps_and_entropy(x * 1 if inplace else x, labels, inplace_backward=inplace, backend="triton")
+            logps, entropies = token_logps_and_entropy(x, labels, inplace_backward=inplace, backend="triton")
             ((logps + entropies).sum() if entropy else logps.sum()).backward()
         forward, backward = launches
         assert clean(forward) and clean(backward)
@@ -115,8 +117,8 @@ def test_labels_outside_the_vocabulary_reach_no_memory():
     labels = torch.tensor([V, -1, 2**40, -(2**62), V - 1, 0])
     with ledger() as launches:
         logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
-        vocabulary_backward(logits, labels, logps, lse, torch.ones(6), entropies=None, entropy_coef=None, upstream=None, **PLAIN,
-                            out=torch.empty(1, 6, V))  # fmt: skip
+        vocabulary_backward(logits, labels, logps, lse, torch.ones(6), entropies=None, entropy_coef=None, upstream=None,
+                            out=torch.empty(1, 6, V), **PLAIN)  # fmt: skip
     assert logps.isnan().tolist() == [True] * 4 + [False] * 2
     assert launches[0].loads["logits"].sum() == 6 * V + 2
     assert all(map(clean, launches))
@@ -152,7 +154,7 @@ def test_the_group_pass_reads_log_probs_and_references_once_and_labels_twice_and
     logps, labels, offsets = group_batch(packed)
     scored = (labels != -100).flatten().numpy()
     N = scored.size
-    for objective in (RPOObjective("squared"), RPOObjective("forward_kl", average=True, sft_weight=0.1, sft_normalizer="tokens")):
+    for objective in (RPOObjective("squared"), RPOObjective(average=True, sft_weight=0.1, sft_normalizer="tokens")):
         _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True)
         assert clean(launch)
         assert (launch.loads["logps"] == scored).all() and (launch.loads["ref_logps"][0] == scored).all()
@@ -227,6 +229,17 @@ def test_ragged_groups_with_gaps_stay_within_their_tensors():
                                      cu_groups=torch.tensor(offsets, dtype=torch.int32))  # fmt: skip
             assert clean(launch)
             assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and out[0].isfinite()
+
+
+def test_scaling_by_one_touches_nothing_and_otherwise_each_element_once():
+    x, one, two = torch.randn(5000), torch.tensor(1.0), torch.tensor(2.0)
+    with ledger() as launches:
+        scale(x, one)
+        scale(x, two)
+    by_one, by_two = launches
+    assert by_one.loads["x"].sum() == by_one.stores["x"].sum() == 0
+    assert once(by_two.loads["x"]) and once(by_two.stores["x"])
+    assert clean(by_one) and clean(by_two)
 
 
 # ---- launches -----------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_the_gradient_may_take_the_place_of_the_logits(backend, device):
         leaf = x.clone().requires_grad_()
         logits = leaf * 1
         seen = []
-        logits.register_hook(lambda g: seen.append(g.data_ptr()))
+        logits.register_hook(lambda g, seen=seen: seen.append(g.data_ptr()))
         token_logps(logits, labels, inplace_backward=True, backend=backend).sum().backward()
         assert torch.equal(leaf.grad, expected.grad)
         assert seen == [logits.data_ptr()]

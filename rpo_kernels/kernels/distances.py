@@ -5,7 +5,12 @@ import triton.language as tl
 
 from .primitives import exp_minus_1_minus, expm1, softplus
 
+# Codes of an objective's options.
 SQUARED, BACKWARD_KL, FORWARD_KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+LISTWISE, PAIRWISE, POINTWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+REWARDS, GAP, LABEL, SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SUM, MEAN, TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SEQUENCE_REF, TOKEN_REF = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit

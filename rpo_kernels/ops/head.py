@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, gemm
+from .. import gemm
 from ..backend import engine
 
 GPU_WORKSPACE = 1 << 30
@@ -100,8 +100,8 @@ class Chunks(NamedTuple):
     @staticmethod
     def capacity(options: Options, V: int) -> int:
         """Rows whose logits and dlogits fit the workspace together."""
-        in_place = options.logits_dtype == options.compute_dtype
-        return options.workspace_bytes // (V * (options.logits_dtype.itemsize + (0 if in_place else options.compute_dtype.itemsize)))
+        logit, dlogit = options.logits_dtype, options.compute_dtype
+        return options.workspace_bytes // (V * (logit.itemsize + (0 if logit == dlogit else dlogit.itemsize)))
 
 
 class Gradients:
@@ -176,53 +176,3 @@ class Scored(NamedTuple):
         if index.shape[0] == labels.shape[0]:
             return Scored(index, hidden.to(options.compute_dtype), labels)
         return Scored(index, hidden[index].to(options.compute_dtype), labels[index])
-
-
-def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias")) -> None:
-    """Shapes, dtypes and devices of a linear head; dtypes may differ under autocast alone."""
-    h, w, b = names
-    for name, x in ((h, hidden), (w, weight)):
-        checks.check_tensor(op, name, x)
-        checks.check_float(op, name, x)
-    if weight.dim() != 2 or not weight.shape[0]:
-        raise ValueError(f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got {checks.shape_of(weight)}")
-    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
-        hint = f"; did you mean `{w}.t()`?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
-        raise ValueError(
-            f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` {checks.shape_of(weight)}; "
-            f"got {checks.shape_of(hidden)}{hint}"
-        )
-    checks.check_labels(op, labels, hidden, h, ignore_index)
-    checks.check_device(op, hidden.device, **{w: weight, "labels": labels})
-    if bias is not None:
-        checks.check_tensor(op, b, bias)
-        checks.check_float(op, b, bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
-        checks.check_device(op, hidden.device, **{b: bias})
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(
-            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}"
-        )
-
-
-def options_of(
-    op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend
-) -> tuple:
-    """The fields of :class:`Options`, in types that an operator takes."""
-    checks.check_transform(op, temperature, logit_scale, softcap)
-    checks.check_backend(op, backend)
-    kind = hidden.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
-    if logits_dtype not in (torch.float32, compute):
-        raise ValueError(f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got {logits_dtype}")
-    if workspace_bytes is None:
-        workspace_bytes = CPU_WORKSPACE if kind == "cpu" else GPU_WORKSPACE
-    elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
-        raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
-    elif workspace_bytes <= 0:
-        raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
-    return (
-        float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
-    )  # fmt: skip

@@ -40,6 +40,5 @@ def shift_labels(
     labels = torch.full_like(input_ids, ignore_index)
     labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
     if cu_seqlens is not None:
-        last = cu_seqlens[1:].long() - 1
-        labels[last[last >= 0]] = ignore_index
+        labels[cu_seqlens[1:].long() - 1] = ignore_index  # -1, of an empty first sequence, is a last token too
     return labels

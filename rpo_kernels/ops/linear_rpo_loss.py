@@ -7,9 +7,8 @@ forward, group pass, vocabulary backward in place, and the two gradient GEMMs, b
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ from torch import Tensor
 from .. import checks
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Options, Scored, check_linear, options_of
+from .head import Chunks, Gradients, Head, Options, Scored
+from .linear_checks import check_counts, check_linear, check_live_reference, options_of
 from .linear_token_logps import linear_token_logps
 from .output import RPOOutput
 from .preference import Segments, group_pass, output, preference_loss, prepare, sequence_logps
 from .scaling import scale_
+from .units import Unit, pack_groups
 
 
 def linear_rpo_loss(
@@ -88,8 +89,8 @@ def linear_rpo_loss(
     check_linear(op, hidden, weight, bias, labels, ignore_index)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
     S = Segments.of(op, "labels", labels, cu_seqlens).sequences
-    counts = _check_counts(op, counts, S)
-    live_reference = _check_live_reference(
+    counts = check_counts(op, counts, S)
+    live_reference = check_live_reference(
         op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias
     )
     placeholder = hidden.new_zeros(S, dtype=torch.float32) if ref_hidden is not None else ref_logps
@@ -108,39 +109,6 @@ def linear_rpo_loss(
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
-def _check_counts(op: str, counts: object, S: int) -> list[int] | None:
-    if counts is None:
-        return None
-    if isinstance(counts, Tensor) or not isinstance(counts, Sequence) or not all(type(n) is int for n in counts):
-        raise TypeError(f"{op}: `counts` must be a sequence of ints on the host, got {type(counts).__name__}")
-    if len(counts) != S or min(counts) < 0:
-        raise ValueError(f"{op}: `counts` must be one number >= 0 per sequence, S = {S}; got {list(counts)[:16]}")
-    return list(counts)
-
-
-def _check_live_reference(op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias):
-    """(ref_hidden, ref_weight, ref_bias), the head filled in from the policy's."""
-    if ref_hidden is None:
-        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if x is not None:
-                raise ValueError(f"{op}: `{name}` belongs to `ref_hidden`, which is None")
-        return None, None, None
-    if ref_logps is not None:
-        raise ValueError(f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them")
-    if objective.reference != "single":
-        raise ValueError(f"{op}: `ref_hidden` is one reference, got an objective with reference={objective.reference!r}")
-    if ref_weight is None:
-        ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, ("ref_hidden", "ref_weight", "ref_bias"))
-    checks.check_constant(op, "ref_hidden", ref_hidden)
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
-    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
-    checks.check_device(op, hidden.device, ref_hidden=ref_hidden)
-    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
-
-
 def _composed(hidden, weight, labels, rewards, objective, bias, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens,
               ignore_index, counts, options) -> RPOOutput:  # fmt: skip
     """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
@@ -151,48 +119,17 @@ def _composed(hidden, weight, labels, rewards, objective, bias, ref_logps, live,
         with torch.no_grad():
             ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)
     scored = (labels != ignore_index).double()
-    segments = Segments("", cu_seqlens) if cu_seqlens is not None else Segments(labels.shape[0], None)
-    lengths = segments.sum(scored).int()
+    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    lengths = Segments(S, cu_seqlens).sum(scored).int()
     per_token = ref_logps is not None and ref_logps.shape[-labels.dim() :] == labels.shape
-    if per_token:  # the difference of tokens is summed; the group pass then sees no reference but a policy of log-ratios
-        ref_logps = torch.stack([sequence_logps(r, cu_seqlens=cu_seqlens, labels=labels) for r in ref_logps.view(-1, *labels.shape)])
+    if per_token:
+        references = ref_logps.reshape(-1, *labels.shape)
+        ref_logps = torch.stack([sequence_logps(r, cu_seqlens=cu_seqlens, labels=labels) for r in references])
         ref_logps = ref_logps if objective.reference in ("harmonic", "geometric") else ref_logps[0]
     return preference_loss(
         sequence_logps(logps, cu_seqlens=cu_seqlens), rewards, objective, ref_logps=ref_logps, ref_weights=ref_weights,
         lengths=lengths, group_size=group_size, cu_groups=cu_groups, reduction="none", backend=options["backend"],
     )  # fmt: skip
-
-
-class Unit(NamedTuple):
-    """Neighbouring groups whose tokens are worked off together."""
-
-    groups: slice
-    sequences: slice
-    tokens: slice
-
-    @property
-    def size(self) -> int:
-        return self.tokens.stop - self.tokens.start
-
-
-def pack_groups(counts: list[int], bounds: list[int], rows: int) -> list[Unit]:
-    """Whole groups in units of at most ``rows`` tokens; a larger group is a unit of its own.
-
-    ``counts`` are the scored tokens of each sequence, ``bounds`` ``[G+1]`` the groups' boundaries among the sequences.
-    """
-    token = [0, *itertools.accumulate(counts)]
-    starts, held = [0], 0
-    for g, (a, b) in enumerate(itertools.pairwise(bounds)):
-        size = token[b] - token[a]
-        if held and size and held + size > rows:  # groups without tokens never make a unit
-            starts.append(g)
-            held = 0
-        held += size
-    units = []
-    for first, last in itertools.pairwise([*starts, len(bounds) - 1]):
-        a, b = bounds[first], bounds[last]
-        units.append(Unit(slice(first, last), slice(a, b), slice(token[a], token[b])))
-    return units
 
 
 @torch.library.custom_op("rpo_kernels::linear_rpo_loss", mutates_args=())
@@ -250,7 +187,8 @@ def _forward_op(
         bounds = bounds or cu_groups.tolist()
         lengths = torch.tensor(counts, dtype=torch.int32, device=device)
         if device.type == "cpu" and not torch.equal(lengths, true_lengths):
-            raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true_lengths.tolist()[:16]}; got {counts[:16]}")
+            true = true_lengths.tolist()[:16]
+            raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true}; got {counts[:16]}")
     n = sum(counts)
     rows = Scored.of(hidden, labels, options, n)
     ref_rows = None if ref_hidden is None else Scored.of(ref_hidden, labels, options, n)
@@ -330,8 +268,6 @@ def _forward_op(
 
 def _dry(objective: RPOObjective) -> RPOObjective:
     """The objective without a reference: same targets, same groups counted."""
-    from dataclasses import replace
-
     return replace(objective, reference="none")
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import checks
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Options, Scored, check_linear, options_of
+from .head import Chunks, Gradients, Head, Options, Scored
+from .linear_checks import check_count, check_linear, options_of
 
 
 def linear_token_logps(
@@ -85,15 +86,6 @@ def _run(op, hidden, weight, labels, bias, count, entropy, temperature, logit_sc
     keep = _what_to_keep(labels.numel(), weight.shape[0], needs, entropy, Options(*options))
     logps, entropies, *_ = _forward_op(hidden, weight, bias, labels, count, entropy, keep, *options)
     return logps, entropies
-
-
-def check_count(op: str, count: object, total: int) -> None:
-    if count is None:
-        return
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{op}: `count` must be an int, got {count!r}")
-    if not 0 <= count <= total:
-        raise ValueError(f"{op}: `count` must lie between 0 and the number of positions, {total}; got {count}")
 
 
 def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Options) -> str:

@@ -14,7 +14,7 @@ class RPOOutput(NamedTuple):
     Attributes:
         loss: scalar, or ``[G]`` with ``reduction="none"``.
         losses: ``[G]``, of each group; 0 for a group with nothing to compare.
-        rewards: ``[S]``, implicit rewards s_i, in reward units; 0 for a sequence without scored tokens.
+        rewards: ``[S]``, implicit rewards a_i (l_i - lref_i), in reward units, without margin; 0 where nothing is scored.
         logps: ``[S]``, log-probabilities of the sequences (sums, in nats).
         lengths: ``[S]`` int32, scored tokens; None where the caller gave none.
         targets: ``[S]``, target rewards t_i.

@@ -181,8 +181,8 @@ def group_pass(
     objective = RPOObjective.from_spec(spec)
     return engine(op, backend, logps.device, "preference").preference_forward(
         logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_per_token=ref_per_token, ref_weights=ref_weights, rewards=rewards,
-        normalizer=normalizer, sft_share=sft_share, mean=mean,
+        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_per_token=ref_per_token, ref_weights=ref_weights,
+        rewards=rewards, normalizer=normalizer, sft_share=sft_share, mean=mean,
     )  # fmt: skip
 
 
@@ -196,7 +196,7 @@ def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.d
     sequence = torch.arange(S, device=device, dtype=torch.int32)
     if cu_groups is None:
         return sequence // group_size
-    return torch.searchsorted(cu_groups[1:], sequence, right=True)
+    return torch.searchsorted(cu_groups[1:-1], sequence, right=True)
 
 
 @torch.library.custom_op("rpo_kernels::preference_loss", mutates_args=())

@@ -128,7 +128,7 @@ def _backward(ctx, dloss, dlosses, *_):
         if cu_seqlens is None:
             sequence = token // max(labels.shape[-1], 1)
         else:
-            sequence = torch.searchsorted(cu_seqlens[1:], token, right=True)
+            sequence = torch.searchsorted(cu_seqlens[1:-1], token, right=True)
         S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         coef = coef * dlosses[groups_of(S, ctx.group_size, cu_groups, coef.device)][sequence]
         upstream = None

@@ -172,8 +172,9 @@ def dlogits_of(inplace: bool, logits: Tensor, *args) -> Tensor:
 
 
 def _backward_into(
-    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale, softcap, ignore_index, backend
-) -> None:
+    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale, softcap, ignore_index,
+    backend,
+) -> None:  # fmt: skip
     op = "vocabulary_backward"
     flat = [None if x is None else x.reshape(-1) for x in (entropies, entropy_coef)]
     engine(op, backend, logits.device, "vocabulary").vocabulary_backward(

@@ -68,8 +68,8 @@ def preference_forward(
     present = present & (lengths[members.clamp(min=0)] > 0)
     sg, tg = s[members.clamp(min=0)], t[members.clamp(min=0)]
     chosen, counted = _roles(tg, present, objective)
-    sg = sg - objective.margin * F.one_hot(chosen, sg.shape[1])
-    losses, slopes, tg = _distance(sg, tg, present, objective)
+    margin = objective.margin * F.one_hot(chosen, sg.shape[1])
+    losses, slopes, tg = _distance(sg - margin, tg, present, objective)
     live = counted[:, None] & present
     losses = torch.where(counted, objective.scale * losses, 0)
     slopes = torch.where(live, objective.scale * slopes, 0)

@@ -1,0 +1,103 @@
+"""Checks of what the linear operations take beyond the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from .head import CPU_WORKSPACE, GPU_WORKSPACE
+
+
+def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias")) -> None:
+    """Shapes, dtypes and devices of a linear head; dtypes may differ under autocast alone."""
+    h, w, b = names
+    for name, x in ((h, hidden), (w, weight)):
+        checks.check_tensor(op, name, x)
+        checks.check_float(op, name, x)
+    if weight.dim() != 2 or not weight.shape[0]:
+        raise ValueError(f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got {checks.shape_of(weight)}")
+    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
+        hint = f"; did you mean `{w}.t()`?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` {checks.shape_of(weight)}; "
+            f"got {checks.shape_of(hidden)}{hint}"
+        )
+    checks.check_labels(op, labels, hidden, h, ignore_index)
+    checks.check_device(op, hidden.device, **{w: weight, "labels": labels})
+    if bias is not None:
+        checks.check_tensor(op, b, bias)
+        checks.check_float(op, b, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
+        checks.check_device(op, hidden.device, **{b: bias})
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}"
+        )
+
+
+def options_of(
+    op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend
+) -> tuple:
+    """The fields of :class:`Options`, in types that an operator takes."""
+    checks.check_transform(op, temperature, logit_scale, softcap)
+    checks.check_backend(op, backend)
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
+    if logits_dtype not in (torch.float32, compute):
+        raise ValueError(f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got {logits_dtype}")
+    if workspace_bytes is None:
+        workspace_bytes = CPU_WORKSPACE if kind == "cpu" else GPU_WORKSPACE
+    elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
+    elif workspace_bytes <= 0:
+        raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
+    return (
+        float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
+    )  # fmt: skip
+
+
+def check_count(op: str, count: object, total: int) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{op}: `count` must be an int, got {count!r}")
+    if not 0 <= count <= total:
+        raise ValueError(f"{op}: `count` must lie between 0 and the number of positions, {total}; got {count}")
+
+
+def check_counts(op: str, counts: object, S: int) -> list[int] | None:
+    if counts is None:
+        return None
+    if isinstance(counts, Tensor) or not isinstance(counts, Sequence) or not all(type(n) is int for n in counts):
+        raise TypeError(f"{op}: `counts` must be a sequence of ints on the host, got {type(counts).__name__}")
+    if len(counts) != S or min(counts) < 0:
+        raise ValueError(f"{op}: `counts` must be one number >= 0 per sequence, S = {S}; got {list(counts)[:16]}")
+    return list(counts)
+
+
+def check_live_reference(op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias):
+    """(ref_hidden, ref_weight, ref_bias), the head filled in from the policy's."""
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{op}: `{name}` belongs to `ref_hidden`, which is None")
+        return None, None, None
+    if ref_logps is not None:
+        raise ValueError(f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them")
+    if objective.reference != "single":
+        raise ValueError(f"{op}: `ref_hidden` is one reference, got an objective with reference={objective.reference!r}")
+    if ref_weight is None:
+        ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, ("ref_hidden", "ref_weight", "ref_bias"))
+    checks.check_constant(op, "ref_hidden", ref_hidden)
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
+    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
+    checks.check_device(op, hidden.device, ref_hidden=ref_hidden)
+    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()

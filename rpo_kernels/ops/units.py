@@ -1,0 +1,38 @@
+"""Which groups are worked off together."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """Neighbouring groups whose tokens are worked off together."""
+
+    groups: slice
+    sequences: slice
+    tokens: slice
+
+    @property
+    def size(self) -> int:
+        return self.tokens.stop - self.tokens.start
+
+
+def pack_groups(counts: list[int], bounds: list[int], rows: int) -> list[Unit]:
+    """Whole groups in units of at most ``rows`` tokens; a larger group is a unit of its own.
+
+    ``counts`` are the scored tokens of each sequence, ``bounds`` ``[G+1]`` the groups' boundaries among the sequences.
+    """
+    token = [0, *itertools.accumulate(counts)]
+    starts, held = [0], 0
+    for g, (a, b) in enumerate(itertools.pairwise(bounds)):
+        size = token[b] - token[a]
+        if held and size and held + size > rows:  # groups without tokens never make a unit
+            starts.append(g)
+            held = 0
+        held += size
+    units = []
+    for first, last in itertools.pairwise([*starts, len(bounds) - 1]):
+        a, b = bounds[first], bounds[last]
+        units.append(Unit(slice(first, last), slice(a, b), slice(token[a], token[b])))
+    return units
