@@ -106,7 +106,7 @@ def main(name):
         code = launch.compile(target, **options)
         accesses = [[kind, width, n] for (kind, width), n in sorted(code.loop_accesses.items())]
         rows.append({"name": label, "registers": code.registers, "local_bytes": code.local_bytes, "accesses": accesses})
-        if target.backend == "cuda" and "rows harmonic" in label:
+        if name == IN_FULL and "rows harmonic" in label:
             rows[-1]["spill_instructions"] = len(re.findall(r"\b(?:LDL|STL)\b", code.asm["sass"]))
 
     heaviest = None

@@ -67,7 +67,7 @@ def errors(objective, logits, labels, cu_seqlens, rewards, backend):
     """Ours and PyTorch's: errors of log-probabilities, of the loss and, relative to its largest, of the gradient."""
     z, lengths = logits.double(), cu_seqlens.diff().long()
     logps64 = torch.stack([x.sum() for x in reference.token_logps(z, labels).split(lengths.tolist())]).requires_grad_()
-    ref = (logps64.detach() + 3 * torch.randn_like(logps64)).float()
+    ref = (logps64.detach() + 3 * torch.randn(len(lengths)).to(z)).float()
     truth = reference.preference_loss(logps64, rewards.double(), objective, ref_logps=ref.double(), reduction="sum").loss
     (coef,) = torch.autograd.grad(truth, logps64)
     grad64 = torch.zeros_like(z).scatter_(1, labels.long()[:, None], 1).sub_(z.softmax(-1))
@@ -92,14 +92,16 @@ def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend
     for distance in ours:
         for mine, other in zip(ours[distance], theirs[distance]):
             assert mine <= 1.5 * other, (distance, ours[distance], theirs[distance])
-        assert ours[distance][0] <= 1e-4  # nats per sequence; the gate is 1e-3, and 16-bit logits cost up to 0.37
+        # PyTorch's CPU log_softmax is off by 1e-3 nats per sequence here, so that its errors bound little.
+        assert ours[distance][0] <= 3e-5 and ours[distance][2] <= 5e-5, (distance, ours[distance])
 
 
-def test_token_log_probs_of_real_logits_are_as_good_as_pytorch(real, backend, device):
+def test_real_log_probs_keep_all_their_digits(real, backend, device):
+    """Of tokens with p > 0.99 too, a tenth of these: log p = -1e-4 from logsumexps of 20 has four digits."""
     logits, labels, _, _ = batch(real, [10], device)
     truth = reference.token_logps(logits.double(), labels)
-    theirs = logits.log_softmax(-1).gather(-1, labels.long()[:, None])[:, 0]
-    assert worst(token_logps(logits, labels, backend=backend), truth) <= 1.5 * worst(theirs, truth)
+    ours = token_logps(logits, labels, backend=backend)
+    assert float(((ours - truth) / truth).abs().max()) <= 2e-6
 
 
 def test_bf16_hidden_states_and_head_give_log_probs_within_a_thousandth_of_a_nat_per_sequence(real, device):
