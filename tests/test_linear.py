@@ -252,6 +252,18 @@ def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
         assert ours < 1e-4 < 1e-2 < rounded
 
 
+def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(backend, device):
+    """beta = 1e-5 over 4 groups: dlogits near 1e-9, below the smallest fp16 number."""
+    hidden = torch.randn(8, 3, 32, device=device).half().requires_grad_()
+    weight = torch.randn(50, 32, device=device).half().requires_grad_()
+    labels = torch.randint(0, 50, (8, 3), device=device)
+    objective, rewards = RPOObjective("squared", 1e-5, reference="none"), torch.randn(8, device=device)
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    (reference.linear_rpo_loss(h, w, labels, rewards, objective).loss * 65536).backward()
+    (linear_rpo_loss(hidden, weight, labels, rewards, objective, backend=backend).loss * 65536).backward()
+    assert relative(weight.grad, w.grad) < 2**-9 and relative(hidden.grad, h.grad) < 2**-9
+
+
 def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(device):
     hidden = torch.randn(6, 4, 8, device=device, requires_grad=True)
     weight = torch.randn(5, 8, device=device, requires_grad=True)

@@ -7,6 +7,7 @@ forward, group pass, vocabulary backward in place, and the two gradient GEMMs, b
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -223,6 +224,8 @@ def _forward_op(
     gradients = Gradients(head, flat_hidden, weight, (needs_hidden, needs_weight, needs_bias), chunks, n) if training else None
     scratch = head.buffer(0 if training and head.in_place else min(chunks.logits, n), logits_dtype)
     logps = torch.empty(n, dtype=torch.float32, device=device)
+    scale = gradient_scale(spec, len(sizes), compute_dtype)
+    unit_scale = None if scale == 1 else torch.full((), scale, device=device)
     outputs = []
     for unit in units:
         resident = training and unit.size <= chunks.logits
@@ -251,7 +254,7 @@ def _forward_op(
             elif not resident:
                 logits = head.logits(rows.hidden[part], scratch[:size])
             local = slice(part.start - unit.tokens.start, part.stop - unit.tokens.start)
-            head.backward(logits, y, logps[part], lse, coef[local], slot)
+            head.backward(logits, y, logps[part], lse, coef[local], slot, upstream=unit_scale)
             gradients.add(rows.index[part], rows.hidden[part], slot)
     loss, losses, by_sequence = (list(x) for x in zip(*outputs))
     dhidden, dweight, dbias = gradients.finish() if training else (None, None, None)
@@ -264,6 +267,16 @@ def _forward_op(
         dweight if needs_weight else hidden.new_empty(0),
         dbias.to(bias.dtype) if needs_bias else hidden.new_empty(0),
     )
+
+
+def gradient_scale(objective: RPOObjective, groups: int, dtype: torch.dtype) -> float:
+    """A power of two that brings the coefficients, about beta / groups, near 1 where fp16 would lose them.
+
+    A loss scaler acts too late: gradients are ready before its factor arrives.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return 2.0 ** max(-24, min(24, round(math.log2(groups / (objective.beta * objective.scale)))))
 
 
 def _dry(objective: RPOObjective) -> RPOObjective:
@@ -309,6 +322,8 @@ def _(hidden, weight, bias, labels, cu_seqlens, rh, rw, rb, rewards, rl, rws, cu
 def _setup_context(ctx, inputs, output):
     *_, ctx.backend, _, needs_hidden, needs_weight, needs_bias = inputs[:21]
     ctx.needs = (needs_hidden, needs_weight, needs_bias)
+    objective, compute_dtype = inputs[14], inputs[25]
+    ctx.scale = gradient_scale(RPOObjective.from_spec(objective), output[1].shape[0], compute_dtype)
     ctx.save_for_backward(*inputs[:3], *output[4:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -319,6 +334,8 @@ def _backward(ctx, dloss, *_):
     if dloss is None:
         return (None, None, None, *none)
     *sources, dhidden, dweight, dbias = ctx.saved_tensors
+    if ctx.scale != 1:
+        dloss = dloss / ctx.scale
     grads = []
     for grad, need in zip((dhidden, dweight, dbias), ctx.needs):
         if need:
