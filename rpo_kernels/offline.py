@@ -85,9 +85,7 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_w
     """
     triton = _triton()
     if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"compile_kernel: {kernel.__name__!r} is interpreted here; start a process without TRITON_INTERPRET=1"
-        )
+        raise RuntimeError(f"compile_kernel: {kernel.__name__!r} is interpreted here; start a process without TRITON_INTERPRET=1")
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
         kind, constant, aligned = _specialise(param, arguments[param.name])

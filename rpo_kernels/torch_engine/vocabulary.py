@@ -32,17 +32,17 @@ def vocabulary_forward(
     scratch = _scratch(logits, 2 if entropy else 1)
     for rows, chunk in _chunks(logits, labels != ignore_index):
         z, scale = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
-        lse[0, rows] = z.amax(1) / scale
-        log_p = torch.log_softmax(z, 1, out=scratch[0, : len(rows)])
-        lse[1, rows] = -log_p.amax(1)
         label = labels[rows]
         inside = (label >= 0) & (label < V)
         label = torch.where(inside, label, 0)[:, None].long()
+        lse[0, rows] = z.gather(1, label)[:, 0] / scale
+        log_p = torch.log_softmax(z, 1, out=scratch[0, : len(rows)])
         logp = torch.where(inside, log_p.gather(1, label)[:, 0], torch.nan)
         confident = (logp > -0.1).nonzero()[:, 0]
         if len(confident):
             logp[confident] = _from_the_others(log_p[confident], label[confident])
         logps[rows] = logp
+        lse[1, rows] = -logp
         if entropy:
             log_p.scatter_(1, label, logp[:, None]).clamp_(min=_FLOOR)
             p = torch.softmax(log_p, 1, out=scratch[1, : len(rows)])
