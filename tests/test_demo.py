@@ -30,7 +30,8 @@ WORDS = ["yes", "no", "red", "green", "blue", "one", "two", "?", "."]
 @pytest.fixture
 def tiny(monkeypatch):
     """A random Llama of a few thousand weights and a tokenizer of a few words, in place of any that would be loaded."""
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
 
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "<user>", "<bot>", *WORDS])}
     words = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
@@ -68,7 +69,8 @@ def tiny(monkeypatch):
         ("bullets", "- salt\n- rivers", "- salt\n-"),
         ("JSON", '{"answer": "salt"}', '{"answer": "salt"} Enjoy!'),
         ("JSON", '```json\n{"answer": ["salt"]}\n```', '{"answer": "salt", "why": "rivers"}'),
-        ("JSON", '{"answer": {}}', '["answer"]'),
+        ("JSON", '{"answer": {"because": 1}}', '["answer"]'),
+        ("JSON", '{"answer": 3}', '{"answer": "... "}'),
         ("title", "<<The Salty Sea>>\nIt is salty.", "<<Title>> The Salty Sea"),
         ("title", "My title: <<Salt>>", "<<>> <<..>> <Salt>"),
         ("question", "Is it the salt?", "It is the salt."),
@@ -152,7 +154,7 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
         (["--objective", "robust_dpo"], "compares pairs, got groups of 4 responses"),
         (["--device", "gpu"], "--device 'gpu': "),
         (["--data", "PAIRS", "--objective", "squared"], "has rows without scores"),
-        (["--data", "PAIRS"], "has 2 rows: --held-out 24 leaves none to train on"),
+        (["--data", "PAIRS"], "2 rows, --held-out 24 leaves none for training"),
     ],
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(arguments, message, tmp_path, monkeypatch, capsys):

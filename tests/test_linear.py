@@ -374,3 +374,22 @@ def test_bad_input_is_told_apart(change, error, message):
     } | change
     with pytest.raises(error, match=f"linear_rpo_loss: .*{message}"):
         linear_rpo_loss(**arguments)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "logits", "unit gradients"])
+def test_the_operators_keep_the_promises_of_torch_library(keep, device):
+    hidden, weight, bias = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    if keep == "unit gradients":
+        weight, bias = weight.detach(), None
+    labels = torch.randint(0, 5, (4, 3), device=device)
+    labels[0, 1] = -100
+    options = (1.0, 1.0, 0.0, -100, torch.float32, torch.float32, 1 << 20, "torch")
+    entropy = keep != "unit gradients"
+    torch.library.opcheck(torch.ops.rpo_kernels.linear_token_logps, (hidden, weight, bias, labels, None, entropy, keep, *options))
+    if keep == "nothing":
+        logps = torch.zeros(4, device=device)
+        arguments = (
+            hidden, weight, bias, labels, None, None, None, None, torch.randn(4, device=device), logps[None], None, None, None, 2,
+            RPOObjective().spec, True, "torch", None, True, True, True, *options[:-1],
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.rpo_kernels.linear_rpo_loss, arguments, test_utils=("test_schema", "test_faketensor"))

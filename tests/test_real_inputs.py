@@ -92,8 +92,9 @@ def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend
     for distance in ours:
         for mine, other in zip(ours[distance], theirs[distance]):
             assert mine <= 1.5 * other, (distance, ours[distance], theirs[distance])
-        # PyTorch's CPU log_softmax is off by 1e-3 nats per sequence here, so that its errors bound little.
-        assert ours[distance][0] <= 3e-5 and ours[distance][2] <= 5e-5, (distance, ours[distance])
+        # PyTorch's log_softmax is off by up to 1e-3 nats a sequence: that bounds little.
+        nats, relative = 3e-5, 1e-4
+        assert ours[distance][0] <= nats and ours[distance][2] <= relative, (distance, ours[distance])
 
 
 def test_real_log_probs_keep_all_their_digits(real, backend, device):

@@ -82,7 +82,7 @@ def _preference_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Cost: logps, labels and references read once (lp again per further reference), coefficients written once."""
+    """Cost: logps and each reference read once (logps again per further reference), labels once more than that."""
     broken = sum_sequences(
         logps_ptr, labels_ptr, lengths_in_ptr, cu_seqlens_ptr, cu_groups_ptr, ref_logps_ptr, ref_weights_ptr, sequence_ptr,
         lengths_ptr, scratch_ptr, N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index, beta,

@@ -66,12 +66,16 @@ def compare_responses(
 ):
     """Phase 2: responses i against their partners j: share of the loss, dL/ds_i, role. Returns how many groups are unusable."""
     broken = 0
+    if RAGGED:  # counted by group: no sequence may belong to a broken one
+        for g0 in range(0, G, BLOCK_I):
+            g = g0 + tl.arange(0, BLOCK_I)
+            first, last, bad = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, g < G)
+            broken += tl.sum(bad.to(tl.int32), axis=0)
     for i0 in range(0, S, BLOCK_I):
         i = i0 + tl.arange(0, BLOCK_I)
         live = i < S
         g = group_of(i, cu_groups_ptr, G, K, group_steps, RAGGED)
-        first, last, bad = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, live & (g < G))
-        broken += tl.sum((bad & (i == first)).to(tl.int32), axis=0)
+        first, last, _ = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, live & (g < G))
         members = tl.max(last - first, axis=0)
         ti = _target(i, first, rewards_ptr, eta, target, live, TARGET)
         ni = tl.load(lengths_ptr + i, mask=live, other=0)

@@ -10,7 +10,7 @@ _BLOCK = 4096
 _PROGRAMS = 1024  # several per multiprocessor; a program that has nothing to do costs nanoseconds
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _scale_kernel(
     x_ptr,  # inout [size] any float
     factor_ptr,  # in    [] fp32

@@ -1,7 +1,8 @@
 """The vocabulary pass in PyTorch: the engine for CPUs, same signatures and results as ``kernels.vocabulary``.
 
 Rows are worked off in chunks that stay in the cache: one chunk of fp32 logits is all that exists beside input and gradient.
-The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and sum one after the other.
+The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and sum one after the other; it sums a row
+naively in fp32, so long rows go through it in blocks whose sums are put together in float64.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-_FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
 CHUNK_BYTES = 8 << 20  # of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
+_FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
 
 
 def vocabulary_forward(
@@ -24,38 +25,37 @@ def vocabulary_forward(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as (peak, rest) and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as peak + rest, and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
     V, N, device = logits.shape[2], labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros(N if entropy else 0, dtype=torch.float32, device=device)
     scratch = _scratch(logits, 2 if entropy else 1)
     for rows, chunk in _chunks(logits, labels != ignore_index):
-        z, scale = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
+        z = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
         label = labels[rows]
         inside = (label >= 0) & (label < V)
         label = torch.where(inside, label, 0)[:, None].long()
-        lse[0, rows] = z.gather(1, label)[:, 0] / scale
-        log_p = torch.log_softmax(z, 1, out=scratch[0, : len(rows)])
-        logp = torch.where(inside, log_p.gather(1, label)[:, 0], torch.nan)
-        confident = (logp > -0.1).nonzero()[:, 0]
-        if len(confident):
-            logp[confident] = _from_the_others(log_p[confident], label[confident])
-        logps[rows] = logp
-        lse[1, rows] = -logp
+        z_label = torch.where(inside, z.gather(1, label)[:, 0], torch.nan)
+        # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
+        z.scatter_(1, label, -torch.inf)
+        blocks, block_lse = _log_softmax_blocks(z)
+        others = torch.logsumexp(block_lse, 1)
+        odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
+        logp = -_softplus(odds)
+        logps[rows] = logp.float()
+        peak = torch.maximum(z_label, block_lse.amax(1).float())
+        lse[0, rows] = peak
+        lse[1, rows] = (torch.logaddexp(others, z_label.double()) - peak).float()
         if entropy:
-            log_p.scatter_(1, label, logp[:, None]).clamp_(min=_FLOOR)
-            p = torch.softmax(log_p, 1, out=scratch[1, : len(rows)])
-            entropies[rows] = -p.mul_(log_p).sum(1)
+            share = (block_lse - others[:, None]).exp()
+            p = torch.softmax(blocks, 2, out=_blocks(scratch[1, : len(rows)]))
+            h = -p.mul_(blocks.clamp_(min=_FLOOR)).sum(2, dtype=torch.float64)
+            h_others = torch.where(share == 0, 0, share * (h - block_lse + others[:, None])).sum(1)
+            h_label = torch.where(logp == -torch.inf, 0, -logp.exp() * logp)
+            p_not = -torch.expm1(logp)
+            entropies[rows] = (h_label + torch.where(p_not == 0, 0, p_not * (h_others + _softplus(-odds)))).float()
     return logps, lse, entropies
-
-
-def _from_the_others(log_p: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """log p = log(1 - sum of the others), which keeps the digits of a p near 1; overwrites log_p."""
-    log_p.scatter_(1, label, -torch.inf)
-    top = log_p.amax(1)
-    log_others = torch.where(top == -torch.inf, top, top - torch.log_softmax(log_p, 1, out=log_p).amax(1))
-    return torch.log1p(-log_others.exp())
 
 
 def vocabulary_backward(
@@ -87,55 +87,85 @@ def vocabulary_backward(
     else:
         out[dead // inner, dead % inner] = 0
     scratch = _scratch(logits, 1 if entropy_coef is None else 2)
+    chain = logit_scale / temperature
     for rows, chunk in _chunks(logits, alive):
-        target = _view(out, rows)
-        direct = target is not None and out.dtype == torch.float32
-        buffer = target if direct else scratch[0, : len(rows)]
-        z, scale = _transform(chunk, buffer, temperature, logit_scale, softcap)
-        chain = logit_scale / temperature
-        slope = (1 - (z / scale) ** 2).mul_(chain) if softcap > 0 else None  # of z = scale tanh(...)
+        z = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
+        slope = (1 - (z * (temperature / softcap)) ** 2).mul_(chain) if softcap > 0 else None
         label = labels[rows].clamp(0, logits.shape[2] - 1)[:, None].long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
-        at_label = -c * torch.expm1(logp)
+        factor = c if slope is not None else c * chain
+        total = lse[0, rows, None].double() + lse[1, rows, None]
+        at_label = -factor * torch.expm1(logp)
         if entropy_coef is None:
-            z = torch.softmax(z, 1, out=buffer).mul_(-c if slope is not None else -c * chain)
+            blocks, block_lse = _log_softmax_blocks(z, exponentiate=True)
+            blocks.mul_((-factor * (block_lse - total).exp()).float()[..., None])
         else:
-            h, hc = entropies[rows][:, None], entropy_coef[rows][:, None]
-            z = torch.log_softmax(z, 1, out=buffer).clamp_(min=_FLOOR)
-            p = torch.softmax(z, 1, out=scratch[1, : len(rows)])
-            z.add_(h).mul_(hc).add_(c).mul_(p).mul_(-1 if slope is not None else -chain)
-            p = logp.exp()
-            at_label -= hc * p * (logp.clamp(min=_FLOOR) + h)
-        z.scatter_(1, label, at_label if slope is not None else at_label * chain)
+            h, hc = entropies[rows][:, None], entropy_coef[rows][:, None] * (1 if slope is not None else chain)
+            blocks, block_lse = _log_softmax_blocks(z)
+            p = torch.softmax(blocks, 2, out=_blocks(scratch[1, : len(rows)]))
+            offset = block_lse - total
+            blocks.clamp_(min=_FLOOR).add_((offset + h).float()[..., None]).mul_(hc[..., None]).add_(factor[..., None])
+            blocks.mul_(p.mul_(-offset.exp().float()[..., None]))
+            at_label -= hc * logp.exp() * (logp.clamp(min=_FLOOR) + h)
+        if (dead_blocks := block_lse == -torch.inf).any():
+            blocks.masked_fill_(dead_blocks[..., None], 0)
+        z.scatter_(1, label, at_label)
         if slope is not None:
             z.mul_(slope)
-        if target is None:
-            out[rows // inner, rows % inner] = z.to(out.dtype)
-        elif not direct:
+        if (target := _view(out, rows)) is not None:
             target.copy_(z)
+        else:
+            out[rows // inner, rows % inner] = z.to(out.dtype)
+
+
+def _log_softmax_blocks(z: torch.Tensor, exponentiate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-softmax (or softmax) within each block of columns, in place ``[rows, blocks, columns]``, and lse ``[rows, blocks]``."""
+    blocks = _blocks(z)
+    top = blocks.amax(2)
+    if exponentiate:
+        share = torch.softmax(blocks, 2, out=blocks).amax(2).double().log()
+    else:
+        share = torch.log_softmax(blocks, 2, out=blocks).amax(2).double()
+    return blocks, torch.where(top == -torch.inf, -torch.inf, top.double() - share)
+
+
+def _blocks(z: torch.Tensor) -> torch.Tensor:
+    """Rows of a scratch buffer, padding included, as ``[rows, blocks, columns]``."""
+    count = _block_count(z.shape[1])
+    return z.as_strided((z.shape[0], count, z.stride(0) // count), (z.stride(0), z.stride(0) // count, 1), z.storage_offset())
+
+
+def _block_count(V: int) -> int:
+    return max(1, V // 1024)
 
 
 def _scratch(logits: torch.Tensor, buffers: int) -> torch.Tensor:
-    """``[buffers, rows, V]`` fp32, rows of a chunk."""
-    rows = min(_rows(logits.shape[2]), logits.shape[0] * logits.shape[1])
-    return torch.empty((buffers, rows, logits.shape[2]), dtype=torch.float32, device=logits.device)
+    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds -inf."""
+    V = logits.shape[2]
+    rows = min(_rows(V), logits.shape[0] * logits.shape[1])
+    pitch = -(-V // _block_count(V)) * _block_count(V)
+    return torch.full((buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device)[..., :V]
 
 
 def _rows(V: int) -> int:
     return max(1, CHUNK_BYTES // (4 * V))
 
 
+def _softplus(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x > 0, x, torch.where(x.isnan(), x, 0)) + torch.log1p(torch.exp(-x.abs()))
+
+
 def _transform(
     x: torch.Tensor, buffer: torch.Tensor, temperature: float, logit_scale: float, softcap: float
-) -> tuple[torch.Tensor, float]:
-    """(z, scale): logits in fp32, in the buffer unless x serves as it is, and z = scale * y for the units of ``lse``."""
+) -> torch.Tensor:
+    """The logits z in fp32, in the buffer."""
+    z = buffer.copy_(x)
+    V = x.shape[1]
+    z.as_strided((len(z), z.stride(0) - V), (z.stride(0), 1), z.storage_offset() + V).fill_(-torch.inf)  # padding was overwritten
     scale = softcap / temperature if softcap > 0 else logit_scale / temperature
-    if x.dtype == torch.float32 and softcap == 0 and scale == 1:
-        return x, scale
-    z = x if buffer.data_ptr() == x.data_ptr() else buffer.copy_(x)
     if softcap > 0:
         z.mul_(logit_scale / softcap).tanh_()
-    return z.mul_(scale) if scale != 1 else z, scale
+    return z.mul_(scale) if scale != 1 else z
 
 
 def _chunks(logits: torch.Tensor, alive: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
