@@ -3,7 +3,8 @@
     python benchmarks/cpu.py [--threads 2] [--repeat 5] [--scale 1.0] [--json FILE] [CASE ...]
 
 Time is the median over repeats of forward and backward, as wall seconds and as processor seconds of all threads; memory is the
-peak of the resident set above what stood before the call, gradients included; a first call, which loads code, does not count. Naive is fp32 log_softmax and gather.
+peak of the resident set above what stood before the call, gradients included; a first call, which loads code, does not count.
+Naive is fp32 log_softmax and gather.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def steps(case: str, scale: float):
     return [h, w], naive, lambda: linear_rpo_loss(h, w, labels, rewards, objective, ref_logps=ref).loss
 
 
+def processor() -> str:
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
@@ -113,8 +119,9 @@ def compare(cases: list[str], threads: int, repeat: int, scale: float) -> list[d
     rows = []
     for case in cases:
         for provider in PROVIDERS:
-            command = [sys.executable, __file__, "--one", provider, "--threads", threads, "--repeat", repeat, "--scale", scale, case]
-            rows.append(json.loads(subprocess.run(map(str, command), check=True, capture_output=True, text=True).stdout))
+            options = {"--one": provider, "--threads": threads, "--repeat": repeat, "--scale": scale}
+            command = [sys.executable, __file__, *(str(x) for option in options.items() for x in option), case]
+            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     return rows
 
 
@@ -146,13 +153,13 @@ def main() -> None:
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         about = {
-            "processor": next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), platform.processor()),
+            "processor": processor(),
             "threads": args.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit,
             "command": " ".join(["python", "benchmarks/cpu.py", *sys.argv[1:]]),
-        }  # fmt: skip
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 

