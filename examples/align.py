@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from statistics import fmean
 
 import data
+import memory
 import models
 import options
 import prompts
@@ -142,9 +143,16 @@ def align_online(policy, reference, tokenizer, args) -> Report:
     report.add("win rate against before", [0.5] * len(wins), wins)
     report.add("KL to the reference, nats", before["log ratio"], after["log ratio"])
     report.add("implicit reward accuracy", before["accuracy"], accuracy)
+    report.peaks = loss_head_peaks(policy, first, args)
     for task, old, new in zip(held_out, first, last):
         report.samples.append(task._asdict() | {"before": readable(tokenizer, old), "after": readable(tokenizer, new)})
     return report
+
+
+def loss_head_peaks(policy, groups: list[Group], args) -> tuple[int, int]:
+    """Peak bytes of a batch's loss head: naive PyTorch's and ours."""
+    batch = data.collate(groups[: args.prompts], policy.device)
+    return memory.loss_head_peaks(policy, batch, args.objective, args.temperature)
 
 
 def readable(tokenizer, group: Group) -> list[dict]:
@@ -163,6 +171,7 @@ def align_offline(policy, reference, tokenizer, args) -> Report:
     report.add("implicit reward accuracy", before["accuracy"], after["accuracy"])
     report.add("implicit reward margin", before["margin"], after["margin"])
     report.add("loss", before["loss"], after["loss"])
+    report.peaks = loss_head_peaks(policy, held_out, args)
     asked = [group.prompt for group in held_out]
     sampled = models.sample(policy, tokenizer, asked, 1, args.sample_tokens, args.temperature)
     fresh = [Group(prompt, responses, [0.0]) for prompt, responses in zip(asked, sampled)]

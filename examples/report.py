@@ -38,6 +38,7 @@ class Report:
     steps: list[dict[str, float]]
     held_out: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
+    peaks: tuple[int, int] = (0, 0)  # bytes that the loss head of one batch holds: naive PyTorch, ours
 
     def add(self, name: str, before: list[float], after: list[float]) -> None:
         """A quantity per prompt. Its change is paired: how prompts differ from each other is no noise in it."""
@@ -47,7 +48,11 @@ class Report:
 
     def __str__(self) -> str:
         rows = [(name, *columns.values()) for name, columns in self.held_out.items()]
-        return tabulate(rows, ("held out", "before", "after", "change"), stralign="right", disable_numparse=True)
+        table = tabulate(rows, ("held out", "before", "after", "change"), stralign="right", disable_numparse=True)
+        naive, ours = (peak / 2**20 for peak in self.peaks)
+        if not naive:
+            return table
+        return f"{table}\n\nPeak memory of the loss head on one batch: naive {naive:.0f} MB, here {ours:.0f} MB (measured)."
 
     def save(self, folder: Path, settings: dict) -> None:
         """Write results.json and training.png."""

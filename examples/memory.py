@@ -1,0 +1,84 @@
+"""What the loss head holds at its peak, measured: naive PyTorch against linear_rpo_loss on one batch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import models
+import torch
+import torch.nn.functional as F
+from data import Batch
+
+from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss
+
+
+def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: float) -> tuple[int, int]:
+    """Peak bytes above the inputs of (naive, ours), forward and backward to hidden states and lm_head."""
+    with torch.no_grad(), models.precision(policy.device):
+        hidden = models.hidden_states(policy, batch)
+        weights = models.head(policy)
+    hidden, weights["weight"] = (x.detach().requires_grad_() for x in (hidden, weights["weight"]))
+    scored = batch.labels != -100
+    common = {
+        "rewards": batch.rewards if objective.uses_rewards else None,
+        "objective": objective,
+        "ref_logps": None if objective.reference == "none" else torch.zeros(len(scored), device=scored.device),
+        "cu_groups": batch.cu_groups,
+    }
+
+    def naive() -> None:
+        logits = F.linear(hidden, weights["weight"], weights.get("bias")).float() / temperature
+        logps = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+        sums = torch.where(scored, logps, 0).sum(1)
+        preference_loss(sums, lengths=scored.sum(1), **common).loss.backward()
+
+    def ours() -> None:
+        linear_rpo_loss(hidden, labels=batch.labels, temperature=temperature, **weights, **common).loss.backward()
+
+    return tuple(_peak(step, hidden, weights["weight"]) for step in (naive, ours))
+
+
+def _peak(step: Callable[[], None], *leaves: torch.Tensor) -> int:
+    for attempt in ("load code", "measure"):
+        for leaf in leaves:
+            leaf.grad = None
+        with models.precision(leaves[0].device):
+            peak = _watch_gpu(step) if leaves[0].is_cuda else _watch_process(step)
+    for leaf in leaves:
+        leaf.grad = None
+    return peak
+
+
+def _watch_gpu(step: Callable[[], None]) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _watch_process(step: Callable[[], None]) -> int:
+    """By the resident set, where the system shows it; else 0."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    resident = lambda: int(statm.read_text().split()[1]) * 4096
+    before = peak = resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        step()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
