@@ -42,7 +42,7 @@ def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: 
 
 
 def _peak(step: Callable[[], None], *leaves: torch.Tensor) -> int:
-    for attempt in ("load code", "measure"):
+    for _ in ("load code", "measure"):
         for leaf in leaves:
             leaf.grad = None
         with models.precision(leaves[0].device):
