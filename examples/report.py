@@ -69,7 +69,7 @@ class Report:
         left, middle, right = figure.subplots(1, 3)
         if self.samples:
             self.curve(left, "reward", "judge reward")
-            self.curve(middle, "log ratio", "KL to the reference, nats")
+            self.curve(middle, "log ratio", "KL to the reference, nats", "training batch, groups kept")
             self.by_rule(right)
         else:
             self.curve(left, "loss", "loss")
@@ -77,12 +77,12 @@ class Report:
             self.curve(right, "log ratio", "log(policy / reference) of the data, nats")
         figure.savefig(path)
 
-    def curve(self, ax, name: str, title: str) -> None:
+    def curve(self, ax, name: str, title: str, label: str = "training batch") -> None:
         """Every step as a dot, their running mean, and the held-out values of the same name at both ends."""
         values = [step[name] for step in self.steps]
         at = range(1, len(values) + 1)
         known = [[v for v in values[max(0, i - 2) : i + 3] if not math.isnan(v)] for i in range(len(values))]
-        ax.plot(at, values, "o", color=GREY, markersize=4, label="training batch")
+        ax.plot(at, values, "o", color=GREY, markersize=4, label=label)
         ax.plot(at, [fmean(v) if v else math.nan for v in known], color=BLUE, linewidth=2, label="mean of 5 steps")
         if title in self.held_out:
             ends = [self.held_out[title][column] for column in ("before", "after")]
@@ -91,6 +91,7 @@ class Report:
                 fmt="D", color="black", capsize=4, label="held out, ± standard error",
             )  # fmt: skip
         ax.set(title=title, xlabel="step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         finish(ax)
 
     def by_rule(self, ax) -> None:
@@ -100,12 +101,12 @@ class Report:
             for side, column in zip(rewards[sample["rule"]], ("before", "after")):
                 side += [answer["reward"] for answer in sample[column]]
         at = range(len(rewards))
-        for offset, column, color in ((0.2, 0, GREY), (-0.2, 1, BLUE)):
+        for offset, column, color in ((-0.2, 0, GREY), (0.2, 1, BLUE)):
             means = [fmean(sides[column]) for sides in rewards.values()]
             ax.barh([i + offset for i in at], means, 0.38, color=color, label=("before", "after")[column])
         ax.set(title="held-out judge reward by instruction", yticks=at, yticklabels=rewards, xlim=(0, 1))
-        ax.invert_yaxis()
-        finish(ax)
+        ax.set_ylim(len(rewards) - 0.4, -1.2)  # room for the legend above the first bar
+        finish(ax, loc="upper right", ncols=2)
 
 
 def win_rate(rewards: list[float], others: list[float]) -> float:
@@ -113,7 +114,8 @@ def win_rate(rewards: list[float], others: list[float]) -> float:
     return fmean((a > b) + (a == b) / 2 for a in rewards for b in others)
 
 
-def finish(ax) -> None:
+def finish(ax, **legend) -> None:
     ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
     ax.grid(alpha=0.25)
-    ax.legend(frameon=False, fontsize=9)
+    ax.legend(fontsize=9, frameon=False, **legend)
