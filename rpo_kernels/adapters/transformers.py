@@ -10,42 +10,18 @@ hooks of the model, of its layers and of the head itself (FSDP, ZeRO-3, PEFT, ac
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import (
-    RPOObjective,
-    RPOOutput,
-    linear_rpo_loss,
-    linear_token_logps,
-    linear_token_logps_and_entropy,
-    shift_labels,
-)
-from .lm_head import Transform, head_as, head_layers, head_weights, host_of, measure_transform, ordinary_tokens
+from .. import RPOObjective, RPOOutput
+from .fused_forward import LOSS, TOKENS, TokenLogps, fused
+from .lm_head import head_layers, host_of, measure_transform, ordinary_tokens
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
-
-
-class TokenLogps(NamedTuple):
-    """What the model returns for ``output_token_logps=True``.
-
-    Attributes:
-        logps: ``[S, T]`` fp32, or ``[N]`` if packed: at position t the log-probability of the label at t + 1, in nats; 0 where
-            nothing is scored.
-        entropies: same shape, with ``output_entropies=True``; else None.
-        aux_loss: the auxiliary loss of a mixture of experts times its coefficient, where the model computes one; else None.
-            Add it to a loss that you make of logps.
-    """
-
-    logps: Tensor
-    entropies: Tensor | None
-    aux_loss: Tensor | None
 
 
 def attach(model: nn.Module) -> nn.Module:
@@ -76,46 +52,68 @@ def attach(model: nn.Module) -> nn.Module:
     head_layers(host)
     previous = vars(host).get("forward")  # accelerate's, if any
     vars(host)["_rpo_previous"] = previous
-    vars(host)["forward"] = MethodType(_fused(previous or type(host).forward), host)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
     try:
-        _check(model, host)
+        ids = ordinary_tokens(host, 9)
+        logits_of = lambda: _own_logits(model, host, ids)
+        own = logits_of()
+        vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
+        vars(host)["forward"] = MethodType(fused(previous or type(host).forward), host)
+        with torch.no_grad():
+            _compare(type(host).__name__, model_token_logps(model, {"input_ids": ids, "labels": ids}).logps, own, ids)
     except BaseException:
-        detach(model)
+        _restore(host)
         raise
+    finally:
+        for module, flag in training.items():
+            module.training = flag
     return model
 
 
 def _is_attached(host: nn.Module) -> bool:
-    return hasattr(vars(host).get("forward"), "_rpo_attached")
+    return hasattr(vars(host).get("forward"), "is_fused")
+
+
+def _restore(host: nn.Module) -> None:
+    attributes = vars(host)
+    previous = attributes.pop("_rpo_previous")
+    attributes.pop("_rpo_transform", None)
+    attributes.pop("forward", None)
+    if previous is not None:
+        attributes["forward"] = previous
 
 
 @torch.no_grad()
-def _check(model: nn.Module, host: nn.Module) -> None:
-    """Measure what the model does to its logits, then compare log-probabilities of eight tokens with those of its own."""
-    ids, seen = ordinary_tokens(host, 9), []
+def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
+    """``[1, T, V]`` as the host returns them, before anything around it may round them."""
+    forward, seen = host.forward, []
 
-    def own_logits() -> Tensor:
-        model(input_ids=ids, _rpo_seen=seen)
-        return seen.pop()
+    def remember(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        seen.append(output.logits)
+        return output
 
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    vars(host)["forward"] = remember
     try:
-        own = own_logits()
-        host._rpo_transform = measure_transform(host, own_logits)
-        ours = model(input_ids=ids, labels=ids, output_token_logps=True).logps[0, :-1].double()
+        model(input_ids=ids)
     finally:
-        for module, flag in training.items():
-            module.training = flag
-    theirs = own[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(own.device))[:, 0]
+        vars(host)["forward"] = forward
+    return seen[0]
+
+
+def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
+    """Log-probabilities of the tokens that follow the first, ours and the model's own."""
+    ours = logps[0, :-1].double()
+    theirs = own_logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(own_logits.device))[:, 0]
     # A logit is rounded once by each of the few operations that make it, and a log-probability is a difference of two.
-    tolerance = (4 * torch.finfo(own.dtype).eps + 1e-5) * (1 + own.abs().max().double())
+    tolerance = (4 * torch.finfo(own_logits.dtype).eps + 1e-5) * (1 + own_logits.abs().max().double())
     error = (ours - theirs).abs().nan_to_num(nan=torch.inf)
     if not error.max() <= tolerance:
         worst = error.argmax()
         raise ValueError(
-            f"attach: {type(host).__name__} has log-probability {theirs[worst]:.6f} of a token by its own logits, and "
-            f"{ours[worst]:.6f} by its hidden states, head, scale and cap; its head is not what it seems"
+            f"attach: {name} gives a token log-probability {theirs[worst]:.6f}, but its hidden states, head, scale and cap give "
+            f"{ours[worst]:.6f}; its head is not what it seems, so it cannot be attached"
         )
 
 
@@ -125,11 +123,7 @@ def detach(model: nn.Module) -> nn.Module:
     if not _is_attached(host):
         hint = "; something has wrapped its forward since, undo that first" if "_rpo_previous" in vars(host) else ""
         raise ValueError(f"detach: this {type(host).__name__} is not attached{hint}")
-    previous = vars(host).pop("_rpo_previous")
-    vars(host).pop("_rpo_transform", None)
-    del vars(host)["forward"]
-    if previous is not None:
-        vars(host)["forward"] = previous
+    _restore(host)
     return model
 
 
@@ -139,7 +133,7 @@ def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any
     Entries that only a loss reads (rewards, group_size, ...) are left out. Options: output_entropies, temperature, logits_dtype,
     workspace_bytes, count, backend.
     """
-    inputs = {name: x for name, x in batch.items() if name not in _LOSS - _TOKENS}
+    inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
     return model(**inputs, output_token_logps=True, **options)
 
 
@@ -185,140 +179,3 @@ def _reference_logps(model, inputs, objective, reference) -> Tensor:
         models = reference if isinstance(reference, Sequence) else [reference]
         logps = [model_token_logps(each, inputs).logps for each in models]
     return torch.stack(logps) if objective.reference != "single" else logps[0]
-
-
-# ---- the forward ------------------------------------------------------------------------------------------------------
-
-_READ = {
-    "hidden", "weight", "bias", "logit_scale", "softcap", "lora_hidden", "lora_weight", "weight_grad",
-    "ref_hidden", "ref_weight", "ref_bias",
-}  # fmt: skip
-_LOSS = set(inspect.signature(linear_rpo_loss).parameters) - _READ - {"labels"}
-_TOKENS = set(inspect.signature(linear_token_logps).parameters) - _READ - {"labels"} | {"cu_seqlens"}
-_SWITCHES = {"output_token_logps", "output_entropies"}
-
-
-def _fused(unfused):
-    """The forward with the keywords of :func:`attach`. ``self`` is an argument, so that a deep copy runs itself."""
-    own = set(inspect.signature(unfused).parameters)
-    ours = (_LOSS | _TOKENS | _READ | _SWITCHES) - own
-
-    @functools.wraps(unfused)
-    def forward(self, *args, **kwargs):
-        original = self._rpo_previous or MethodType(unfused, self)
-        seen = kwargs.pop("_rpo_seen", None)
-        given = {name: kwargs.pop(name) for name in ours if name in kwargs}
-        call = _Call.of(f"{type(self).__name__}.forward", given, kwargs)
-        if call is None:
-            output = original(*args, **kwargs)
-            if seen is not None:
-                seen.append(output.logits)
-            return output
-        if "use_cache" in own:
-            kwargs["use_cache"] = False
-        if not kwargs.pop("return_dict", self.config.return_dict):
-            kwargs["return_dict"] = True
-        with head_as(self, functools.partial(call.at_head, self._rpo_transform)):
-            output = original(*args, **kwargs)
-        return call.finish(_auxiliary_loss(self, output))
-
-    forward._rpo_attached = True
-    return forward
-
-
-class _Call:
-    """A call that asks for one of our results: made from its keywords, computed at the head, finished after the forward."""
-
-    def __init__(self, op: str, function, labels: Tensor, shifted: bool, options: dict[str, Any]):
-        self.op, self.function, self.labels, self.shifted, self.options = op, function, labels, shifted, options
-        self.result = None
-
-    @classmethod
-    def of(cls, op: str, given: dict[str, Any], kwargs: dict[str, Any]) -> _Call | None:
-        """None where ``given``, our keywords of a call, ask for nothing. ``kwargs`` are the others; labels are taken out."""
-        if read := sorted(_READ & given.keys()):
-            raise ValueError(f"{op}: `{read[0]}` is read from the model; leave it out")
-        tokens, entropies = given.pop("output_token_logps", False), given.pop("output_entropies", False)
-        loss = given.get("objective") is not None
-        if tokens and loss:
-            raise ValueError(f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them")
-        wanted = _TOKENS if tokens else _LOSS if loss else set()
-        if stray := sorted(given.keys() - wanted) or ["output_entropies"] * (entropies and not tokens):
-            place = "`output_token_logps=True`" if stray[0] not in _LOSS else "`objective=`"
-            raise ValueError(f"{op}: `{stray[0]}` belongs to a call with {place}")
-        if not wanted:
-            return None
-        if kwargs.pop("num_items_in_batch", None) is not None:
-            raise ValueError(
-                f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; set the trainer's "
-                "model_accepts_loss_kwargs to False, and pass `normalizer` where gradients accumulate"
-            )
-        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        if (labels is None) == (shift_labels is None):
-            raise ValueError(f"{op}: pass `labels` (unshifted, like input_ids) or `shift_labels`, one of them, by keyword")
-        if given.get("cu_seqlens") is not None:
-            if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
-                raise ValueError(
-                    f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no `attention_mask`: from "
-                    "these a model knows that it must keep packed sequences apart"
-                )
-        function = linear_rpo_loss
-        if tokens:
-            function = linear_token_logps_and_entropy if entropies else linear_token_logps
-        return cls(op, function, labels if shift_labels is None else shift_labels, labels is None, given)
-
-    def at_head(self, transform: Transform, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """In place of the head's forward. Returns what the model goes on with: a tensor of our graph, for hooks of the head."""
-        if self.result is not None:
-            raise RuntimeError(f"{self.op}: the model ran its output embeddings twice")
-        options = {name: x.to(hidden.device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
-        labels = self.labels.to(hidden.device)
-        cu_seqlens = options.get("cu_seqlens")
-        if cu_seqlens is not None:
-            hidden, labels = hidden.flatten(0, -2), labels.flatten()
-        if not self.shifted:
-            ignore_index = options.get("ignore_index", -100)
-            labels = shift_labels(labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-        head = head_weights(layer, hidden, transform.vocabulary)
-        head |= {"logit_scale": transform.logit_scale, "softcap": transform.softcap}
-        if self.function is linear_rpo_loss:
-            self.result = linear_rpo_loss(hidden, labels=labels, **head, **({"rewards": None} | options))
-            loss = self.result.loss.reshape(1, 1, -1)
-            self.result = self.result._replace(loss=loss.view(self.result.loss.shape))
-            return loss
-        options.pop("cu_seqlens", None)
-        result = self.function(hidden, labels=labels, **head, **options)
-        both = torch.stack(result if isinstance(result, tuple) else (result,))
-        self.result = TokenLogps(both[0], both[1] if len(both) > 1 else None, None)
-        return both.reshape(1, 1, -1)
-
-    def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
-        if self.result is None:
-            raise RuntimeError(f"{self.op}: the model did not run its output embeddings")
-        if aux_loss is None:
-            return self.result
-        if isinstance(self.result, TokenLogps):
-            return self.result._replace(aux_loss=aux_loss)
-        if self.options.get("reduction", "mean") != "mean" or self.options.get("normalizer") is not None:
-            raise ValueError(
-                f"{self.op}: the model's auxiliary loss is a mean, and adds to a loss that is one too (`reduction='mean'`, no "
-                "`normalizer`); pass output_router_logits=False, or make a loss of output_token_logps=True"
-            )
-        return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
-
-
-def _auxiliary_loss(host: nn.Module, output) -> Tensor | None:
-    """Load balancing of a mixture of experts, times the coefficient with which the model's own forward adds it."""
-    aux_loss = getattr(output, "aux_loss", None)
-    if aux_loss is None:
-        return None
-    for place, name in (
-        (host, "router_aux_loss_coef"),
-        (host, "aux_loss_coef"),
-        (host.config.get_text_config(), "router_aux_loss_coef"),
-    ):
-        if hasattr(place, name):
-            return getattr(place, name) * aux_loss
-    raise ValueError(
-        f"{type(host).__name__}.forward: it computes an auxiliary loss of unknown weight; pass output_router_logits=False"
-    )
