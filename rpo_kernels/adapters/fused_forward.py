@@ -114,17 +114,18 @@ class Call:
         head |= {"labels": labels, "logit_scale": transform.logit_scale, "softcap": transform.softcap}
         if "objective" in options:
             out = linear_rpo_loss(hidden, **head, **({"rewards": None} | options))
-            loss = out.loss.reshape(1, 1, -1)
-            self.result = out._replace(loss=loss.view(out.loss.shape))
-            return loss
+            goes_on, loss = through(out.loss)
+            self.result = out._replace(loss=loss)
+            return goes_on
         del options["output_token_logps"]
         options.pop("cu_seqlens", None)
         if options.pop("output_entropies", False):
-            both = torch.stack(linear_token_logps_and_entropy(hidden, **head, **options))
+            logps, entropies = linear_token_logps_and_entropy(hidden, **head, **options)
         else:
-            both = linear_token_logps(hidden, **head, **options)[None]
-        self.result = TokenLogps(*both)
-        return both.reshape(1, 1, -1)
+            logps, entropies = linear_token_logps(hidden, **head, **options), None
+        goes_on, logps = through(logps)
+        self.result = TokenLogps(logps, entropies)
+        return goes_on
 
     def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
         """The result, with the model's auxiliary loss."""
@@ -140,6 +141,15 @@ class Call:
                 "`normalizer`); pass output_router_logits=False, or make a loss of output_token_logps=True"
             )
         return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
+
+
+def through(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[1, 1, n]`` for the model to go on with, and x computed from it, so that hooks on the first see a backward of the second.
+
+    Neither is a view: FSDP2 puts a hook on both.
+    """
+    goes_on = x.reshape(1, 1, -1).clone()
+    return goes_on, goes_on.view(x.shape).clone()
 
 
 def auxiliary_loss(host: nn.Module, output) -> Tensor | None:
