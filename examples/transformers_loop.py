@@ -51,13 +51,9 @@ def train(model, groups: list[data.Group], objective: RPOObjective, steps: int, 
 def collate(groups: list[data.Group], device) -> dict[str, torch.Tensor]:
     """What the model takes, and what the loss does."""
     batch = data.collate(groups, device)
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "shift_labels": batch.labels,  # aligned with logits already; `labels` would be unshifted
-        "rewards": batch.rewards,
-        "cu_groups": batch.cu_groups,  # groups may differ in size
-    }
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs |= {"shift_labels": batch.labels}  # aligned with logits already; `labels` would be unshifted
+    return inputs | {"rewards": batch.rewards, "cu_groups": batch.cu_groups}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:

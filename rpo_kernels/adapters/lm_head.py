@@ -103,10 +103,7 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
         down, dropout = layer.lora_A[name], layer.lora_dropout[name]
         inner.append(layer.scaling[name] * down(dropout(hidden.to(down.weight.dtype))))
     outer = [layer.lora_B[name].weight for name in names]
-    return {
-        "lora_hidden": torch.cat(inner, -1).to(hidden.dtype),
-        "lora_weight": torch.cat(outer, 1)[:vocabulary].to(layer.base_layer.weight.dtype),
-    }
+    return {"lora_hidden": torch.cat(inner, -1), "lora_weight": torch.cat(outer, 1)[:vocabulary]}
 
 
 def ordinary_tokens(host: nn.Module, count: int) -> Tensor:
