@@ -267,8 +267,9 @@ def test_hooks_of_the_head_fire_also_those_of_accelerate():
     for module in (model, model.lm_head):
         hooks.add_hook_to_module(module, Hook())
     model.lm_head.register_forward_hook(lambda *_: fired.append("hook"))
-    before = model.forward
+    before, signature = model.forward, inspect.signature(model.forward)
     attach(model)
+    assert inspect.signature(model.forward) == signature
     fired.clear()
     assert_equal_to_own_logits(model, batch)
     assert fired == ["LlamaForCausalLM", "Linear", "hook"] * 3
@@ -598,8 +599,8 @@ def test_models_that_are_none_are_refused():
         ({"labels": None}, "pass `labels` .unshifted, like input_ids. or `shift_labels`"),
         ({"shift_labels": torch.zeros(4, T).long()}, "pass `labels` .unshifted, like input_ids. or `shift_labels`"),
         ({"labels": torch.zeros(4, T + 1).long()}, "`labels` must be"),
-        ({"logit_scale": 2.0}, "`logit_scale` is read from the model"),
-        ({"weight": torch.zeros(2)}, "`weight` is read from the model"),
+        ({"logit_scale": 2.0}, "leave out `logit_scale`; it is read from the model"),
+        ({"ref_hidden": torch.zeros(2)}, "leave out `ref_hidden`; a reference comes as `ref_logps`"),
         ({"output_token_logps": True}, "ask for two results"),
         ({"output_entropies": True}, "`output_entropies` belongs to a call with `output_token_logps=True`"),
         ({"num_items_in_batch": 12}, "`num_items_in_batch` counts tokens"),

@@ -73,7 +73,8 @@ class Call:
     def of(cls, op: str, given: dict[str, Any], others: dict[str, Any]) -> Call | None:
         """From our keywords and the others, which lose the labels; None where ours ask for nothing."""
         if read := sorted(READ & given.keys()):
-            raise ValueError(f"{op}: `{read[0]}` is read from the model; leave it out")
+            instead = "a reference comes as `ref_logps`" if read[0].startswith("ref_") else "it is read from the model"
+            raise ValueError(f"{op}: leave out `{read[0]}`; {instead}")
         loss, tokens = "objective" in given, given.get("output_token_logps", False)
         if loss and tokens:
             raise ValueError(f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them")

@@ -41,7 +41,8 @@ def attach(model: nn.Module) -> nn.Module:
     Without these keywords forward is the original one: generation and evaluation do not change.
 
     Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights: log-probabilities of eight tokens are
-    compared with those of the model's own logits. Attaching again compares again. Deep copies are attached too.
+    compared with those of the model's own logits. Attaching again compares again. Deep copies are attached too. Under FSDP2 leave
+    output_dtype of the MixedPrecisionPolicy alone: it would round losses and log-probabilities to 16 bits.
 
     Raises:
         TypeError, ValueError: where the head is not one that the kernels compute, or the comparison fails.
@@ -50,8 +51,7 @@ def attach(model: nn.Module) -> nn.Module:
     if "_rpo_previous" in vars(host):
         detach(model)
     head_layers(host)
-    previous = vars(host).get("forward")  # accelerate's, if any
-    vars(host)["_rpo_previous"] = previous
+    vars(host)["_rpo_previous"] = vars(host).get("forward")  # accelerate's, if any
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -59,7 +59,7 @@ def attach(model: nn.Module) -> nn.Module:
         logits_of = lambda: _own_logits(model, host, ids)
         own = logits_of()
         vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
-        vars(host)["forward"] = MethodType(fused(previous or type(host).forward), host)
+        vars(host)["forward"] = MethodType(fused(type(host).forward), host)
         with torch.no_grad():
             _compare(type(host).__name__, model_token_logps(model, {"input_ids": ids, "labels": ids}).logps, own, ids)
     except BaseException:
