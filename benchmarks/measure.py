@@ -218,6 +218,6 @@ class Ceilings:
     def limit(self, case: Case) -> tuple[float, str]:
         """The least seconds a case can take here, and why."""
         if case.part.start == "logits":
-            return case.bytes / self.copy_rate, f"{case.bytes / 1e9:.3g} GB at {self.copy_rate / 1e12:.3g} TB/s"
+            return case.bytes / self.copy_rate, f"{case.bytes / 1e9:.3g} GB at {self.copy_rate / 1e9:.3g} GB/s"
         rate = self.gemm_rate(case)
-        return case.flop / rate, f"{case.part.gemms} GEMMs at {rate / 1e12:.3g} Tflop/s {str(case.dtype)[6:]}"
+        return case.flop / rate, f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in {str(case.dtype)[6:]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +173,7 @@ class Ours(Provider):
     """This library, default settings: fp32 logits on the linear path."""
 
     name, package = "rpo_kernels", "rpo_kernels"
-    options: dict = {}
+    options: ClassVar = {}
 
     def from_logits(self, logits, labels):
         return rpo_kernels.token_logps(logits, labels, **self.options)
@@ -193,7 +194,7 @@ class OursInPlace(Ours):
     """The gradient takes the logits' place."""
 
     name, overwrites = "rpo_kernels, in place", True
-    options = {"inplace_backward": True}
+    options: ClassVar = {"inplace_backward": True}
     from_hidden = None
 
     def missing(self, case, device):
@@ -204,7 +205,7 @@ class OursShortLogits(Ours):
     """Logits rounded to bf16, as every other provider rounds them."""
 
     name = "rpo_kernels, bf16 logits"
-    options = {"logits_dtype": torch.bfloat16}
+    options: ClassVar = {"logits_dtype": torch.bfloat16}
     from_logits = None
 
     def missing(self, case, device):

@@ -45,7 +45,8 @@ def about(device: str, sizes: str, **more: object) -> dict:
     except OSError:
         facts["commit"] = ""
     facts |= {"torch": torch.__version__, "python": platform.python_version()}
-    facts["command"] = " ".join(["python", *(word.removeprefix(f"{ROOT}/") for word in sys.argv)])
+    words = ["-m pytest" if word.endswith("pytest/__main__.py") else word.removeprefix(f"{ROOT}/") for word in sys.argv]
+    facts["command"] = " ".join(["python", *words])
     return facts | more
 
 
@@ -109,10 +110,12 @@ def where(about: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """One case."""
+    """One case: who ran, and below it who did not and why."""
+    ran = [row for row in rows if row["status"] != "skipped"]
     lines = ["| provider | ms: median (quartiles) | memory above inputs | of the limit | error: nats, gradients by norm |"]
-    lines += ["|---|---|---|---|---|", *(f"| {' | '.join(_cells(row))} |" for row in rows)]
-    return "\n".join(lines)
+    lines += ["|---|---|---|---|---|", *(f"| {' | '.join(_cells(row))} |" for row in ran)]
+    skipped = [f"{row['provider']} ({row['reason']})" for row in rows if row["status"] == "skipped"]
+    return "\n".join([*lines, *(["", f"Skipped: {', '.join(skipped)}."] if skipped else [])])
 
 
 def report(results: dict) -> str:
@@ -163,9 +166,19 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
     color = {provider: f"C{i}" for i, provider in enumerate(names)}
     title = f"{first['model']}, V {first['V']}, {first['dtype']}: {results['about']['device']}"
 
+    counts = sorted({row["N"] for row in rows})
+
+    def grid(height: float) -> tuple[plt.Figure, list[plt.Axes]]:
+        columns = min(4, len(parts))
+        lines = -(-len(parts) // columns)
+        figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, height * lines), squeeze=False, layout="constrained")
+        for axis in axes.flat[len(parts) :]:
+            axis.set_axis_off()
+        return figure, list(axes.flat[: len(parts)])
+
     def against_rows(key: str, label: str, scale: float, with_limit: bool) -> plt.Figure:
-        figure, axes = plt.subplots(1, len(parts), figsize=(3.4 * len(parts), 3.4), squeeze=False, layout="constrained")
-        for axis, part in zip(axes[0], parts):
+        figure, axes = grid(3.0)
+        for axis, part in zip(axes, parts):
             for provider in names:
                 points = sorted((r["N"], r[key] / scale) for r in rows if (r["part"], r["provider"]) == (part, provider))
                 if points:
@@ -174,15 +187,17 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
                 points = sorted({r["N"]: r["limit_s"] / scale for r in rows if r["part"] == part}.items())
                 axis.plot(*zip(*points), "k--", linewidth=1, label="limit")
             axis.set(title=part, xlabel="N", ylabel=label, xscale="log", yscale="log")
-        handles = dict(sum((list(zip(*axis.get_legend_handles_labels()[::-1])) for axis in axes[0]), []))
+            axis.set_xticks(counts, counts, fontsize=7)
+            axis.minorticks_off()
+        handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
         figure.suptitle(title)
         return figure
 
     def bars() -> plt.Figure:
         at = [row for row in rows if row["N"] == first["N"]]
-        figure, axes = plt.subplots(1, len(parts), figsize=(3.4 * len(parts), 2.6), squeeze=False, layout="constrained")
-        for axis, part in zip(axes[0], parts):
+        figure, axes = grid(2.4)
+        for axis, part in zip(axes, parts):
             chosen = [row for row in at if row["part"] == part][::-1]
             spread = [[r["median_s"] - r["quartiles_s"][0], r["quartiles_s"][1] - r["median_s"]] for r in chosen]
             axis.barh(

@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -71,7 +72,7 @@ def launching_with(settings: dict[str, int]) -> Iterator[None]:
 class RowPass:
     """The forward and the backward kernel over ``[N, V]`` logits, with their float64 results in some rows."""
 
-    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
+    options: ClassVar = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
 
     def __init__(self, N: int, V: int, dtype: torch.dtype, device: str):
         self.N, self.V, self.device = N, V, device
@@ -179,7 +180,7 @@ def sweep_rows(sizes: dict, device: str, arch: str, name: str, copy_rate: float,
                     if best is not None:
                         rate = f"{best['bytes_per_s'] / 1e12:.3g} TB/s, {best['bytes_per_s'] / copy_rate:.0%} of copy"
                         winners[op][V] = best, f"{name}: {rate} at N {N}, V {V}"
-                        print(f"{op} {str(dtype)[6:]} {winners[op][V][1]} with {({k: best[k] for k in settings})}")
+                        print(f"{op} {str(dtype)[6:]} {winners[op][V][1]} with { ({k: best[k] for k in settings}) }")
                 if op == "forward":
                     work.forward()  # with the kernels' own settings, for the backward
                 timings += [{"op": op, "dtype": str(dtype)[6:], "N": N, "V": V, **row} for row in timed]

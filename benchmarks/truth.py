@@ -6,8 +6,11 @@ that dtype's unit roundoff, u32 that of fp32:
 
     |dz|       <= u max|z| + 4 sqrt(H) u32 |hidden| |weight|          (from hidden states)
     |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)         (from logits without dz and u: fp32 inside, fp32 out)
-    |dcoef|    <= beta / G * beta sqrt(K T) max|dlogp|                (of a loss over T tokens each of K responses)
-    |ddlogits| <= |coef| (2 u |onehot - p| + |dlogp| (onehot + p)) + |dcoef| |onehot - p|
+    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss; sums over the tokens of a response)
+    |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot) + |dcoef| |onehot - p|
+
+and, errors of different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)|| + 32 u ||dhidden||, dweight
+alike.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         if not from_logits:
             largest = weight.norm(dim=1).max()  # |hidden| |weight| <= the norms' product
             work[index] = 4 * math.sqrt(H) * single * rows[index].double().norm(dim=1) * largest
-    logps_bound = 32 * single * (peak + math.log(V))
+    in_fp32 = 32 * single * (peak + math.log(V))
+    logps_bound = in_fp32.clone()
     if not from_logits:
         logps_bound += 2 * (half * peak + work) + half * logps.abs()
     logps_bound[labels < 0] = 0
@@ -77,7 +81,7 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         coef = slope.repeat_interleave(case.length)
         loss = out.item()
         loss_bound = 2 * float((coef.abs() * logps_bound).sum()) + 64 * single * (1 + abs(loss))
-        coef_bound = case.beta**2 / G * math.sqrt(K * case.scored / SEQUENCES) * float(logps_bound.max())
+        coef_bound = case.beta**2 / (2 * G) * float(logps_bound.view(x.labels.shape).norm(dim=1).max())
 
     def dlogits(index: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values and bounds [rows, columns] of dL/dlogits."""
@@ -88,26 +92,27 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         p = (z - lse[index, None]).exp()
         hit = (labels[index, None] == columns).double()
         c = coef[index, None]
-        error = c.abs() * (2 * half * (hit - p).abs() + logps_bound[index, None] * (hit + p)) + coef_bound * (hit - p).abs()
+        error = (c.abs() * (2 * half + logps_bound[index, None]) + coef_bound) * (hit - p).abs()
+        error += c.abs() * in_fp32[index, None] * hit
         return c * (hit - p), error
 
     gradients = {}
     spread = scored[torch.linspace(0, len(scored) - 1, min(SAMPLED_ROWS, len(scored)), device=labels.device).round().long()]
-    sums_bound = lambda value, error: float(error.norm() + 32 * half * value.norm())
+    sums_bound = lambda value, squares: float(2 * squares.sum().sqrt() + 32 * half * value.norm())
     if "logits" in case.part.trains:
         value, error = dlogits(spread)
         gradients["logits"] = Sample(spread, value, float(error.norm()))
     if "hidden" in case.part.trains:
         value, error = dlogits(spread)
         value = value @ weight
-        gradients["hidden"] = Sample(spread, value, sums_bound(value, error @ weight.abs()))
+        gradients["hidden"] = Sample(spread, value, sums_bound(value, error.square() @ weight.square()))
     if "weight" in case.part.trains:
         # columns that are labels, whose gradients are large, and others
         columns = torch.cat([labels[spread], torch.arange(0, V, -(-V // SAMPLED_COLUMNS), device=labels.device)]).unique()
-        value = error = 0
+        value = squares = 0
         for index in scored.split(max(1, CHUNK_ELEMENTS // (len(columns) + H))):
             d, e = dlogits(index, columns)
             h = rows[index].double()
-            value, error = value + d.t() @ h, error + e.t() @ h.abs()
-        gradients["weight"] = Sample(columns, value, sums_bound(value, error))
+            value, squares = value + d.t() @ h, squares + e.square().t() @ h.square()
+        gradients["weight"] = Sample(columns, value, sums_bound(value, squares))
     return Truth(logps.view(x.labels.shape), logps_bound.view(x.labels.shape), loss, loss_bound, gradients)
