@@ -22,7 +22,7 @@ SECONDS, ROUNDS = (1.0, (5, 30)) if DEVICE == "cuda" else (0.1, (3, 10))
 
 
 @pytest.mark.benchmark(timer=clock(DEVICE))
-def test_head(case, provider, bench, benchmark):
+def test_head(case, provider, bench, timer):
     if bench.results.has(case, provider):
         pytest.skip("in the results file already")
     if time.monotonic() > bench.ends:
@@ -31,7 +31,7 @@ def test_head(case, provider, bench, benchmark):
         bench.results.add(case, provider, "skipped", reason=reason)
         pytest.skip(f"{provider.name} {reason}")
     try:
-        measure(case, provider, bench, benchmark)
+        measure(case, provider, bench, timer)
     except torch.OutOfMemoryError:
         bench.results.add(case, provider, "out of memory")
         pytest.xfail("out of memory")
@@ -46,7 +46,7 @@ def test_head(case, provider, bench, benchmark):
         bench.free()
 
 
-def measure(case, provider, bench, benchmark) -> None:
+def measure(case, provider, bench, timer) -> None:
     bench.load(case)
     limit, why = bench.ceilings.limit(case)
     step = Step(case, provider, bench.inputs)
@@ -57,12 +57,12 @@ def measure(case, provider, bench, benchmark) -> None:
         (pytest.fail if isinstance(provider, Ours) else pytest.xfail)(f"{provider.name}: {errors.verdict}")
     warm = seconds(step, step.prepare, bench.device, 2)[-1]
     rounds = max(ROUNDS[0], min(ROUNDS[1], math.ceil(SECONDS / warm)))
-    if benchmark is None:
+    if timer is None:
         times = seconds(step, step.prepare, bench.device, rounds)
     else:
-        benchmark.group = case.id
-        benchmark.pedantic(step, setup=step.prepare, rounds=rounds)
-        times = benchmark.stats.stats.data
+        timer.group = case.id
+        timer.pedantic(step, setup=step.prepare, rounds=rounds)
+        times = timer.stats.stats.data
     first, median, third = quartiles(times)
     bench.results.add(
         case, provider, "ok", median_s=median, quartiles_s=[first, third], rounds=rounds, peak_bytes=peak_bytes(step, bench.device),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import time
 from pathlib import Path
 
@@ -86,9 +85,7 @@ def bench(pytestconfig):
         print("\n", *publish(bench.results.path), bench.results.path, sep="\n")
 
 
-if importlib.util.find_spec("pytest_benchmark") is None:
-
-    @pytest.fixture
-    def benchmark():
-        """In its place: bench.py times by itself."""
-        return None
+@pytest.fixture
+def timer(request):
+    """pytest-benchmark's fixture, or None where it is not installed: bench.py then times by itself."""
+    return request.getfixturevalue("benchmark") if request.config.pluginmanager.hasplugin("benchmark") else None

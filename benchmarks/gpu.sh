@@ -6,7 +6,7 @@
 #
 # Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 SWEEP_S=540. A stage that is cut short keeps what it has measured,
 # and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
-# BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192"). The exit code is the first that was not 0.
+# TESTS names test files, BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192"). The exit code is the first that was not 0.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD out=benchmarks/results dry="" stages=()
@@ -41,7 +41,7 @@ tests() {
   local options=(-q --continue-on-collection-errors -p no:cacheprovider)
   has xdist && [[ -z $dry ]] && options+=(-n "${TEST_WORKERS:-4}")
   [[ -n $dry ]] && options=(-q -p no:cacheprovider --collect-only)
-  limited "${TESTS_S:-540}" "$PYTHON" -m pytest tests "${options[@]}" >"$out/tests.txt" 2>&1
+  limited "${TESTS_S:-540}" "$PYTHON" -m pytest ${TESTS:-tests} "${options[@]}" >"$out/tests.txt" 2>&1
   local status=$?
   tail -n 25 "$out/tests.txt"
   return $status
