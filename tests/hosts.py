@@ -15,12 +15,13 @@ TEMPLATE = (
 @functools.cache
 def tokenizer():
     """Words and characters, trained in memory, with a chat template."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "</s>", "<|user|>", "<|assistant|>"]
     raw = Tokenizer(models.BPE(unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator([" ".join(WORDS)] * 20, trainers.BpeTrainer(vocab_size=120, special_tokens=special))
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:], chat_template=TEMPLATE
