@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+
+import rpo_kernels
 
 from .helpers import worst
 from .hosts import llama, pairs, text, tokenizer
@@ -90,7 +94,8 @@ def rows():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_every_output_and_gradient_is_TRLs(rows, softcap, monkeypatch):
-    monkeypatch.setattr(adapter, "CHUNK_BYTES", 10 * 4 * 53)  # statistics in several chunks
+    chunks = functools.partial(rpo_kernels.linear_token_logps_and_entropy, workspace_bytes=10 * 4 * 53)
+    monkeypatch.setattr(adapter, "linear_token_logps_and_entropy", chunks)  # of 10 rows
     inputs, targets = rows
     theirs, ours = [], []
     for results, context in ((theirs, torch.no_grad()), (ours, accelerate_trl())):

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Options, Scored
+from .head import Chunks, Gradients, Head, OnLogits, Options, Scored, shown_to
 from .linear_checks import check_counts, check_linear, check_live_reference, options_of
 from .linear_token_logps import linear_token_logps
 from .output import RPOOutput
@@ -51,6 +51,7 @@ def linear_rpo_loss(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     counts: Sequence[int] | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> RPOOutput:
     """RPO loss of groups of responses, from hidden states: :func:`rpo_loss` of ``hidden weight^T + bias`` without the logits.
@@ -74,7 +75,7 @@ def linear_rpo_loss(
         ref_weight, ref_bias: the reference's head ``[V, H']``, ``[V]``; weight and bias if None.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype, workspace_bytes: as for :func:`linear_token_logps`.
+        logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
         counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
             a GPU one remains). Wrong counts give a NaN loss.
 
@@ -101,21 +102,22 @@ def linear_rpo_loss(
         return _composed(hidden, weight, labels, rewards, objective, bias, ref_logps, live_reference, ref_weights, group_size,
                          cu_groups, cu_seqlens, ignore_index, counts, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-                             logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend))  # fmt: skip
+                             logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend), on_logits)  # fmt: skip
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, losses, by_sequence, lengths, *_ = _forward_op(
-        hidden, weight, bias, labels, cu_seqlens, *live_reference, *inputs, counts, *needs, *options[:-1]
-    )
+    with shown_to(op, on_logits):
+        loss, losses, by_sequence, lengths, *_ = _forward_op(
+            hidden, weight, bias, labels, cu_seqlens, *live_reference, *inputs, counts, *needs, *options[:-1]
+        )
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
 def _composed(hidden, weight, labels, rewards, objective, bias, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens,
-              ignore_index, counts, options) -> RPOOutput:  # fmt: skip
+              ignore_index, counts, options, on_logits) -> RPOOutput:  # fmt: skip
     """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
     if counts is not None:
         options["count"] = sum(counts)
-    logps = linear_token_logps(hidden, weight, labels, bias=bias, **options)
+    logps = linear_token_logps(hidden, weight, labels, bias=bias, on_logits=on_logits, **options)
     if live[0] is not None:
         with torch.no_grad():
             ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)
@@ -238,7 +240,7 @@ def _forward_op(
             out = gradients.slot(size) if training and head.in_place else scratch[:size]
             if ref_rows is not None:
                 ref_logps[0, part] = ref_head.forward(ref_head.logits(ref_rows.hidden[part], out), y)[0]
-            logits = head.logits(rows.hidden[part], out)
+            logits = head.shown(head.logits(rows.hidden[part], out), y)
             logps[part], lse, _ = head.forward(logits, y)
             lses.append(lse)
         *group, coef = _group_pass_of(

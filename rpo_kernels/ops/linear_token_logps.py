@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import checks
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Options, Scored
+from .head import Chunks, Gradients, Head, OnLogits, Options, Scored, shown_to
 from .linear_checks import check_count, check_linear, options_of
 
 
@@ -24,6 +24,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label under ``x = hidden weight^T + bias``: :func:`token_logps` without the logits.
@@ -41,6 +42,9 @@ def linear_token_logps(
             of the GEMMs.
         workspace_bytes: bound on logits and dlogits held at a time; 1 GiB on a GPU, 256 MiB on a CPU.
         count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
+        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
+            rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
+            whole row, such as accuracies, at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight and bias; sums over
@@ -49,7 +53,7 @@ def linear_token_logps(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    return _run("linear_token_logps", hidden, weight, labels, bias, count, False, temperature, logit_scale, softcap,
+    return _run("linear_token_logps", hidden, weight, labels, bias, count, on_logits, False, temperature, logit_scale, softcap,
                 ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
 
 
@@ -66,25 +70,27 @@ def linear_token_logps_and_entropy(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass; both differentiable.
 
     Arguments and errors as there; a frozen head costs 3 GEMMs.
     """
-    return _run("linear_token_logps_and_entropy", hidden, weight, labels, bias, count, True, temperature, logit_scale,
+    return _run("linear_token_logps_and_entropy", hidden, weight, labels, bias, count, on_logits, True, temperature, logit_scale,
                 softcap, ignore_index, logits_dtype, workspace_bytes, backend)  # fmt: skip
 
 
-def _run(op, hidden, weight, labels, bias, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
-         workspace_bytes, backend):  # fmt: skip
+def _run(op, hidden, weight, labels, bias, count, on_logits, entropy, temperature, logit_scale, softcap, ignore_index,
+         logits_dtype, workspace_bytes, backend):  # fmt: skip
     check_linear(op, hidden, weight, bias, labels, ignore_index)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
     check_count(op, count, labels.numel())
     grad = torch.is_grad_enabled()
     needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     keep = _what_to_keep(labels.numel(), weight.shape[0], needs, entropy, Options(*options))
-    logps, entropies, *_ = _forward_op(hidden, weight, bias, labels, count, entropy, keep, *options)
+    with shown_to(op, on_logits):
+        logps, entropies, *_ = _forward_op(hidden, weight, bias, labels, count, entropy, keep, *options)
     return logps, entropies
 
 
@@ -148,7 +154,8 @@ def _forward_op(
         part = slice(start, min(start + chunks.logits, n))
         size = part.stop - part.start
         out = kept[part] if keep == "logits" else unit.slot(size) if unit and head.in_place else scratch[:size]
-        logits, y = head.logits(rows.hidden[part], out), rows.labels[part]
+        y = rows.labels[part]
+        logits = head.shown(head.logits(rows.hidden[part], out), y)
         logps[part], lse[:, part], h = head.forward(logits, y, entropy)
         if entropy:
             entropies[part] = h

@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 
 import torch
-import torch.nn.functional as F
 import trl.trainer.utils as host
 from torch import Tensor
 from transformers.utils import logging
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
-from rpo_kernels import linear_token_logps, linear_token_logps_and_entropy
+from rpo_kernels import linear_token_logps, linear_token_logps_and_entropy, token_logps, token_logps_and_entropy
 
 from .version import check_version
 
@@ -25,7 +24,6 @@ ARGUMENTS = (
     "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
 )  # fmt: skip
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-CHUNK_BYTES = 256 << 20  # of the logits that statistics are read from
 
 # What TRL has, while ours takes its place.
 _original: dict[str, object] = {}
@@ -62,13 +60,14 @@ class LogProbs:
             "softcap": final_logit_softcapping,
             "count": targets.numel(),
         }
+        rest = RowStatistics(set(outputs) & {"log_sum_sq_probs", "mean_logits", "is_top1"})
+        options["on_logits"] = rest if rest.wanted and targets.numel() else None
         entropy = None
         if "entropy" in outputs:
             logps, entropy = linear_token_logps_and_entropy(hidden, weight, targets, **options)
         else:
             logps = linear_token_logps(hidden, weight, targets, **options)
-        rest = _statistics(hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale, outputs)
-        return logps, entropy, rest.get("log_sum_sq_probs"), rest.get("mean_logits"), rest.get("is_top1")
+        return logps, entropy, *(rest.of(name, logps) for name in ("log_sum_sq_probs", "mean_logits", "is_top1"))
 
 
 def _not_ours(weight: Tensor, temperature: float, logit_scale: float, outputs: tuple[str, ...]) -> str | None:
@@ -81,38 +80,38 @@ def _not_ours(weight: Tensor, temperature: float, logit_scale: float, outputs: t
     return f"an unknown output is asked ({', '.join(sorted(unknown))})" if unknown else None
 
 
-@torch.no_grad()
-def _statistics(hidden, weight, bias, targets, temperature, softcap, logit_scale, outputs) -> dict[str, Tensor]:
-    """What only TRL's metrics read, none of it differentiable: log sum p^2, the mean of z, and whether the target leads.
+class RowStatistics:
+    """What TRL's metrics read of whole rows of logits, as the chunks come by; none of it differentiable.
 
-        z = softcap tanh(logit_scale (hidden weight^T + bias) / softcap) / temperature
-
-    As in TRL, from logits in the dtype of the GEMM.
+        z = softcap tanh(logit_scale x / softcap) / temperature
+        entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads     with p = softmax z
     """
-    scale = logit_scale / temperature
-    found: dict[str, Tensor] = {}
-    if "mean_logits" in outputs and softcap is None:  # linear in the weight: no logits needed
-        mean = weight.mean(0, dtype=torch.float32)
-        found["mean_logits"] = scale * (hidden.float() @ mean + (0.0 if bias is None else bias.float().mean()))
-    wanted = {"log_sum_sq_probs", "mean_logits", "is_top1"} & set(outputs) - set(found)
-    if not wanted:
-        return found
-    columns: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    for x, y in zip(hidden.split(rows), targets.split(rows)):
-        z = F.linear(x, weight, bias).float()
-        if softcap is None:
-            z *= scale
-        else:
-            z = z.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
-        if "mean_logits" in wanted:
-            columns["mean_logits"].append(z.mean(-1))
-        if "is_top1" in wanted:
-            columns["is_top1"].append(z.argmax(-1) == y)  # the first of equals, as in TRL
-        if "log_sum_sq_probs" in wanted:
-            lse = z.logsumexp(-1)
-            columns["log_sum_sq_probs"].append(z.mul_(2).logsumexp(-1) - 2 * lse)
-    return found | {name: torch.cat(parts) for name, parts in columns.items()}
+
+    def __init__(self, wanted: set[str]):
+        self.wanted = wanted
+        self.parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+
+    def __call__(self, logits: Tensor, labels: Tensor, transform: dict) -> None:
+        """Take in a chunk ``[n, V]``: an ``on_logits`` of the linear functions."""
+        temperature, scale, softcap = (transform[name] for name in ("temperature", "logit_scale", "softcap"))
+        for name, parts in self.parts.items():
+            if name == "entropy":
+                parts.append(token_logps_and_entropy(logits, labels, **transform)[1])
+            elif name == "is_top1":
+                parts.append(logits.argmax(-1) == labels)  # z grows with x; the first of equals, as in TRL
+            elif name == "log_sum_sq_probs":  # log p^2 = 2 z - 2 lse(z), and 2 z is z at half the temperature
+                halved = token_logps(logits, labels, **transform | {"temperature": temperature / 2})
+                parts.append(2 * token_logps(logits, labels, **transform) - halved)
+            elif softcap is None:
+                parts.append(logits.mean(-1, dtype=torch.float32) * (scale / temperature))
+            else:
+                parts.append((logits * (scale / softcap)).tanh_().mean(-1, dtype=torch.float32) * (softcap / temperature))
+
+    def of(self, name: str, like: Tensor) -> Tensor | None:
+        """``[N]`` of all rows, in the order in which they came; None if it is not wanted."""
+        if name not in self.wanted:
+            return None
+        return torch.cat(self.parts[name]) if self.parts[name] else like.new_zeros(0, dtype=None if name != "is_top1" else torch.bool)
 
 
 class Acceleration:
@@ -146,7 +145,7 @@ class Acceleration:
 
 
 def accelerate_trl() -> Acceleration:
-    """Let TRL's trainers compute log-probabilities and entropies on our kernels: DPO, KTO, GRPO, RLOO, SFT, and what subclasses them.
+    """Let TRL's trainers compute log-probabilities on our kernels: DPO, KTO, GRPO, RLOO, SFT, and what subclasses them.
 
     Losses and metrics keep their values: logits are fp32 where TRL rounds them to the compute dtype, so 16-bit runs come out
     closer to the truth, not equal to the last digit. On a CPU only scored positions take part, as elsewhere.
@@ -154,9 +153,9 @@ def accelerate_trl() -> Acceleration:
         accelerate_trl()                            # for the rest of the process
         with accelerate_trl(): trainer.train()      # or for a while
 
-    ``mean_logits`` needs no logits unless they are soft-capped; ``is_top1`` (DPO's and SFT's ``mean_token_accuracy``) and
-    ``log_sum_sq_probs`` (DPO's ``use_weighting``) cost one more GEMM forward. Calls that the kernels cannot serve (ZeRO-3, scales that are not
-    positive) go to TRL's own function, which is said once in the log.
+    What else TRL asks for (entropy, mean logit, top-1, sum of squared probabilities) is read from the same chunks of logits: no
+    further GEMM. Calls that the kernels cannot serve (ZeRO-3, scales that are not positive) go to TRL's own function; the log says
+    so once.
 
     Returns:
         :class:`Acceleration`, whose ``undo()`` restores TRL.
