@@ -45,9 +45,7 @@ def test_every_objective_equals_the_reference_whatever_the_workspace(objective, 
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     options = {"softcap": 20.0, "temperature": 1.3}
     rewards64 = None if rewards is None else rewards.double()
-    truth = reference.linear_rpo_loss(
-        *doubles[:2], labels, rewards64, objective, bias=doubles[2], **in_float64(kwargs), **options
-    )
+    truth = reference.linear_rpo_loss(*doubles[:2], labels, rewards64, objective, bias=doubles[2], **in_float64(kwargs), **options)
     truth.loss.backward()
     ours = linear_rpo_loss(
         *leaves[:2], labels, rewards, objective, bias=leaves[2], workspace_bytes=WORKSPACES[workspace], backend=backend, **kwargs,

@@ -248,5 +248,3 @@ def vocabulary_backward(
             HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
             **launch_settings(V, logits.element_size()),
         )  # fmt: skip
-
-

@@ -34,14 +34,10 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
             raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
         checks.check_device(op, hidden.device, **{b: bias})
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(
-            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}"
-        )
+        raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
 
 
-def options_of(
-    op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend
-) -> tuple:
+def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend) -> tuple:
     """The fields of :class:`Options`, in types that an operator takes."""
     checks.check_transform(op, temperature, logit_scale, softcap)
     checks.check_backend(op, backend)

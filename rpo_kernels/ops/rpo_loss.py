@@ -90,9 +90,7 @@ def _forward_op(
     inplace: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op, N, S = "rpo_loss", labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    checks.check_group_values(
-        op, RPOObjective.from_spec(objective), S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer
-    )
+    checks.check_group_values(op, RPOObjective.from_spec(objective), S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer)
     logps, lse, _ = vocabulary_forward(op, logits, labels, temperature, logit_scale, softcap, ignore_index, False, backend)
     group = group_pass(
         op, logps, labels.reshape(-1), ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
@@ -134,9 +132,7 @@ def _backward(ctx, dloss, dlosses, *_):
         upstream = None
     elif dloss is None:
         return (None,) * 17
-    dlogits = dlogits_of(
-        ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, *ctx.options, ctx.backend
-    )
+    dlogits = dlogits_of(ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, *ctx.options, ctx.backend)
     return (dlogits, *(None,) * 16)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from rpo_kernels import RPOOutput
 
+from .head import RowStatistics
+
 Metric = tuple[Tensor, Tensor]  # sum, count
 
 
@@ -45,14 +47,18 @@ def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str
     return metrics, (first + best)[:, 0], (first + worst)[:, 0]
 
 
-def token_metrics(outputs, mask: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
-    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen`` and ``rejected`` ``[G]``."""
-    mask, T = mask.bool(), mask.shape[1]
+def token_metrics(statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
+    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen`` or ``rejected`` ``[G]``."""
+    none = torch.zeros(0, device=mask.device)
+    entropy, logits, leads = (
+        torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, statistics.of(name, none).float())
+        for name in ("entropy", "mean_logits", "is_top1")
+    )
     return {
-        "entropy": _total(outputs.entropy[:, -T:], mask),
-        "logits/chosen": _total(outputs.mean_logits[chosen, -T:], mask[chosen]),
-        "logits/rejected": _total(outputs.mean_logits[rejected, -T:], mask[rejected]),
-        "mean_token_accuracy": _total(outputs.is_top1[chosen, -T:].float(), mask[chosen]),
+        "entropy": _total(entropy, mask),
+        "logits/chosen": _total(logits[chosen], mask[chosen]),
+        "logits/rejected": _total(logits[rejected], mask[rejected]),
+        "mean_token_accuracy": _total(leads[chosen], mask[chosen]),
     }
 
 

@@ -19,9 +19,10 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from rpo_kernels import RPOOutput, preference_loss, sequence_logps
 
+from ..transformers import attach
 from .config import RPOConfig
 from .data import COLUMNS, DataCollatorForGroups, encode
-from .head import accelerate_trl
+from .head import RowStatistics, accelerate_trl
 from .metrics import group_metrics, token_metrics
 
 NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "ref_logps")
@@ -91,6 +92,10 @@ class RPOTrainer(DPOTrainer):
         finally:
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute
+        attach(self.model)
+        if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
+            host = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            host.router_aux_loss_coef = self.router_aux_loss_coef
 
     # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its options.
     @property
@@ -145,97 +150,86 @@ class RPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G, K - 1]``, K the dataset's
         largest; 0 where a prompt has fewer."""
-        logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
+        logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
         return table[:, 0], table[:, 1:]
 
     @torch.no_grad()
     def _reference_logps(self, model, inputs: dict[str, Tensor]) -> Tensor:
-        """``[S]``, of the reference model or of the policy without its adapter."""
+        """Per token ``[S, T]``, of the reference model or of the policy without its adapter."""
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
-        kwargs, labels = self._model_inputs(inputs)
+        kwargs, labels = _model_inputs(inputs)
         with (
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             adapter,
             self.accelerator.autocast(),
             accelerate_trl(),
         ):
-            token_logps = model(**kwargs, labels=labels, fused_lm_head=True).log_probs
-        return sequence_logps(token_logps[:, 1 - labels.shape[1] :])
-
-    @staticmethod
-    def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-        """What the model takes, and labels ``[S, T]``: the responses' tokens, which TRL's head shifts."""
-        kwargs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
-        return kwargs | {"use_cache": False}, inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            logps = model(**kwargs, labels=labels, fused_lm_head=True).log_probs
+        # [S, T - 1], or more where prompt tuning puts virtual tokens before the others
+        return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
     # ---- the loss ------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs: dict[str, Tensor], return_outputs: bool):
-        kwargs, labels = self._model_inputs(inputs)
+        ref_logps = None
+        if self.precompute_ref_logps:
+            ref_logps = inputs["ref_logps"]
+        elif self.objective.reference == "single":
+            ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
+        kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
-        with accelerate_trl():
-            outputs = model(**kwargs, labels=labels, fused_lm_head=True)
-        token_logps = outputs.log_probs[:, 1 - labels.shape[1] :]  # without the virtual tokens of prompt tuning
-        ref_logps = self._ref_logps_of(inputs)
-        out = self._preference_loss(token_logps, ref_logps, inputs)
-        loss = out.loss
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-        self._record(out, outputs, ref_logps, inputs)
-        if return_outputs:  # for compute_metrics, which wants logits
-            with torch.no_grad():
-                outputs = model(**kwargs)
-        return (loss, outputs) if return_outputs else loss
-
-    def _ref_logps_of(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        if self.objective.reference == "none":
-            return None
-        if self.precompute_ref_logps:
-            return inputs["ref_logps"]
-        return self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
-
-    def _preference_loss(self, token_logps: Tensor, ref_logps: Tensor | None, inputs: dict[str, Tensor]) -> RPOOutput:
-        sizes, cu_groups = inputs["group_sizes"], inputs.get("cu_groups")
-        return preference_loss(
-            sequence_logps(token_logps),
-            inputs.get("rewards"),
-            self.objective,
-            ref_logps=ref_logps,
-            lengths=inputs["completion_mask"][:, 1:].sum(1),
-            group_size=len(token_logps) // len(sizes),
-            cu_groups=cu_groups,
+        groups = {"rewards": inputs.get("rewards"), "cu_groups": inputs.get("cu_groups")}
+        groups["group_size"] = len(labels) // len(inputs["group_sizes"])
+        statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
+        out = model(
+            **kwargs, labels=labels, objective=self.objective, ref_logps=ref_logps, on_logits=statistics, **groups
         )
+        self._record(out, statistics, ref_logps, inputs, groups)
+        if not return_outputs:
+            return out.loss
+        with torch.no_grad():  # for compute_metrics, which wants logits
+            return out.loss, model(**kwargs)
 
     @torch.no_grad()
-    def _record(self, out: RPOOutput, outputs, ref_logps: Tensor | None, inputs: dict[str, Tensor]) -> None:
+    def _record(self, out: RPOOutput, statistics: RowStatistics, ref_logps: Tensor | None, inputs: dict, groups: dict) -> None:
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
         metrics, chosen, rejected = group_metrics(out, inputs["group_sizes"], "cu_groups" in inputs)
         if not self.objective.uses_rewards:
-            del metrics["rewards/target_margin"]
+            del metrics["rewards/target_margin"]  # a constant
         if ref_logps is not None:
+            ref_logps = ref_logps if ref_logps.dim() == 1 else sequence_logps(ref_logps)
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
-        metrics |= token_metrics(outputs, inputs["completion_mask"][:, 1:], chosen, rejected)
+        metrics |= token_metrics(statistics, inputs["completion_mask"][:, 1:].bool(), chosen, rejected)
         if self.aux_loss_enabled:
-            metrics["aux_loss"] = outputs.aux_loss, torch.ones_like(outputs.aux_loss)
-        if mode == "train":
-            metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
+            rewards = groups.pop("rewards")
+            without = preference_loss(out.logps, rewards, self.objective, ref_logps=ref_logps, lengths=out.lengths, **groups).loss
+            metrics["aux_loss"] = (out.loss - without) / self.router_aux_loss_coef, torch.ones_like(without)
+        metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
         # One gathering, one look at the device: sums and counts over processes, which may hold different numbers of responses.
         sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])  # [metrics, 2]
-        totals = self.accelerator.gather(sums[None]).sum(0).tolist()
-        recorded = dict(zip(metrics, totals))
+        recorded = dict(zip(metrics, self.accelerator.gather(sums[None]).sum(0).tolist()))
+        tokens = recorded.pop("num_tokens")[0]
         if mode == "train":
-            self._total_train_tokens += int(recorded.pop("num_tokens")[0]) // self._tp_size
+            self._total_train_tokens += int(tokens) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, (total, count) in recorded.items():
             if count:
                 self._metrics[mode][name].append(total / count)
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
+    """What the model takes, and labels ``[S, T]``: the responses' tokens, not shifted."""
+    kwargs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    labels[:, 0] = -100  # nothing predicts it, also where prompt tuning puts tokens before it
+    return kwargs | {"use_cache": False}, labels
 
 
 def _objective_of(args: object):
