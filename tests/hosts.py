@@ -8,7 +8,8 @@ import torch
 
 WORDS = "red green blue one two three small large cat dog bird runs sleeps sings the a and then".split()
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
@@ -28,16 +29,26 @@ def tokenizer():
     )
 
 
-def llama(seed: int = 0, **options):
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def llama(seed: int = 0):
     """A random Llama of 20,000 parameters; equal seeds give equal models."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, **options,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer()), **SIZES))
+
+
+def mixtral(seed: int = 0):
+    """A random mixture of four experts."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer()), num_local_experts=4, **SIZES))
 
 
 def text(seed: int, words: int) -> str:

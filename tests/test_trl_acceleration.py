@@ -44,7 +44,11 @@ def online(cls, config, **more):
         llama(seed=1).save_pretrained(args["output_dir"])
         reward = lambda completions, **_: [float(len(set(c))) for c in completions]
         return cls(
-            model, reward_funcs=reward, args=config(**args, **sampling), train_dataset=Dataset.from_list(PROMPTS), processing_class=tokenizer()
+            model,
+            reward_funcs=reward,
+            args=config(**args, **sampling),
+            train_dataset=Dataset.from_list(PROMPTS),
+            processing_class=tokenizer(),
         )
 
     return build

@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset  # noqa: E402
-from peft import LoraConfig  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 import rpo_kernels.adapters.trl as adapter  # noqa: E402
@@ -133,6 +132,7 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
         (GOOD | {"rewards": [1.0, math.nan]}, "backward_kl", r"`rewards` must be numbers, got nan"),
         (GOOD | {"rewards": [1.0, math.inf]}, "squared", r"`rewards` must be finite numbers, got inf"),
         (GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3}, "robust_dpo", r"this objective labels pairs, got 3"),
+        (GOOD | {"images": [0]}, "dpo", r"train dataset must be text only, got a column `images`"),
         ({"prompt": "a cat ", "completion": "sings"}, "dpo", r"must have the columns .*; got prompt, completion"),
     ],
 )
@@ -167,7 +167,12 @@ def test_streamed_rows_train(tmp_path):
         ("dpo", {}, {}, r"`ref_model` is missing: the model was built in memory"),
         ("simpo", {"ref_model": True}, {}, r"`ref_model` is superfluous: this objective has no reference"),
         ("simpo", {}, {"precompute_ref_log_probs": True}, r"`precompute_ref_log_probs` is superfluous"),
-        ({"distance": "squared", "reference": "geometric"}, {"ref_model": True}, {}, r"`objective` must have one reference or none"),
+        (
+            {"distance": "squared", "reference": "geometric"},
+            {"ref_model": True},
+            {},
+            r"`objective` must have one reference or none",
+        ),
     ],
 )
 def test_references_that_do_not_fit_are_refused(objective, arguments, more, message, tmp_path):

@@ -15,15 +15,14 @@ import torch
 
 from rpo_kernels import RPOObjective, reference
 
-from .hosts import llama, pairs, text, tokenizer
+from .hosts import llama, mixtral, pairs, text, tokenizer
 
 # One process imports TRL, which takes 5 s; what its dependencies warn about is not ours.
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset, IterableDataset, load_from_disk  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from transformers import HfArgumentParser  # noqa: E402
+from datasets import Dataset, load_from_disk  # noqa: E402
+from peft import LoraConfig, PromptTuningConfig  # noqa: E402
 
 from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer  # noqa: E402
 
@@ -34,20 +33,19 @@ def options(tmp_path, **more) -> dict:
     return {
         "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none",
         "save_strategy": "no", "per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1,
-        "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.3, **more,  # Adam would turn rounding of small gradients into steps
+        "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.3, **more,  # Adam makes steps of rounded zeros
     }  # fmt: skip
 
 
-def run(cls, args, rows=None, *, peft=False, ref=True, **more):
+def run(cls, args, rows=None, *, peft=None, ref=True, model=llama):
     """Train, and return what was logged at each step."""
     trainer = cls(
-        llama(),
-        llama(seed=1) if ref else None,  # another model, so that log-ratios are not 0 at first
+        model(),
+        model(seed=1) if ref else None,  # another model, so that log-ratios are not 0 at first
         args,
         train_dataset=Dataset.from_list(pairs(12) if rows is None else rows),
         processing_class=tokenizer(),
-        peft_config=copy.deepcopy(LORA) if peft else None,
-        **more,
+        peft_config=copy.deepcopy(peft),
     )
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -57,17 +55,24 @@ VARIANTS = {
     "sigmoid": ("dpo", {}, {}),
     "ipo": ({"preset": "ipo", "tau": 0.1, "average": True}, {"loss_type": "ipo"}, {}),
     "robust, label smoothing": (
-        {"preset": "robust_dpo", "label_smoothing": 0.2}, {"loss_type": "robust", "label_smoothing": 0.2}, {},
-    ),  # fmt: skip
+        {"preset": "robust_dpo", "label_smoothing": 0.2},
+        {"loss_type": "robust", "label_smoothing": 0.2},
+        {},
+    ),
     "exo_pair, label smoothing": (
-        {"preset": "exo", "label_smoothing": 0.1}, {"loss_type": "exo_pair", "label_smoothing": 0.1}, {},
-    ),  # fmt: skip
+        {"preset": "exo", "label_smoothing": 0.1},
+        {"loss_type": "exo_pair", "label_smoothing": 0.1},
+        {},
+    ),
     "sppo_hard": ({"preset": "sppo", "beta": 0.1}, {"loss_type": "sppo_hard"}, {}),
     "bco_pair": ("bco", {"loss_type": "bco_pair"}, {}),
     "precomputed reference": ("dpo", {"precompute_ref_log_probs": True}, {}),
     "precomputed reference is the model as it was": ("dpo", {"precompute_ref_log_probs": True}, {"ref": False}),
-    "PEFT reference": ("dpo", {}, {"ref": False, "peft": True}),
-    "PEFT reference, precomputed": ("dpo", {"precompute_ref_log_probs": True}, {"ref": False, "peft": True}),
+    "PEFT reference": ("dpo", {}, {"ref": False, "peft": LORA}),
+    "PEFT reference, precomputed": ("dpo", {"precompute_ref_log_probs": True}, {"ref": False, "peft": LORA}),
+    "prompt tuning": ("dpo", {}, {"ref": False, "peft": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}),
+    "gradient checkpointing": ("dpo", {"gradient_checkpointing": True}, {}),
+    "mixture of experts": ("dpo", {"router_aux_loss_coef": 0.3}, {"model": mixtral}),
     "left end cut off": ("dpo", {"max_length": 12, "truncation_mode": "keep_end"}, {}),
     "right end cut off": ("dpo", {"max_length": 12}, {}),
 }
@@ -203,7 +208,7 @@ def two_runs(where, batch_size: int) -> list[list[dict]]:
         args = options(where, per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, max_steps=3)
         trainer = RPOTrainer(
             llama(), llama(seed=1), RPOConfig(objective="squared", precompute_ref_log_probs=precompute, **args),
-            train_dataset=rows, eval_dataset=rows.select(range(5)), processing_class=tokenizer(),
+            train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer(),
         )  # fmt: skip
         trainer.train()
         trainer.evaluate()
@@ -227,7 +232,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     Dataset.from_list(groups([2, 4, 3, 2, 5, 2, 3, 3])).save_to_disk(tmp_path / "data")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program), str(tmp_path / "data")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(program),
+        str(tmp_path / "data"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("LOG")]

@@ -30,15 +30,15 @@ class RPOConfig(DPOConfig):
 
     Parameters:
         objective: an :class:`rpo_kernels.RPOObjective`; or, from a command line or a file, the name of a distance
-            (``squared``, ``backward_kl``, ``forward_kl``) or of a preset (``dpo``, ``ipo``, ``simpo``, ``rloo``, ...), or a dict, in JSON
-            if it is a string: the objective's fields, or ``{"preset": NAME, ...}`` with the preset's parameters. Kept as a dict of
-            all fields.
+            (``squared``, ``backward_kl``, ``forward_kl``) or of a preset (``dpo``, ``ipo``, ``simpo``, ``rloo``, ...), or a dict,
+            which may be a string in JSON: the objective's fields, or ``{"preset": NAME, ...}`` with the preset's parameters. Kept
+            as a dict of all fields.
         beta: the objective's, if it is not part of ``objective``: implicit reward units per nat.
 
     Raises:
-        ValueError, TypeError: for an unknown objective, for a ``beta`` that contradicts it, and for DPO's options that an objective
-            replaces (``loss_type``, ``label_smoothing``, ``loss_weights``, ``ld_alpha``, ``use_weighting``, ``f_divergence_type``) or that have
-            no effect (``padding_free``).
+        ValueError, TypeError: for an unknown objective, for a ``beta`` that contradicts it, and for DPO's options that an
+            objective replaces (``loss_type``, ``label_smoothing``, ``loss_weights``, ``ld_alpha``, ``use_weighting``,
+            ``f_divergence_type``) or that have no effect (``padding_free``).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012 (as in the base class)
@@ -50,24 +50,22 @@ class RPOConfig(DPOConfig):
             '{"preset": "simpo", "gamma": 1.0}.'
         },
     )
-    beta: float | None = field(
-        default=None, metadata={"help": "Implicit reward units per nat, where `objective` does not say it."}
-    )
-    loss_type: list[str] | None = field(
-        default=None, metadata={"help": "Must stay unset: `objective` says which loss is meant."}
-    )
+    beta: float | None = field(default=None, metadata={"help": "Implicit reward units per nat, where `objective` does not say it."})
+    loss_type: list[str] | None = field(default=None, metadata={"help": "Must stay unset: `objective` says which loss is meant."})
 
     def __post_init__(self) -> None:
         # ["rpo"] is what this method leaves behind, and comes back with a saved configuration
         if self.loss_type not in (None, "rpo", ["rpo"]):
             raise ValueError(
-                f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} beside `objective` {self.objective!r}: the objective is the "
-                'loss. Say "sigmoid" as objective="dpo", "ipo" as {"preset": "ipo", "tau": ..., "average": true}'
+                f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} beside `objective` {self.objective!r}: the "
+                'objective is the loss. Say "sigmoid" as objective="dpo", "ipo" as {"preset": "ipo", "tau": ..., "average": true}'
             )
         for name, instead in REPLACED.items():
             default = next(f.default for f in DPOConfig.__dataclass_fields__.values() if f.name == name)
             if getattr(self, name) != default:
-                raise ValueError(f"RPOConfig: `{name}` has no effect beside an objective, got {getattr(self, name)!r}; use {instead}")
+                raise ValueError(
+                    f"RPOConfig: `{name}` has no effect beside an objective, got {getattr(self, name)!r}; use {instead}"
+                )
         objective = read_objective(self.objective, self.beta)
         self.objective, self.beta, self.loss_type = asdict(objective), objective.beta, ["rpo"]
         super().__post_init__()
@@ -103,7 +101,6 @@ def read_objective(description: RPOObjective | dict | str | None, beta: float | 
         raise ValueError(f"{op}: `beta` {beta} contradicts the objective's beta {fields['beta']}; say it once")
     unknown = [name for name in fields if name not in known]
     if unknown:
-        raise ValueError(
-            f"{op}: {preset or 'an objective'} has no {', '.join(f'`{name}`' for name in unknown)}, only {', '.join(f'`{name}`' for name in known)}"
-        )
+        has, knows = (", ".join(f"`{name}`" for name in names) for names in (unknown, known))
+        raise ValueError(f"{op}: {preset or 'an objective'} has no {has}, only {knows}")
     return make(**fields)

@@ -45,7 +45,8 @@ def group_of(example: dict[str, Any], objective: RPOObjective, name: str) -> tup
         raise ValueError(f"{where}: this objective labels pairs, got {len(responses)} `responses` to a prompt")
     if rewards is None and objective.uses_rewards:
         raise ValueError(
-            f"{where} has no rewards, which this objective compares with: expected the columns {EXPECTED}; got {', '.join(example)}. "
+            f"{where} has no rewards, which this objective compares with: expected the columns {EXPECTED}; "
+            f"got {', '.join(example)}. "
             'For labels alone use an objective with a target of its own, such as objective="dpo"'
         )
     if rewards is not None:
@@ -102,8 +103,8 @@ def encode(example: dict[str, Any], processing_class, eos_token: str, objective:
 class DataCollatorForGroups(DataCollatorForPreference):
     """Rows of :func:`encode` as tensors, the responses to a prompt side by side.
 
-    ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``, ``attention_mask``, ``completion_mask`` ``[S, T]``, right
-    padded; ``rewards``, ``ref_logps`` ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
+    ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``, ``attention_mask``, ``completion_mask``
+    ``[S, T]``, right padded; ``rewards``, ``ref_logps`` ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

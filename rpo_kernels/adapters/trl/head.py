@@ -83,8 +83,8 @@ def _not_ours(weight: Tensor, temperature: float, logit_scale: float, outputs: t
 class RowStatistics:
     """What TRL's metrics read of whole rows of logits, as the chunks come by; none of it differentiable.
 
-        z = softcap tanh(logit_scale x / softcap) / temperature
-        entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads     with p = softmax z
+    z = softcap tanh(logit_scale x / softcap) / temperature
+    entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads     with p = softmax z
     """
 
     def __init__(self, wanted: set[str]):
@@ -111,7 +111,9 @@ class RowStatistics:
         """``[N]`` of all rows, in the order in which they came; None if it is not wanted."""
         if name not in self.wanted:
             return None
-        return torch.cat(self.parts[name]) if self.parts[name] else like.new_zeros(0, dtype=None if name != "is_top1" else torch.bool)
+        return (
+            torch.cat(self.parts[name]) if self.parts[name] else like.new_zeros(0, dtype=None if name != "is_top1" else torch.bool)
+        )
 
 
 class Acceleration:

@@ -48,7 +48,7 @@ def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str
 
 
 def token_metrics(statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
-    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen`` or ``rejected`` ``[G]``."""
+    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen``, ``rejected`` ``[G]``."""
     none = torch.zeros(0, device=mask.device)
     entropy, logits, leads = (
         torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, statistics.of(name, none).float())

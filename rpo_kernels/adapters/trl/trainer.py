@@ -29,12 +29,13 @@ NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "
 
 
 class RPOTrainer(DPOTrainer):
-    """:class:`trl.DPOTrainer` with the loss of :class:`rpo_kernels.RPOObjective` (arXiv 2502.00203), explicit rewards, and K >= 2 responses to a prompt.
+    """:class:`trl.DPOTrainer` for any :class:`rpo_kernels.RPOObjective`: explicit rewards, K >= 2 responses to a prompt.
 
-        L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
+        L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i        (arXiv 2502.00203)
 
-    Log-probabilities and the loss run on the kernels of this package. Everything else is TRL's: models and references (a copy,
-    ``ref_model``, precomputed, a PEFT model with its adapter disabled), evaluation, accumulation, distribution, checkpoints.
+    The policy's loss is :func:`rpo_kernels.linear_rpo_loss` inside the model's forward: 3 GEMMs with a trainable head, 2 with a
+    frozen one, metrics included. Everything else is TRL's: models and references (a copy, ``ref_model``, precomputed, a PEFT
+    model with its adapter disabled), evaluation, accumulation, distribution, checkpoints.
 
     Args:
         model, ref_model, and all others: as for :class:`trl.DPOTrainer`. Objectives without a reference load none.
@@ -44,14 +45,14 @@ class RPOTrainer(DPOTrainer):
             ``chosen_reward, rejected_reward``. Objectives with a target of their own need no rewards and take the first response
             (with rewards: the best) for the chosen one.
 
-    Metrics are TRL's, of the response with the largest target (``chosen``) and the smallest (``rejected``; of equals the last), in the
-    objective's reward units. Further ones: ``rewards/target_margin`` t_chosen - t_rejected; ``rewards/agreement``, the share of
-    response pairs with different targets that the implicit rewards order alike; ``kl``, the mean of l_i - lref_i in nats, which
-    estimates KL(policy || reference) where responses are the policy's own.
+    Metrics are TRL's, of the response with the largest target (``chosen``) and the smallest (``rejected``; of equals the
+    last), in the objective's reward units. Further ones: ``rewards/target_margin`` t_chosen - t_rejected; ``rewards/agreement``,
+    the share of response pairs with different targets that the implicit rewards order alike; ``kl``, the mean of l_i - lref_i in
+    nats, which estimates KL(policy || reference) where responses are the policy's own.
 
     Raises:
-        ValueError, TypeError: at construction, for data that do not fit the objective (an :class:`datasets.IterableDataset` shows its first
-            row then, the others as they come), for an objective with several references, and for images.
+        ValueError, TypeError: at construction, for data that do not fit the objective (an :class:`datasets.IterableDataset` shows
+            its first row then, the others as they come), for an objective with several references, and for images.
     """
 
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
@@ -83,6 +84,7 @@ class RPOTrainer(DPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RPOConfig(f"{name.split('/')[-1]}-RPO")
         self.objective = _objective_of(args)
+        _check_text_only(train_dataset)
         _check_reference(model, ref_model, args, self.objective.reference, peft_config)
         # The base class loads no reference where log-probabilities are precomputed: here there are none to compute.
         precompute = args.precompute_ref_log_probs
@@ -92,9 +94,8 @@ class RPOTrainer(DPOTrainer):
         finally:
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute
-        attach(self.model)
+        host = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
-            host = self.model.get_base_model() if is_peft_model(self.model) else self.model
             host.router_aux_loss_coef = self.router_aux_loss_coef
 
     # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its options.
@@ -105,9 +106,7 @@ class RPOTrainer(DPOTrainer):
 
     @data_collator.setter
     def data_collator(self, collator) -> None:
-        self._data_collator = (
-            DataCollatorForGroups(**vars(collator)) if type(collator) is DataCollatorForPreference else collator
-        )
+        self._data_collator = DataCollatorForGroups(**vars(collator)) if type(collator) is DataCollatorForPreference else collator
 
     # ---- data ----------------------------------------------------------------------------------------------------------
 
@@ -181,15 +180,15 @@ class RPOTrainer(DPOTrainer):
             ref_logps = inputs["ref_logps"]
         elif self.objective.reference == "single":
             ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
+            if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+                ref_logps = sequence_logps(ref_logps)  # the policy's rows are longer, by virtual tokens
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         groups = {"rewards": inputs.get("rewards"), "cu_groups": inputs.get("cu_groups")}
         groups["group_size"] = len(labels) // len(inputs["group_sizes"])
         statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
-        out = model(
-            **kwargs, labels=labels, objective=self.objective, ref_logps=ref_logps, on_logits=statistics, **groups
-        )
+        out = model(**kwargs, labels=labels, objective=self.objective, ref_logps=ref_logps, on_logits=statistics, **groups)
         self._record(out, statistics, ref_logps, inputs, groups)
         if not return_outputs:
             return out.loss
@@ -238,9 +237,20 @@ def _objective_of(args: object):
     objective = args.make_objective()
     if objective.reference in ("harmonic", "geometric"):
         raise ValueError(
-            f"RPOTrainer: `objective` must have one reference or none, got reference={objective.reference!r}: TRL holds one reference model"
+            f"RPOTrainer: `objective` must have one reference or none, got reference={objective.reference!r}: TRL holds one "
+            "reference model"
         )
     return objective
+
+
+def _check_text_only(dataset) -> None:
+    first = {} if dataset is None else next(iter(dataset))
+    images = {"image", "images"} & first.keys()
+    if images:
+        raise ValueError(
+            f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a vision-language model call "
+            "rpo_kernels.adapters.transformers.attach and a loop of your own"
+        )
 
 
 def _check_reference(model, ref_model, args: RPOConfig, reference: str, peft_config) -> None:
@@ -258,6 +268,6 @@ def _check_reference(model, ref_model, args: RPOConfig, reference: str, peft_con
     peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if in_memory and ref_model is None and not peft and not args.precompute_ref_log_probs:
         raise ValueError(
-            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load it a second time for the reference; "
-            "pass a copy as ref_model, or peft_config, or precompute_ref_log_probs=True"
+            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load it a second time for the "
+            "reference; pass a copy as ref_model, or peft_config, or precompute_ref_log_probs=True"
         )
