@@ -246,6 +246,15 @@ def test_gradient_checkpointing_changes_nothing():
         assert torch.equal(grad, again[name]), name
 
 
+def test_one_graph_under_torch_compile():
+    model, batch = attach(text_model("Llama", num_hidden_layers=1)), text_batch()
+    eager = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss
+    assert worst(loss, eager) < 1e-6
+    assert_same_gradients(gradients(model, loss), gradients(model, eager))
+
+
 def test_hooks_of_the_head_fire_also_those_of_accelerate():
     hooks = pytest.importorskip("accelerate.hooks")
     model, batch, fired = text_model("Llama"), text_batch(), []
@@ -288,6 +297,17 @@ def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_ddp_and_adapters_that_are_off_for_the_reference(one_process):
+    model, batch = attach(peft_model(target_modules=["q_proj"])), text_batch()
+    randomise(model)
+    expected = model_rpo_loss(model, batch, OBJECTIVE)
+    grads = gradients(model, expected.loss)
+    out = model_rpo_loss(torch.nn.parallel.DistributedDataParallel(model), batch, OBJECTIVE)
+    assert torch.equal(out.loss, expected.loss) and (out.rewards != 0).all()
+    out.loss.backward()
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, grads)
 
 
 @pytest.mark.parametrize("own_unit", [False, True])
@@ -379,8 +399,23 @@ def test_several_adapters_on_the_head_with_dropout_and_their_own_scaling():
     assert worst(ours, own_loss(model.eval(), batch, torch.zeros(4))) > 1e-3
 
 
-def test_merged_and_deleted_adapters_leave_the_plain_head():
-    model, batch = attach(peft_model(target_modules=["q_proj", "v_proj"])), text_batch()
+@pytest.mark.parametrize("tuner", ["PromptTuning", "PrefixTuning", "IA3"])
+def test_tuners_that_leave_the_head_alone(tuner):
+    peft = pytest.importorskip("peft")
+    options = {} if tuner == "IA3" else {"num_virtual_tokens": 3}
+    model = peft.get_peft_model(text_model("Llama"), getattr(peft, f"{tuner}Config")(task_type="CAUSAL_LM", **options))
+    attach(model.eval())
+    batch = text_batch()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -T:]  # after soft prompts
+    labels = batch["labels"].roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)
+    out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
+    assert worst(out.logps, reference.token_logps(logits, labels).sum(1)) < 1e-4
+    assert gradients(model, out.loss)
+
+
+@HEAD
+def test_a_merged_adapter_is_part_of_the_head():
+    model, batch = attach(peft_model(target_modules=["q_proj", "lm_head"])), text_batch()
     randomise(model)
     before = model_token_logps(model, batch).logps
     model.merge_adapter()
@@ -451,7 +486,7 @@ def test_references_of_every_kind():
     several = model_rpo_loss(model, batch, RPOObjective(reference="geometric"), reference=[model, twin], temperature=2.0)
     one = model_rpo_loss(model, batch, RPOObjective(beta=0.05), reference=twin, temperature=2.0)
     torch.testing.assert_close(several.rewards, one.rewards, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model"):
+    with pytest.raises(ValueError, match=r"pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model"):
         model_rpo_loss(model, batch, OBJECTIVE)
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import RPOOutput, linear_rpo_loss, linear_token_logps, linear_token_logps_and_entropy, shift_labels
@@ -47,7 +45,7 @@ def fused(unfused: Callable) -> Callable:
 
     @functools.wraps(unfused)
     def forward(self, *args, **kwargs):
-        original = self._rpo_previous or MethodType(unfused, self)
+        original = self._rpo_previous or functools.partial(unfused, self)
         given = {name: x for name in ours if (x := kwargs.pop(name, None)) is not None}
         call = Call.of(f"{type(self).__name__}.forward", given, kwargs)
         if call is None:

@@ -41,14 +41,14 @@ def attach(model: nn.Module) -> nn.Module:
     Without these keywords forward is the original one: generation and evaluation do not change.
 
     Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights: log-probabilities of eight tokens are
-    compared with those of the model's own logits.
+    compared with those of the model's own logits. Attaching again compares again. Deep copies are attached too.
 
     Raises:
         TypeError, ValueError: where the head is not one that the kernels compute, or the comparison fails.
     """
     host = host_of(model)
-    if _is_attached(host):
-        raise ValueError(f"attach: this {type(host).__name__} is attached already")
+    if "_rpo_previous" in vars(host):
+        detach(model)
     head_layers(host)
     previous = vars(host).get("forward")  # accelerate's, if any
     vars(host)["_rpo_previous"] = previous
@@ -104,8 +104,8 @@ def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
 
 def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
     """Log-probabilities of the tokens that follow the first, ours and the model's own."""
-    ours = logps[0, :-1].double()
-    theirs = own_logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None].to(own_logits.device))[:, 0]
+    ours, logits = logps[0, -ids.shape[1] : -1].double(), own_logits[0, -ids.shape[1] : -1].double()  # after soft prompts
+    theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
     # A logit is rounded once by each of the few operations that make it, and a log-probability is a difference of two.
     tolerance = (4 * torch.finfo(own_logits.dtype).eps + 1e-5) * (1 + own_logits.abs().max().double())
     error = (ours - theirs).abs().nan_to_num(nan=torch.inf)
