@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: test demo bench gpu lint clean
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)

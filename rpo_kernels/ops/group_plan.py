@@ -131,7 +131,7 @@ def forward_op(
             out = gradients.slot(size) if training and head.in_place else scratch[:size]
             if ref_rows is not None:
                 ref_logps[0, part] = ref_head.forward(ref_head.logits(ref_rows.part(part), out), chunk.labels)[0]
-            logits = head.logits(chunk, out)
+            logits = head.shown(head.logits(chunk, out), chunk.labels)
             logps[part], lse, _ = head.forward(logits, chunk.labels)
             lses.append(lse)
         *group, coef = _group_pass_of(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..objectives import RPOObjective
 from .group_plan import forward_op, gradient_scale, with_gradients
-from .head import Leaves
+from .head import Leaves, OnLogits, shown_to
 from .linear_checks import check_counts, check_leaves, check_live_reference, check_weight_grad, options_of
 from .linear_token_logps import linear_token_logps
 from .output import RPOOutput
@@ -45,6 +45,7 @@ def linear_rpo_loss(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     counts: Sequence[int] | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> RPOOutput:
     """RPO loss of groups of responses, from hidden states: :func:`rpo_loss` of a linear head without the logits.
@@ -73,7 +74,7 @@ def linear_rpo_loss(
         ref_weight, ref_bias: the reference's head ``[V, H']``, ``[V]``; weight and bias if None.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype, workspace_bytes: as for :func:`linear_token_logps`.
+        logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
         counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
             a GPU one remains). Wrong counts give a NaN loss.
 
@@ -100,16 +101,17 @@ def linear_rpo_loss(
                      group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
     if reduction == "none":
         return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
-                         cu_seqlens, counts, weight_grad, dict(
+                         cu_seqlens, counts, weight_grad, on_logits, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
                              logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend))  # fmt: skip
     if ref_weight is None and ref_bias is None:  # the policy's head serves both
         live_reference = (live_reference[0], None, None)
     needs = leaves.needs()
-    loss, losses, by_sequence, lengths, *gradients = forward_op(
-        *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs, counts,
-        needs, *options[:-1],
-    )  # fmt: skip
+    with shown_to(op, on_logits):
+        loss, losses, by_sequence, lengths, *gradients = forward_op(
+            *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs,
+            counts, needs, *options[:-1],
+        )  # fmt: skip
     if any(needs):
         scale = gradient_scale(objective, losses.shape[0], options[4])
         loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, scale, backend)
@@ -117,14 +119,15 @@ def linear_rpo_loss(
 
 
 def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens, counts,
-              weight_grad, options) -> RPOOutput:  # fmt: skip
+              weight_grad, on_logits, options) -> RPOOutput:  # fmt: skip
     """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
     if counts is not None:
         options["count"] = sum(counts)
     hidden, weight, bias, lora_hidden, lora_weight = leaves
     logps = linear_token_logps(
-        hidden, weight, labels, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight, weight_grad=weight_grad, **options
-    )
+        hidden, weight, labels, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight, weight_grad=weight_grad,
+        on_logits=on_logits, **options,
+    )  # fmt: skip
     if live[0] is not None:
         with torch.no_grad():
             ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .head import Chunks, Gradients, Head, Leaves, OnLogits, Options, Scored, empty_gradients, shown_to
 from .linear_checks import check_count, check_leaves, check_weight_grad, options_of
 
 
@@ -29,6 +29,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label under a linear head: :func:`token_logps` without the logits.
@@ -52,6 +53,9 @@ def linear_token_logps(
             of the GEMMs.
         workspace_bytes: bound on logits and dlogits held at a time; 1 GiB on a GPU, 256 MiB on a CPU.
         count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
+        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
+            rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
+            whole row, such as accuracies, at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
@@ -60,8 +64,8 @@ def linear_token_logps(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, False,
-                temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
+    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, on_logits,
+                False, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
 
 
 def linear_token_logps_and_entropy(
@@ -80,6 +84,7 @@ def linear_token_logps_and_entropy(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass; both differentiable.
@@ -87,18 +92,20 @@ def linear_token_logps_and_entropy(
     Arguments and errors as there; a frozen head costs 3 GEMMs.
     """
     return _run("linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad,
-                count, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)  # fmt: skip
+                count, on_logits, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes,
+                backend)  # fmt: skip
 
 
-def _run(op, leaves, labels, weight_grad, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
-         workspace_bytes, backend):  # fmt: skip
+def _run(op, leaves, labels, weight_grad, count, on_logits, entropy, temperature, logit_scale, softcap, ignore_index,
+         logits_dtype, workspace_bytes, backend):  # fmt: skip
     hidden, weight, *_ = leaves
     check_leaves(op, leaves, labels, ignore_index)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
     check_count(op, count, labels.numel())
     check_weight_grad(op, weight_grad, weight)
     keep = _what_to_keep(labels.numel(), weight.shape[0], leaves.needs(), entropy, Options(*options))
-    logps, entropies, *_ = _forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
+    with shown_to(op, on_logits):
+        logps, entropies, *_ = _forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
     return logps, entropies
 
 
@@ -167,7 +174,7 @@ def _forward_op(
         part = slice(start, min(start + chunks.logits, n))
         chunk, size = rows.part(part), part.stop - part.start
         out = kept[part] if keep == "logits" else unit.slot(size) if unit and head.in_place else scratch[:size]
-        logits = head.logits(chunk, out)
+        logits = head.shown(head.logits(chunk, out), chunk.labels)
         logps[part], lse[:, part], h = head.forward(logits, chunk.labels, entropy)
         if entropy:
             entropies[part] = h
