@@ -8,6 +8,7 @@ import sys
 
 COMMANDS = {
     "audit": "compile every kernel for real chips, with no GPU: registers, accesses, instructions per element",
+    "verify": "run every kernel here against the float64 reference, beside PyTorch's own error",
 }
 
 
