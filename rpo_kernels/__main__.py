@@ -9,6 +9,8 @@ import sys
 COMMANDS = {
     "audit": "compile every kernel for real chips, with no GPU: registers, accesses, instructions per element",
     "verify": "run every kernel here against the float64 reference, beside PyTorch's own error",
+    "traffic": "bytes that each kernel reads and writes, counted, against the cost model and naive PyTorch",
+    "info": "versions, devices, engines, launch settings",
 }
 
 

@@ -68,6 +68,9 @@ class Case:
     shape: str
     run: Any  # (Machine, Generator) -> list[Quantity]
 
+    def words(self) -> set[str]:
+        return set(f"{self.family} {self.name} {str(self.dtype)[6:]} {self.shape}".replace(",", "").split())
+
 
 def worst(ours: Tensor, truth: Tensor) -> float:
     """Largest absolute error; equal infinities and NaNs agree, any other non-finite difference is infinite."""

@@ -22,7 +22,6 @@ import torch
 from .cases import Case, Machine, Quantity, cases
 from .table import show
 
-FAMILIES = ("vocabulary", "objectives", "groups", "linear")
 COLUMNS = {"family": "family", "case": "case", "dtype": "dtype", "shape": "shape", "seed": "seed", "quantity": "closest to its bound",
            "error": "error", "pytorch": "PyTorch's", "allowed": "allowed", "verdict": "verdict"}  # fmt: skip
 
@@ -35,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="some of the cases, under a minute on two cores")
     parser.add_argument("--seed", type=int, default=0, help="first seed of the inputs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, help="how many seeds (default: 1 if quick, else 3)")
-    parser.add_argument("--only", choices=FAMILIES, action="append", help="a family of cases; may be repeated (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD",
+        help="only cases whose row holds each of these words: vocabulary, objectives, groups, linear, float16, dpo, 2x3x4097, ...",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print every output of every case as JSON")
 
 
@@ -43,7 +45,7 @@ def machine(backend: str) -> Machine:
     """This one. Without a GPU kernels are interpreted, which is settled when they are imported."""
     gpu = torch.cuda.is_available()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise SystemExit("verify: the package triton is not installed; install it, or verify the PyTorch engine: --backend torch")
+        raise SystemExit("verify: the package triton is not installed; install it, or pass --backend torch")
     if backend == "triton" and not gpu:
         os.environ["TRITON_INTERPRET"] = "1"
     return Machine("cuda" if gpu else "cpu", backend, gpu or backend == "torch")
@@ -65,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     at = machine(args.backend)
     how = {"torch": "the PyTorch engine"}.get(at.backend, "compiled kernels" if at.device == "cuda" else "Triton's interpreter")
     start, seeds = time.perf_counter(), range(args.seed, args.seed + (args.seeds or (1 if args.quick else 3)))
-    chosen = [case for case in cases(args.quick, at) if case.family in (args.only or FAMILIES)]
+    chosen = [case for case in cases(args.quick, at) if set(args.only) <= case.words()]
+    if not chosen:
+        print(f"verify: no case has the words {' '.join(args.only)}", file=sys.stderr)
+        return 2
     print(f"verify: {len(chosen) * len(seeds)} cases on {at.device}, {how}", file=sys.stderr)
     with warnings.catch_warnings():  # numpy's, in the interpreter, where IEEE arithmetic is meant to give inf or nan
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
