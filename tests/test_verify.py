@@ -22,7 +22,7 @@ PLANTED = {
     "forward: lost rescale": ("vocabulary", "vocabulary", "total = total * decay + ", "total = total + "),
     "forward: dropped mask": ("vocabulary", "vocabulary", 'mask=cols < V, other=float("-inf")).to(tl.float32)\n        if HAS_SOFTCAP:\n            y = tl.where', ').to(tl.float32)\n        if HAS_SOFTCAP:\n            y = tl.where'),
     "forward: off-by-one tail": ("vocabulary", "vocabulary", "for start in range(0, V, LANES * VEC):\n        cols = start + in_tile\n        y = tl.load(row_ptr + cols, mask=cols < V", "for start in range(0, V, LANES * VEC):\n        cols = start + in_tile\n        y = tl.load(row_ptr + cols, mask=cols < V - 1"),
-    "entropy: lost rescale": ("vocabulary", "vocabulary", "moment = decay * (moment + total * lost)", "moment = moment + total * lost"),
+    "entropy: lost rescale": ("entropy", "vocabulary", "moment = decay * (moment + total * lost)", "moment = moment + total * lost"),
     "backward: wrong sign": ("vocabulary", "vocabulary", "at_label = -coef", "at_label = coef"),
     "backward: dropped mask": ("vocabulary", "vocabulary", "d.to(dlogits_ptr.dtype.element_ty), mask=cols < V)", "d.to(dlogits_ptr.dtype.element_ty))"),
     "backward: off-by-one tail": ("vocabulary", "vocabulary", "element_ty), mask=cols < V)", "element_ty), mask=cols < V - 1)"),
@@ -56,11 +56,13 @@ for line in sys.stdin:
 """
 
 
+# A few cases of each family. Logits lie among NaNs and gradients take their place, so that no dropped mask reaches foreign memory.
 CASES = {
-    "vocabulary": "vocabulary 2x3x4097 float32",
+    "vocabulary": "vocabulary 2x3x4097 float32 place",
+    "entropy": "vocabulary 2x3x4097 float32 entropy",
     "objectives": "objectives dpo",
-    "groups": "groups 70",
-    "linear": "linear squared",
+    "groups": "groups 70 listwise",
+    "linear": "linear squared float32",
 }
 
 
@@ -83,7 +85,7 @@ def test_verify_sees_an_error_planted_in_each_kernel_and_passes_without(tmp_path
     results = {Path(line.split()[0]): line.split()[1:] for line in done.stdout.splitlines()}
     assert len(results) == len(jobs), done.stderr
     for place, (name, family) in jobs.items():
-        expected = ["0"] if name.endswith(": sound") else ["1", family]
+        expected = ["0"] if name.endswith(": sound") else ["1", CASES[family].split()[0]]
         assert results[place] == expected, (name, results[place], done.stderr)
 
 

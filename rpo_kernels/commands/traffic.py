@@ -50,7 +50,7 @@ class OperatorTraffic(TorchDispatchMode):
         read, written = (sum(x.nbytes for x in tensors) for tensors in (inputs, outputs))
         if re.match(r"(new_)?(zeros|ones|full)|zero_|fill_|scalar_tensor|arange", name):
             read = 0
-        elif name in ("gather", "scatter_add_", "scatter_"):
+        elif name in ("gather", "scatter_add", "scatter_add_"):  # out of place only under a dispatch mode
             whole, picked = args[0].nbytes, args[2].numel() * args[0].element_size()
             read += picked - whole
             written = picked

@@ -22,8 +22,10 @@ import torch
 from .cases import Case, Machine, Quantity, cases
 from .table import show
 
-COLUMNS = {"family": "family", "case": "case", "dtype": "dtype", "shape": "shape", "seed": "seed", "quantity": "closest to its bound",
-           "error": "error", "pytorch": "PyTorch's", "allowed": "allowed", "verdict": "verdict"}  # fmt: skip
+COLUMNS = {
+    "family": "family", "case": "case", "dtype": "dtype", "shape": "shape", "seed": "seed", "quantity": "closest to its bound",
+    "error": "error", "pytorch": "PyTorch's", "allowed": "allowed", "verdict": "verdict",
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
