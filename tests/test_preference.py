@@ -121,6 +121,18 @@ def test_gradients_of_confident_pairs_keep_their_digits(distance, backend, devic
     assert (out.losses >= 0).all()
 
 
+@pytest.mark.parametrize("comparison", ["listwise", "pairwise", "pointwise"])
+@pytest.mark.parametrize("distance", ["backward_kl", "forward_kl"])
+def test_losses_are_finite_where_a_probability_is_subnormal(distance, comparison, backend, device):
+    """q = e^-95 is above 0 in fp32 and e^95 is infinite; q (e^95 - 1 - 95) is 1."""
+    s, t = torch.tensor([[-3.0, 0, 2, 0], [95.0, 0, -97, 0]], device=device)
+    s, t = (t, s) if distance == "forward_kl" else (s, t)
+    objective = RPOObjective(distance, 1.0, comparison=comparison, reference="none")
+    truth = reference.preference_loss(s.double(), t.double(), objective)
+    ours = preference_loss(s, t, objective, backend=backend)
+    assert worst(ours.losses, truth.losses) <= 1e-6 * float(truth.losses.max())
+
+
 def test_infinite_rewards_are_hard_targets(backend, device):
     """One +inf is a one-hot target, several share the mass; -inf has none; all -inf is a tie."""
     inf = math.inf

@@ -30,8 +30,9 @@ def exp_difference(a, b, gap):
 @triton.jit
 def kl_term(log_q, log_p):
     """q log(q / p) - q + p >= 0, whose sum over outcomes is KL(q || p); p where q = 0."""
-    q = tl.exp(log_q)
-    return tl.where(q == 0.0, tl.exp(log_p), q * exp_minus_1_minus(log_p - log_q))
+    q, p, x = tl.exp(log_q), tl.exp(log_p), log_p - log_q
+    far = p - q - q * x  # e^x q = p, where e^x alone would overflow
+    return tl.where(q == 0.0, p, tl.where(tl.abs(x) < 0.5, q * exp_minus_1_minus(tl.where(tl.abs(x) < 0.5, x, 0.0)), far))
 
 
 @triton.jit
