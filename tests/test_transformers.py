@@ -267,12 +267,20 @@ def test_hooks_of_the_head_fire_also_those_of_accelerate():
     for module in (model, model.lm_head):
         hooks.add_hook_to_module(module, Hook())
     model.lm_head.register_forward_hook(lambda *_: fired.append("hook"))
+    passed = []
+
+    def watch(module, args, out):
+        if out.requires_grad:
+            out.register_hook(lambda grad: passed.append(1))
+
+    model.lm_head.register_forward_hook(watch)  # as FSDP2 does, to gather weights before a backward
     before, signature = model.forward, inspect.signature(model.forward)
     attach(model)
     assert inspect.signature(model.forward) == signature
     fired.clear()
     assert_equal_to_own_logits(model, batch)
     assert fired == ["LlamaForCausalLM", "Linear", "hook"] * 3
+    assert len(passed) == 2  # backward of the own loss, and of ours
     assert detach(model).forward is before
 
 
