@@ -150,8 +150,69 @@ def _exchange(group: dist.ProcessGroup, op: str, columns: int, facts: Mapping[st
     for fact in sorted(set().union(*words)):
         told = [word.get(fact) for word in words]
         if any(x != told[0] for x in told):
-            raise ValueError(
-                f"{op}: the ranks of `process_group` hold shards of one vocabulary and must agree on {fact}, got {told}; "
-                "did you pass the data-parallel group?"
-            )
+            hint = "; they work on the same rows, did you pass the data-parallel group?" if sum(width for _, width, _ in headers) else ""
+            raise ValueError(f"{op}: the ranks of `process_group` must agree on {fact}, got {told}{hint}")
     raise AssertionError("unreachable: digests differ, so facts do")
+
+
+# ---- DTensor ---------------------------------------------------------------------------------------------------------
+
+
+def is_dtensor(x: object) -> bool:
+    return getattr(x, "device_mesh", None) is not None  # importing DTensor to ask takes seconds
+
+
+def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """This rank's columns, and the group that shares the vocabulary, of logits that may be a DTensor (loss parallelism)."""
+    if not is_dtensor(logits):
+        return logits, process_group
+    placements, mesh = logits.placements, logits.device_mesh
+    if process_group is not None or mesh.ndim != 1 or not (placements[0].is_shard(logits.dim() - 1) or placements[0].is_replicate()):
+        raise ValueError(
+            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over a mesh of one dimension, without "
+            f"`process_group`; got placements {placements} on {mesh}; for others pass logits.to_local() and `process_group`"
+        )
+    return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
+
+
+def local_hidden(op: str, hidden: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """All hidden states, and the group that shares the vocabulary, of hidden states that may be a DTensor.
+
+    Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part of a sum, which DTensor
+    reduces: to all ranks, or scattered as the hidden states were.
+    """
+    if not is_dtensor(hidden):
+        return hidden, process_group
+    mesh, placements = hidden.device_mesh, hidden.placements
+    if process_group is not None or mesh.ndim != 1 or placements[0].is_partial() or placements[0].is_shard(hidden.dim() - 1):
+        raise ValueError(
+            f"{op}: `hidden` as a DTensor must be replicated, or sharded in a leading dimension, over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass hidden.to_local() and `process_group`"
+        )
+    from torch.distributed.tensor import Partial, Replicate
+
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]), mesh.get_group()
+
+
+def local_parameter(
+    op: str, name: str, x: Tensor | None, process_group: dist.ProcessGroup | None, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """A parameter of the head as a plain tensor: this rank's shard along the process group, whole along all other dimensions of
+    its mesh. Those are data-parallel (FSDP2): the gradient is the mean over their ranks, reduced in float32, once.
+
+    ``full_tensor()`` without grad_placements would take each rank's own part of its own gradient, and drop the others'.
+    """
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, placements = x.device_mesh, x.placements
+    here, grads = list(placements), list(placements)
+    for i, placement in enumerate(placements):
+        if process_group is not None and mesh.get_group(i).group_name == process_group.group_name:
+            if not placement.is_shard(0):
+                raise ValueError(f"{op}: `{name}` must be sharded in dimension 0 over `process_group`, got placements {placements}")
+        else:
+            here[i], grads[i] = Replicate(), Partial("avg")
+    x = x.redistribute(placements=here, forward_dtype=dtype, backward_dtype=torch.float32)
+    return x.to_local(grad_placements=grads)

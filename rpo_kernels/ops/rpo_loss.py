@@ -60,6 +60,7 @@ def rpo_loss(
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     op = "rpo_loss"
+    logits, process_group = distributed.local_logits(op, logits, process_group)
     group = distributed.group_name(op, process_group)
     checks.check_objective(op, objective)
     checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=bool(group))

@@ -35,7 +35,8 @@ def token_logps(
         dL/dx_t = dL/dlp_t (onehot(y_t) - softmax(z_t)) dz/dx
 
     Args:
-        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous.
+        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous. A DTensor
+            that is sharded in the last dimension brings its process group.
         labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that position t predicts
             (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a GPU its log-probability is NaN.
         temperature: divides the logits, > 0.
@@ -88,6 +89,7 @@ def token_logps_and_entropy(
 def _token_logps(
     op, logits, labels, temperature, logit_scale, softcap, ignore_index, inplace, entropy, process_group, backend
 ):  # fmt: skip
+    logits, process_group = distributed.local_logits(op, logits, process_group)
     group = distributed.group_name(op, process_group)
     checks.check_logits(op, logits, labels, ignore_index, inplace, is_shard=bool(group))
     checks.check_transform(op, temperature, logit_scale, softcap)

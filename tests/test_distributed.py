@@ -1,0 +1,315 @@
+"""Several ranks of gloo equal one process: values and every gradient, and errors that reach all ranks.
+
+Each function below is a case that every rank runs (tests/ranks.py); what it computes alone is the truth for what it computes
+together with the others.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rpo_kernels import (
+    RPOObjective,
+    gather_responses,
+    preference_loss,
+    rpo_loss,
+    sequence_logps,
+    token_logps,
+    token_logps_and_entropy,
+)
+
+from . import ranks
+
+CASES = {}
+V = 13
+# Columns per rank: uneven; on four ranks one of them has a single column, one none (as the last shard of a small DTensor).
+SPLITS = {2: (5, 8), 4: (1, 8, 4, 0)}
+INF = float("inf")
+
+
+def case(*worlds):
+    def register(function):
+        CASES[function.__name__] = function, worlds or (2, 4)
+        return function
+
+    return register
+
+
+def columns(group) -> slice:
+    split = SPLITS[group.size()]
+    first = sum(split[: group.rank()])
+    return slice(first, first + split[group.rank()])
+
+
+def close(ours: Tensor, truth: Tensor, bound: float = 1e-6) -> None:
+    """Within 1e-6, relative to the largest entry where that exceeds 1."""
+    torch.testing.assert_close(ours, truth, rtol=0, atol=bound * max(1.0, float(truth.abs().max()) if truth.numel() else 0.0))
+
+
+def same_on_all_ranks(x: Tensor, group) -> None:
+    everyone = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(everyone, x.detach().contiguous(), group=group)
+    assert all(torch.equal(x, other) for other in everyone)
+
+
+def raises(error: type[Exception], text: str, call, *args, **kwargs) -> None:
+    with pytest.raises(error) as raised:
+        call(*args, **kwargs)
+    assert text in str(raised.value), str(raised.value)
+
+
+def batch(packed=False, ragged=False):
+    """logits [S, T, V] or [N, V], labels, rewards, and what says how sequences and groups lie."""
+    S, T = 6, 5
+    logits, labels = torch.randn(S, T, V) * 3, torch.randint(0, V, (S, T))
+    labels[0, 1:3] = labels[3] = -100  # a sequence without scored tokens
+    logits[1, 0, labels[1, 0]] += 40  # a confident token
+    layout = {"ref_logps": torch.randn(S)}
+    if packed:
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        layout["cu_seqlens"] = torch.tensor([0, 7, 7, 12, 17, 25, 30], dtype=torch.int32)
+    if ragged:
+        layout["cu_groups"] = torch.tensor([0, 1, 4, 6], dtype=torch.int32)
+    return logits, labels, torch.randn(S), layout
+
+
+# ---- vocabulary-parallel logits ---------------------------------------------------------------------------------------
+
+
+@case()
+def log_probs_and_entropies_of_shards_are_those_of_the_whole_vocabulary_bit_for_bit_on_all_ranks(group):
+    mine = columns(group)
+    logits, labels, *_ = batch()
+    weights = torch.randn(2, *labels.shape)
+    for backend in ("torch", "triton"):
+        for transform in ({}, {"softcap": 4.0, "temperature": 0.7, "logit_scale": 1.3}):
+            whole, shard = logits.clone().requires_grad_(), logits[..., mine].clone().requires_grad_()
+            options = {"backend": backend, **transform}
+            truth = token_logps_and_entropy(whole, labels, **options)
+            ours = token_logps_and_entropy(shard, labels, process_group=group, **options)
+            for a, b in zip(ours, truth):
+                close(a, b)
+                same_on_all_ranks(a, group)
+            assert torch.equal(token_logps(shard, labels, process_group=group, **options), ours[0])
+            dtruth, dours = (torch.autograd.grad((x[0] * weights[0] + x[1] * weights[1]).sum(), leaf)[0]
+                             for x, leaf in ((truth, whole), (ours, shard)))  # fmt: skip
+            close(dours, dtruth[..., mine])
+
+
+@case()
+def confident_tokens_keep_their_digits_wherever_the_other_columns_lie(group):
+    logits = torch.zeros(V, V)
+    logits.fill_diagonal_(30.0)
+    expected = -torch.log1p((V - 1) * torch.exp(torch.tensor(-30.0, dtype=torch.float64)))
+    for backend in ("torch", "triton"):
+        shard = logits[:, columns(group)].clone().requires_grad_()
+        logps = token_logps(shard, torch.arange(V), process_group=group, backend=backend)
+        assert ((logps.double() / expected - 1).abs() < 1e-5).all()
+        logps.sum().backward()
+        at_label = shard.grad[columns(group)].diagonal().double()
+        assert ((at_label / -expected - 1).abs() < 1e-5).all()
+
+
+@case()
+def banned_columns_whole_banned_shards_infinities_and_nans_behave_as_in_log_softmax(group):
+    logits = torch.randn(6, V)
+    labels = torch.full((6,), 2)
+    logits[0, :5] = -INF  # the first shard of two, the label among it
+    labels[0] = 9
+    logits[1, :5] = -INF  # the label banned
+    logits[2] = -INF
+    logits[2, 2] = 1.0  # all but the label banned
+    logits[3] = -INF
+    logits[4, -1] = INF
+    logits[5, 0] = float("nan")
+    expected = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0].float()
+    for backend in ("torch", "triton"):
+        ours = token_logps(logits[:, columns(group)].contiguous(), labels, process_group=group, backend=backend)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@case()
+def the_loss_from_shards_of_logits_equals_one_process_for_every_distance_and_layout(group):
+    mine = columns(group)
+    for i, distance in enumerate(("squared", "backward_kl", "forward_kl")):
+        for comparison in ("listwise", "pairwise", "pointwise"):
+            packed, ragged, reduction = i == 1, comparison == "listwise", "none" if comparison == "pairwise" else "mean"
+            objective = RPOObjective(distance, beta=0.3, comparison=comparison, sft_weight=0.1)
+            logits, labels, rewards, layout = batch(packed, ragged)
+            whole, shard = logits.clone().requires_grad_(), logits[..., mine].clone().requires_grad_()
+            truth = rpo_loss(whole, labels, rewards, objective, reduction=reduction, **layout)
+            ours = rpo_loss(shard, labels, rewards, objective, reduction=reduction, process_group=group, **layout)
+            for a, b in zip(ours[:6], truth[:6]):
+                close(a.float(), b.float())
+            same_on_all_ranks(ours.losses, group)
+            upstream = torch.randn_like(truth.loss)
+            dtruth, dours = (torch.autograd.grad(x.loss, leaf, upstream)[0] for x, leaf in ((truth, whole), (ours, shard)))
+            close(dours, dtruth[..., mine])
+
+
+@case(2)
+def a_gradient_may_take_the_place_of_a_shard_of_logits(group):
+    logits, labels, rewards, layout = batch()
+    shard = logits[..., columns(group)].contiguous()
+    grads = []
+    for inplace in (False, True):
+        leaf = shard.clone().requires_grad_()
+        out = rpo_loss(leaf * 1, labels, rewards, RPOObjective(), inplace_backward=inplace, process_group=group, **layout)
+        grads.append(torch.autograd.grad(out.loss, leaf)[0])
+    assert torch.equal(*grads)
+
+
+@case()
+def an_empty_batch_and_one_with_nothing_scored_do_not_hang(group):
+    logits, labels, *_ = batch()
+    shard = logits[..., columns(group)].contiguous().requires_grad_()
+    nothing = token_logps(shard, torch.full_like(labels, -100), process_group=group)
+    nothing.sum().backward()
+    assert (nothing == 0).all() and (shard.grad == 0).all()
+    assert token_logps(shard[:0], labels[:0], process_group=group).shape == (0, 5)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------
+
+
+@case()
+def a_rank_that_raises_makes_all_raise_with_its_message(group):
+    logits, labels, rewards, layout = batch()
+    shard = logits[..., columns(group)].contiguous()
+    last = group.rank() == group.size() - 1
+    told = "" if last else f" (raised by rank {group.size() - 1} of `process_group`)"
+    # before an operator runs (shapes), and in it (values)
+    raises(ValueError, f"token_logps: `temperature` must be a finite number > 0, got 0{told}", token_logps, shard, labels,
+           temperature=0 if last else 1, process_group=group)  # fmt: skip
+    raises(TypeError, f"rpo_loss: `labels` must be int64 or int32, got torch.float32{told}", rpo_loss, shard,
+           labels.float() if last else labels, rewards, RPOObjective(), process_group=group, **layout)  # fmt: skip
+    bad = rewards.clone()
+    bad[0] = float("nan") if last else 0
+    raises(ValueError, f"rpo_loss: `rewards` must be numbers, got NaN at 0{told}", rpo_loss, shard, labels, bad, RPOObjective(),
+           process_group=group, **layout)  # fmt: skip
+    close(token_logps(shard, labels, process_group=group), token_logps(logits, labels))  # and the group still works
+
+
+@case()
+def ranks_that_disagree_all_learn_on_what(group):
+    logits, labels, *_ = batch()
+    shard, rank = logits[..., columns(group)].contiguous(), group.rank()
+    own = labels.roll(rank)  # as a data-parallel group would have
+    raises(ValueError, "must agree on the values of `labels`", token_logps, shard, own, process_group=group)
+    raises(ValueError, "did you pass the data-parallel group?", token_logps, shard, own, process_group=group)
+    raises(ValueError, "must agree on temperature, got [1.0, ", token_logps, shard, labels, temperature=1.0 + rank,
+           process_group=group)  # fmt: skip
+    n = 5 - (rank == 1)
+    raises(ValueError, "must agree on the number of `labels`, got [30, 24", token_logps, shard[:, :n], labels[:, :n],
+           process_group=group)  # fmt: skip
+    outside = torch.where(labels == labels.max(), V, labels)
+    raises(ValueError, f"`labels` must lie in [0, {V}) or be ignore_index -100, got {V}", token_logps, shard, outside,
+           process_group=group)  # fmt: skip
+
+
+@case(2)
+def what_is_no_process_group_is_named(group):
+    raises(TypeError, "token_logps: `process_group` must be a torch.distributed.ProcessGroup, got 'tp'", token_logps,
+           torch.randn(3, V), torch.zeros(3).long(), process_group="tp")  # fmt: skip
+
+
+# ---- context and data parallelism -------------------------------------------------------------------------------------
+
+
+def parts(T: int, group) -> Tensor:
+    """Positions of a sequence on this rank, as ring attention lays them: one piece from the front, one from the back."""
+    pieces = torch.arange(T).chunk(2 * group.size())
+    return torch.cat([pieces[group.rank()], pieces[-1 - group.rank()]])
+
+
+@case()
+def sequences_whose_tokens_lie_on_several_ranks_give_the_loss_and_gradients_of_one_process(group):
+    for objective in (RPOObjective(beta=0.3), RPOObjective("squared", 0.3, average=True, sft_weight=0.1)):
+        S, T = 4, 16
+        logits, labels, rewards, ref_logps = torch.randn(S, T, V), torch.randint(0, V, (S, T)), torch.randn(S), torch.randn(S)
+        labels[:, :9] = -100  # some ranks score few tokens
+        labels[2] = -100
+        lengths = (labels != -100).sum(1)
+        whole = logits.clone().requires_grad_()
+        loss = rpo_loss(whole, labels, rewards, objective, ref_logps=ref_logps).loss
+        loss.backward()
+        here = parts(T, group)
+        mine = logits[:, here].clone().requires_grad_()
+        logps = sequence_logps(token_logps(mine, labels[:, here]), process_group=group)
+        tokens = sequence_logps((labels[:, here] != -100).float(), process_group=group).int()
+        assert torch.equal(tokens, lengths.int())
+        ours = preference_loss(logps, rewards, objective, ref_logps=ref_logps, lengths=tokens).loss
+        ours.backward()
+        close(ours, loss)
+        same_on_all_ranks(ours, group)
+        close(mine.grad, whole.grad[:, here])
+        average = sequence_logps(token_logps(mine, labels[:, here]), average=True, labels=labels[:, here], process_group=group)
+        close(average, sequence_logps(token_logps(whole, labels), average=True, labels=labels))
+
+
+@case()
+def a_rank_without_a_scored_token_of_a_sequence_does_not_hang(group):
+    labels = torch.full((4, 3), -100)
+    if group.rank() == 0:
+        labels[:] = 1
+    logits = torch.randn(4, 3, V, requires_grad=True)
+    logps = sequence_logps(token_logps(logits, labels), process_group=group)
+    preference_loss(logps, torch.randn(4), RPOObjective(reference="none")).loss.backward()
+    assert (logits.grad != 0).any() == (group.rank() == 0)
+
+
+@case()
+def groups_whose_responses_lie_on_several_ranks_give_the_loss_and_gradients_of_one_process(group):
+    R, G, k = group.size(), 3, 2  # each rank holds k responses of each of G groups
+    objective = RPOObjective("forward_kl", 0.3)
+    logps, rewards, ref_logps = torch.randn(3, G, R, k).unbind()
+    whole = logps.clone().requires_grad_()
+    loss = preference_loss(whole.flatten(), rewards.flatten(), objective, ref_logps=ref_logps.flatten(), group_size=R * k).loss
+    loss.backward()
+    mine = logps[:, group.rank()].flatten().requires_grad_()
+    all_logps, all_rewards, all_refs = (
+        gather_responses(x, group_size=k, process_group=group)
+        for x in (mine, rewards[:, group.rank()].flatten(), ref_logps[:, group.rank()].flatten())
+    )
+    ours = preference_loss(all_logps, all_rewards, objective, ref_logps=all_refs, group_size=R * k).loss
+    ours.backward()
+    assert torch.equal(ours, loss)
+    same_on_all_ranks(ours, group)
+    close(mine.grad, whole.grad[:, group.rank()].flatten())
+    raises(ValueError, "gather_responses: the ranks of `process_group` must agree on the shape of what is gathered",
+           gather_responses, torch.randn(3 + group.rank()), process_group=group)  # fmt: skip
+
+
+@case()
+def a_normalizer_makes_unequal_numbers_of_groups_a_global_mean(group):
+    """Data-parallel gradients are averaged over ranks; a local mean would weight the groups of short batches more."""
+    R, rank = group.size(), group.rank()
+    counts = [2 + 3 * r for r in range(R)]
+    first = 2 * sum(counts[:rank])
+    logps, rewards, scale = torch.randn(2 * sum(counts)), torch.randn(2 * sum(counts)), torch.tensor(1.5, requires_grad=True)
+    objective = RPOObjective(beta=0.3, reference="none")
+    loss = preference_loss(logps * scale, rewards, objective).loss
+    loss.backward()
+    mine, own = slice(first, first + 2 * counts[rank]), torch.tensor(1.5, requires_grad=True)
+    groups = torch.tensor(float(counts[rank]))
+    dist.all_reduce(groups, group=group)
+    ours = preference_loss(logps[mine] * own, rewards[mine], objective, normalizer=groups / R).loss
+    ours.backward()
+    both = torch.stack([ours.detach(), own.grad])
+    dist.all_reduce(both, group=group)
+    close(both / R, torch.stack([loss.detach(), scale.grad]))
+
+
+# ---- the tests --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_ranks_equal_one_process(world, tmp_path, subtests):
+    failures = ranks.run(__name__, world, tmp_path)
+    assert set(failures) == {name for name, (_, worlds) in CASES.items() if world in worlds}
+    for name, failure in failures.items():
+        with subtests.test(name.replace("_", " ")):
+            assert not failure, "\n".join(failure)
