@@ -1,6 +1,8 @@
-"""The three GEMMs of an lm_head, as the libraries of each device run them best.
+"""The GEMMs of an lm_head, as the libraries of each device run them best.
 
-Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for.
+Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for. Where a CPU lacks instructions
+for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of fp32: there the inputs are upcast, a block of the
+vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -16,46 +18,77 @@ from torch import Tensor
 _BLOCK_BYTES = 16 << 20
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out ``[n, V]`` = hidden ``[n, H]`` weight^T, weight ``[V, H]``; out in the inputs' dtype, or fp32."""
-    if out.dtype == hidden.dtype:
-        torch.mm(hidden, weight.t(), out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:  # no mixed GEMM on a CPU: upcast, a block of the vocabulary at a time
-        exact_in_bf16 = hidden.dtype == torch.bfloat16
-        hidden = hidden.to(out.dtype)
-        with _bf16_products() if exact_in_bf16 else contextlib.nullcontext():
-            for rows, columns in zip(*(x.split(_block(weight), dim) for x, dim in ((weight, 0), (out, 1)))):
-                torch.mm(hidden, rows.to(out.dtype).t(), out=columns)
+def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the inputs' dtype or fp32."""
+    if hidden.device.type != "cpu" or (out.dtype == hidden.dtype and not _emulated(hidden)):
+        return _multiply(out, hidden, weight.t(), accumulate)
+    with _bf16_products() if hidden.dtype == torch.bfloat16 else contextlib.nullcontext():
+        hidden = hidden.float()
+        for rows, columns in _blocks(weight, out.t()):
+            _multiply(columns.t(), hidden, rows.float().t(), accumulate)
 
 
 def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
     """dhidden ``[n, H]`` = dlogits ``[n, V]`` weight."""
-    return torch.mm(dlogits, weight)
+    if not _emulated(dlogits):
+        return torch.mm(dlogits, weight)
+    total = torch.zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
+    for rows, columns in _blocks(weight, dlogits.t()):
+        total.addmm_(columns.t().float(), rows.float())
+    return total.to(dlogits.dtype)
 
 
-def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None) -> Tensor:
-    """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype, or added to an fp32 ``total``."""
+def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None, factor: float = 1.0) -> Tensor:
+    """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype; or that times factor, added to ``total`` of any float dtype."""
+    accumulate = total is not None
     if total is None:
-        return torch.mm(dlogits.t(), hidden)
-    if total.dtype == hidden.dtype:
-        return total.addmm_(dlogits.t(), hidden)
-    if hidden.is_cuda and _mixed_addmm(hidden.device, hidden.dtype):
-        return torch.addmm(total, dlogits.t(), hidden, out_dtype=total.dtype, out=total)
-    for columns, rows in zip(dlogits.split(_block(total), 1), total.split(_block(total), 0)):
-        if hidden.is_cuda:
-            rows.add_(torch.mm(columns.t(), hidden, out_dtype=total.dtype))
-        else:
-            rows.add_(torch.mm(columns.t(), hidden))
+        total = torch.empty((dlogits.shape[1], hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
+    if _emulated(hidden):
+        hidden = hidden.float()
+    elif total.dtype == hidden.dtype or _mixed_addmm(hidden.device, hidden.dtype, total.dtype):
+        _multiply(total, dlogits.t(), hidden, accumulate, factor)
+        return total
+    for rows, columns in _blocks(total, dlogits.t()):
+        _multiply(rows, columns.to(hidden.dtype), hidden, accumulate, factor)
     return total
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, factor: float = 1.0) -> None:
+    """out = factor a b, or added to it."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=int(accumulate), alpha=factor, out=out)
+    elif _mixed_addmm(a.device, a.dtype, out.dtype) and accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=factor, out=out)
+    elif a.is_cuda and not accumulate and factor == 1:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
+        out.add_(product, alpha=factor) if accumulate else torch.mul(product, factor, out=out)
+
+
+def _blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that fp32 copies of them stay in the cache."""
+    rows = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+    return zip(weight.split(rows), other.split(rows))
+
+
+def _emulated(x: Tensor) -> bool:
+    """Whether this machine has no instructions for GEMMs of a tensor of the CPU."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return not (_has_bf16() if x.dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @contextlib.contextmanager
 def _bf16_products() -> Iterator[None]:
     """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from bf16, and faster."""
     settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if settings is None:
+    if settings is None or not _has_bf16():
         yield
         return
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
@@ -65,14 +98,11 @@ def _bf16_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def _block(x: Tensor) -> int:
-    """Rows of ``[V, H]`` in one block."""
-    return max(1, _BLOCK_BYTES // (4 * x.shape[1]))
-
-
 @functools.cache
-def _mixed_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+def _mixed_addmm(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     """Whether this PyTorch adds a 16-bit product to an fp32 matrix in one GEMM (some releases refuse)."""
+    if device.type != "cuda" or out_dtype != torch.float32:
+        return False
     total = torch.zeros(16, 16, device=device)
     half = torch.zeros(16, 16, device=device, dtype=dtype)
     try:

@@ -1,5 +1,6 @@
 """The linear path against float64 truth and against the logits path, in every plan it may choose."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -45,9 +46,7 @@ def test_every_objective_equals_the_reference_whatever_the_workspace(objective, 
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     options = {"softcap": 20.0, "temperature": 1.3}
     rewards64 = None if rewards is None else rewards.double()
-    truth = reference.linear_rpo_loss(
-        *doubles[:2], labels, rewards64, objective, bias=doubles[2], **in_float64(kwargs), **options
-    )
+    truth = reference.linear_rpo_loss(*doubles[:2], labels, rewards64, objective, bias=doubles[2], **in_float64(kwargs), **options)
     truth.loss.backward()
     ours = linear_rpo_loss(
         *leaves[:2], labels, rewards, objective, bias=leaves[2], workspace_bytes=WORKSPACES[workspace], backend=backend, **kwargs,
@@ -121,7 +120,7 @@ def gemms(monkeypatch):
 
     count("project", lambda hidden, weight, out: len(hidden))
     count("backproject", lambda dlogits, weight: len(dlogits))
-    count("weight_gradient", lambda dlogits, hidden, total: len(hidden))
+    count("weight_gradient", lambda dlogits, hidden, total, factor: len(hidden))
     return done
 
 
@@ -359,6 +358,20 @@ def test_groups_are_packed_whole():
             ValueError,
             "`ref_weight` must have the vocabulary of `weight`, 5; got 7",
         ),
+        ({"lora_hidden": torch.zeros(4, 3, 2)}, ValueError, "`lora_weight` is missing: the low-rank term is"),
+        (
+            {"lora_hidden": torch.zeros(4, 3, 2), "lora_weight": torch.zeros(2, 5)},
+            ValueError,
+            r"`lora_weight` must be \[V, r\] with V = 5, got \[2, 5\]; did you mean `lora_weight.t\(\)`",
+        ),
+        (
+            {"lora_hidden": torch.zeros(4, 2), "lora_weight": torch.zeros(5, 2)},
+            ValueError,
+            r"`lora_hidden` must be \[4, 3, 2\], .* got \[4, 2\]",
+        ),
+        ({"weight_grad": torch.zeros(H, 5)}, ValueError, r"`weight_grad` must be \[V, H\] = \[5, 6\] as `weight`, got \[6, 5\]"),
+        ({"weight_grad": torch.zeros(5, H)}, ValueError, "`weight_grad` takes in the gradient of `weight`, which requires none"),
+        ({"weight_grad": torch.zeros(5, H).double()}, TypeError, "`weight_grad` must be float32, float16 or bfloat16"),
         ({"ref_logps": None}, ValueError, "`ref_logps` are missing"),
         ({"ref_logps": torch.zeros(3)}, ValueError, r"`ref_logps` must be \[4\] or \[4, 3\], got \[3\]"),
     ],
@@ -385,14 +398,122 @@ def test_the_operators_keep_the_promises_of_torch_library(keep, device):
     labels[0, 1] = -100
     options = (1.0, 1.0, 0.0, -100, torch.float32, torch.float32, 1 << 20, "torch")
     entropy = keep != "unit gradients"
-    arguments = (hidden, weight, bias, labels, None, entropy, keep, *options)
+    arguments = (hidden, weight, bias, None, None, labels, None, None, entropy, keep, *options)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     checks += ["test_aot_dispatch_dynamic"] if keep != "logits" else []  # kept logits are not for traced graphs
     torch.library.opcheck(torch.ops.rpo_kernels.linear_token_logps, arguments, test_utils=checks)
     if keep == "nothing":
         logps = torch.zeros(4, device=device)
-        arguments = (
-            hidden, weight, bias, labels, None, None, None, None, torch.randn(4, device=device), logps[None], None, None, None, 2,
-            RPOObjective().spec, True, "torch", None, True, True, True, *options[:-1],
-        )  # fmt: skip
-        torch.library.opcheck(torch.ops.rpo_kernels.linear_rpo_loss, arguments, test_utils=("test_schema", "test_faketensor"))
+        leaves = [x.detach() for x in (hidden, weight, bias)]
+        for weight_grad in (None, torch.zeros_like(weight)):
+            arguments = (
+                *leaves, None, None, weight_grad, labels, None, None, None, None, torch.randn(4, device=device), logps[None], None,
+                None, None, 2, RPOObjective().spec, True, "torch", None, [True, True, True, False, False], *options[:-1],
+            )  # fmt: skip
+            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(torch.ops.rpo_kernels.linear_rpo_loss, arguments, test_utils=checks)
+        gradients = [torch.randn_like(hidden), torch.randn_like(bias)]
+        arguments = (torch.ones((), device=device), [hidden, bias], gradients, False, 1.0, "torch")
+        torch.library.opcheck(torch.ops.rpo_kernels.with_gradients, arguments)
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_a_low_rank_term_is_a_wider_head(workspace, backend, device):
+    """x W^T + x' W'^T is [x x'] [W W']^T, whose reference knows nothing of a low rank."""
+    if backend == "triton" and workspace != "groups" and not HAS_GPU:
+        pytest.skip("the plans do not depend on the engine, and the interpreter is slow")
+    objective = RPOObjective("squared", 0.3)
+    logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
+    (hidden, weight, bias), (lora_hidden, lora_weight, _) = head(logits, device), head(logits, device)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias, lora_hidden[..., :2].clone(), lora_weight[:, :2].clone())]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    wide = [torch.cat([doubles[i], doubles[i + 3]], -1) for i in (0, 1)]
+    options = {"workspace_bytes": WORKSPACES[workspace], "backend": backend}
+    options |= dict(zip(("bias", "lora_hidden", "lora_weight"), leaves[2:]))
+    truth = reference.linear_rpo_loss(*wide, labels, rewards.double(), objective, bias=doubles[2], **in_float64(kwargs))
+    ours = linear_rpo_loss(*leaves[:2], labels, rewards, objective, **options, **kwargs)
+    assert relative(ours.loss, truth.loss) < 5e-6
+    expected = torch.autograd.grad(truth.loss, doubles, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(ours.loss, leaves), expected):
+        assert relative(a, b) < 1e-5
+    truth = reference.linear_token_logps(*wide, labels, bias=doubles[2])
+    ours = linear_token_logps(*leaves[:2], labels, **options)
+    assert worst(ours, truth) < 1e-5
+    upstream = torch.randn_like(ours)
+    for needs in ([0, 1, 2, 3, 4], [0], [4], [3, 4]):  # with the head frozen, an adapter on it still learns
+        inputs, truths = [leaves[i] for i in needs], [doubles[i] for i in needs]
+        expected = torch.autograd.grad((truth * upstream.double()).sum(), truths, retain_graph=True)
+        for a, b in zip(torch.autograd.grad((ours * upstream).sum(), inputs, retain_graph=True), expected):
+            assert relative(a, b) < 1e-5
+        ours = linear_token_logps(*leaves[:2], labels, **options)
+
+
+def test_with_a_frozen_head_only_an_adapter_on_it_gets_gradients(backend, device):
+    logits, labels, rewards, kwargs = batch(RPOObjective("squared", 0.3), device, packed=True, ragged=True)
+    hidden, weight, _ = head(logits, device)
+    adapter = [torch.randn(*hidden.shape[:-1], 2, device=device), torch.zeros(len(weight), 2, device=device)]
+    adapter = [x.requires_grad_() for x in adapter]
+    out = linear_rpo_loss(
+        hidden, weight, labels, rewards, RPOObjective("squared", 0.3), lora_hidden=adapter[0], lora_weight=adapter[1],
+        backend=backend, **kwargs,
+    )  # fmt: skip
+    plain = linear_rpo_loss(hidden, weight, labels, rewards, RPOObjective("squared", 0.3), backend=backend, **kwargs)
+    assert torch.equal(out.loss, plain.loss)  # B = 0
+    dhidden, dweight = torch.autograd.grad(out.loss, adapter)
+    assert (dhidden == 0).all() and (dweight != 0).any()
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("free", [False, True], ids=["loss", "token_logps"])
+def test_a_buffer_takes_in_the_weight_gradient(free, dtype, workspace, backend, device):
+    """Of the weight's dtype or fp32, in one flush or many, beside what it holds already; and weight itself gets none."""
+    if dtype not in kernel_dtypes(backend) or (backend == "triton" and workspace != "groups" and not HAS_GPU):
+        pytest.skip("the plans do not depend on the engine, and the interpreter is slow")
+    objective = RPOObjective("backward_kl", 0.3)
+    logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
+    hidden, weight, _ = (x.to(dtype).requires_grad_() for x in head(logits, device))
+    upstream = torch.randn(labels.shape, device=device)
+    size = WORKSPACES[workspace] and 2 * WORKSPACES[workspace]
+
+    def run(weight_grad=None, factor=1.0):
+        options = {"weight_grad": weight_grad, "workspace_bytes": size, "backend": backend}
+        if free:
+            return (linear_token_logps(hidden, weight, labels, **options) * upstream).sum() * factor
+        return linear_rpo_loss(hidden, weight, labels, rewards, objective, **options, **kwargs).loss * factor
+
+    expected = torch.autograd.grad(run(), (hidden, weight))
+    for held in {torch.float32, dtype}:
+        start = torch.randn(weight.shape, device=device).to(held)
+        total = start.clone()
+        dhidden, dweight = torch.autograd.grad(run(total), (hidden, weight), allow_unused=True)
+        assert dweight is None and torch.equal(dhidden, expected[0])
+        bound = torch.finfo(dtype).eps * expected[1].abs() + torch.finfo(held).eps * total.abs() + 1e-6
+        assert ((total.double() - start.double() - expected[1].double()).abs() <= bound).all()
+    if free:  # the upstream gradient is known when the buffer takes anything in
+        return
+    refusal = pytest.raises(ValueError, match="with `weight_grad` the upstream gradient of the loss must be 1, got 3")
+    with contextlib.nullcontext() if HAS_GPU else refusal:
+        (dhidden,) = torch.autograd.grad(run(start.clone(), 3.0), hidden)
+        assert dhidden.isnan().any()
+
+
+def test_torch_compile_traces_an_adapter_and_a_gradient_buffer(device):
+    objective = RPOObjective("squared", 0.5, reference="none")
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    lora_hidden, lora_weight = (torch.randn(*shape, 2, device=device, requires_grad=True) for shape in ((4, 3), (5,)))
+    labels, rewards = torch.randint(0, 5, (4, 3), device=device), torch.randn(4, device=device)
+
+    def run(total, free):
+        options = {"lora_hidden": lora_hidden.tanh(), "lora_weight": lora_weight, "weight_grad": total}
+        if free:
+            return linear_token_logps(hidden.tanh(), weight, labels, **options).pow(2).sum()
+        return linear_rpo_loss(hidden.tanh(), weight, labels, rewards, objective, **options).loss
+
+    for free in (False, True):
+        results = []
+        for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            total = torch.ones_like(weight)
+            results.append((*torch.autograd.grad(function(total, free), (hidden, lora_hidden, lora_weight)), total))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)

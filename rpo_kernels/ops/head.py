@@ -6,6 +6,7 @@ where the dtypes agree; dlogits wait in a buffer until it is full, so that few l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,14 +35,65 @@ class Options(NamedTuple):
     backend: str
 
 
-class Head:
-    """Weight, bias and the vocabulary passes over chunks of their logits."""
+class Leaves(NamedTuple):
+    """What logits are made of, and may have gradients: z = hidden weight^T + lora_hidden lora_weight^T + bias."""
 
-    def __init__(self, op: str, weight: Tensor, bias: Tensor | None, options: Options):
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_hidden: Tensor | None  # [..., r]
+    lora_weight: Tensor | None  # [V, r]
+
+    def needs(self) -> list[bool]:
+        """Which of them a gradient is asked for."""
+        grad = torch.is_grad_enabled()
+        return [grad and x is not None and x.requires_grad for x in self]
+
+
+class Scored(NamedTuple):
+    """The scored rows of a batch, pulled together."""
+
+    index: Tensor  # [n] int64, flat positions
+    hidden: Tensor  # [n, H] in the compute dtype
+    labels: Tensor  # [n]
+    lora: Tensor | None = None  # [n, r] in the compute dtype
+
+    @staticmethod
+    def of(hidden: Tensor, labels: Tensor, options: Options, count: int | None, lora_hidden: Tensor | None = None) -> Scored:
+        """Rows whose label is not ignored. Their number decides shapes: one look at the device, unless it is given."""
+        labels = labels.reshape(-1)
+        scored = labels != options.ignore_index
+        if count is None:
+            index = scored.nonzero()[:, 0]
+        else:
+            index = torch.argsort(scored, descending=True, stable=True)[:count]
+        everything = index.shape[0] == labels.shape[0]
+
+        def pull(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            x = x.reshape(-1, x.shape[-1])
+            return (x if everything else x[index]).to(options.compute_dtype)
+
+        return Scored(index, pull(hidden), labels if everything else labels[index], pull(lora_hidden))
+
+    @property
+    def size(self) -> int:
+        return self.index.shape[0]
+
+    def part(self, rows: slice) -> Scored:
+        return Scored(*(None if x is None else x[rows] for x in self))
+
+
+class Head:
+    """Weights, bias and the vocabulary passes over chunks of their logits."""
+
+    def __init__(self, op: str, weight: Tensor, bias: Tensor | None, options: Options, lora_weight: Tensor | None = None):
         self.op, self.options = op, options
         self.weight = weight.to(options.compute_dtype)
+        self.lora_weight = None if lora_weight is None else lora_weight.to(options.compute_dtype)
         self.bias = bias
-        self.rows = engine(op, options.backend, weight.device, "vocabulary")
+        self.engine = engine(op, options.backend, weight.device, "vocabulary")
         self.transform = {name: getattr(options, name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")}
 
     @property
@@ -58,15 +110,17 @@ class Head:
         pitch = -(-self.V // 16) * 16
         return torch.empty((rows, pitch), dtype=dtype, device=self.weight.device)[:, : self.V]
 
-    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        gemm.project(hidden, self.weight, out)
+    def logits(self, rows: Scored, out: Tensor) -> Tensor:
+        gemm.project(rows.hidden, self.weight, out)
+        if rows.lora is not None:
+            gemm.project(rows.lora, self.lora_weight, out, accumulate=True)
         return out if self.bias is None else out.add_(self.bias)
 
     def forward(self, logits: Tensor, labels: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return self.rows.vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
+        return self.engine.vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
 
     def backward(self, logits, labels, logps, lse, coef, out, entropies=None, entropy_coef=None, upstream=None) -> None:
-        self.rows.vocabulary_backward(
+        self.engine.vocabulary_backward(
             logits[None], labels, logps, lse, coef, entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
             out=out[None], **self.transform,
         )  # fmt: skip
@@ -105,20 +159,31 @@ class Chunks(NamedTuple):
 
 
 class Gradients:
-    """Gradients of hidden states, weight and bias, gathered chunk by chunk."""
+    """Gradients of :class:`Leaves`, gathered chunk by chunk."""
 
-    def __init__(self, head: Head, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], chunks: Chunks, rows: int):
-        """``hidden`` ``[N, H]`` and ``weight`` ``[V, H]`` as the caller holds them; ``rows`` will come in all."""
-        self.head, self.chunks = head, chunks
-        self.needs_hidden, self.needs_weight, self.needs_bias = needs
-        self.weight_dtype = weight.dtype
-        self.dhidden = torch.zeros_like(hidden) if self.needs_hidden else None
-        self.dbias = torch.zeros(head.V, dtype=torch.float32, device=weight.device) if self.needs_bias else None
-        self.dweight: Tensor | None = None
-        self.flushes_once = rows <= chunks.waiting
-        self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype)
-        self.waiting: list[Tensor] = []
+    def __init__(
+        self, head: Head, leaves: Leaves, needs: Sequence[bool], chunks: Chunks, rows: int, weight_grad: Tensor | None = None,
+        scale: float = 1.0, buffer: Tensor | None = None,
+    ):  # fmt: skip
+        """``rows`` will come in all, times ``scale``. ``weight_grad`` takes in dweight without that factor, if it is given;
+        ``buffer`` ``[rows, V]`` holds all dlogits."""
+        self.head, self.leaves = head, leaves
+        needs = Leaves(*needs)
+        flat = lambda x: x.new_zeros((x.shape[:-1].numel(), x.shape[-1]))
+        self.dhidden = flat(leaves.hidden) if needs.hidden else None
+        self.dlora_hidden = flat(leaves.lora_hidden) if needs.lora_hidden else None
+        self.dbias = torch.zeros(head.V, dtype=torch.float32, device=head.weight.device) if needs.bias else None
+        once = rows <= chunks.waiting or buffer is not None
+        self.dweight = _WeightGradient(leaves.weight, once, weight_grad, scale) if needs.weight else None
+        self.dlora_weight = _WeightGradient(leaves.lora_weight, once) if needs.lora_weight else None
+        self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype) if buffer is None else buffer
+        self.waiting: list[Scored] = []
         self.filled = 0
+
+    @staticmethod
+    def keep_dlogits(needs: Sequence[bool]) -> bool:
+        """Whether dlogits wait for others: for the GEMMs over tokens."""
+        return Leaves(*needs).weight or Leaves(*needs).lora_weight
 
     def slot(self, rows: int) -> Tensor:
         """Where the next ``rows`` rows of dlogits go; logits too, where they share a dtype."""
@@ -126,53 +191,69 @@ class Gradients:
             self._flush()
         return self.buffer[self.filled : self.filled + rows]
 
-    def add(self, index: Tensor, hidden: Tensor, dlogits: Tensor) -> None:
-        """Take in the dlogits of a slot, of the rows ``hidden`` ``[n, H]`` at ``index`` ``[n]``."""
+    def add(self, rows: Scored, dlogits: Tensor) -> None:
+        """Take in the dlogits of a slot."""
         if self.dhidden is not None:
-            self.dhidden[index] = gemm.backproject(dlogits, self.head.weight).to(self.dhidden.dtype)
+            self.dhidden[rows.index] = gemm.backproject(dlogits, self.head.weight).to(self.dhidden.dtype)
+        if self.dlora_hidden is not None:
+            self.dlora_hidden[rows.index] = gemm.backproject(dlogits, self.head.lora_weight).to(self.dlora_hidden.dtype)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=torch.float32)
-        if self.needs_weight:
-            self.waiting.append(hidden)
-            self.filled += len(hidden)
+        if self.dweight or self.dlora_weight:
+            self.waiting.append(rows)
+            self.filled += rows.size
 
     def _flush(self) -> None:
         if not self.filled:
             return
-        hidden = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting)
-        if self.dweight is None and not self.flushes_once:
-            self.dweight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=hidden.device)
-        self.dweight = gemm.weight_gradient(self.buffer[: self.filled], hidden, self.dweight)
+        dlogits = self.buffer[: self.filled]
+        if self.dweight:
+            self.dweight.add(dlogits, _joined([rows.hidden for rows in self.waiting]))
+        if self.dlora_weight:
+            self.dlora_weight.add(dlogits, _joined([rows.lora for rows in self.waiting]))
         self.waiting, self.filled = [], 0
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dhidden, dweight, dbias); dweight in its parameter's dtype, dbias in fp32."""
+    def finish(self) -> list[Tensor]:
+        """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none."""
         self._flush()
         del self.buffer
-        if self.needs_weight:
-            if self.dweight is None:
-                self.dweight = torch.zeros(self.head.weight.shape, dtype=self.weight_dtype, device=self.head.weight.device)
-            self.dweight = self.dweight.to(self.weight_dtype)
-        return self.dhidden, self.dweight, self.dbias
+        gradients = [
+            self.dhidden, self.dweight and self.dweight.finish(), self.dbias, self.dlora_hidden,
+            self.dlora_weight and self.dlora_weight.finish(),
+        ]  # fmt: skip
+        return [
+            self.leaves.hidden.new_empty(0) if gradient is None else gradient.to(leaf.dtype).view(leaf.shape)
+            for gradient, leaf in zip(gradients, self.leaves)
+        ]
 
 
-class Scored(NamedTuple):
-    """The scored rows of a batch, pulled together."""
+def empty_gradients(leaves: Leaves, needs: Sequence[bool], weight_grad: Tensor | None) -> tuple[Tensor, ...]:
+    """What :meth:`Gradients.finish` returns, without values."""
+    wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
+    return tuple(leaf.new_empty(leaf.shape) if want else leaves.hidden.new_empty(0) for leaf, want in zip(leaves, wanted))
 
-    index: Tensor  # [n] int64, flat positions
-    hidden: Tensor  # [n, H] in the compute dtype
-    labels: Tensor  # [n]
 
-    @staticmethod
-    def of(hidden: Tensor, labels: Tensor, options: Options, count: int | None) -> Scored:
-        """Rows whose label is not ignored. Their number decides shapes: one look at the device, unless it is given."""
-        labels = labels.reshape(-1)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        scored = labels != options.ignore_index
-        if count is None:
-            index = scored.nonzero()[:, 0]
-        else:
-            index = torch.argsort(scored, descending=True, stable=True)[:count]
-        if index.shape[0] == labels.shape[0]:
-            return Scored(index, hidden.to(options.compute_dtype), labels)
-        return Scored(index, hidden[index].to(options.compute_dtype), labels[index])
+class _WeightGradient:
+    """dlogits^T x, summed over flushes in fp32 and rounded once, or added to a buffer of the caller's."""
+
+    def __init__(self, weight: Tensor, once: bool, into: Tensor | None = None, scale: float = 1.0):
+        """``once`` if there is one flush at most; ``into`` ``[V, H]`` takes in the gradient over ``scale``."""
+        self.weight, self.once, self.into = weight, once, into
+        self.factor = 1.0 if into is None else 1 / scale
+        self.total = into if into is not None and (once or into.dtype == torch.float32) else None
+
+    def add(self, dlogits: Tensor, x: Tensor) -> None:
+        if self.total is None and not self.once:
+            self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=x.device)
+        self.total = gemm.weight_gradient(dlogits, x, self.total, self.factor)
+
+    def finish(self) -> Tensor | None:
+        if self.into is None:
+            return torch.zeros_like(self.weight) if self.total is None else self.total
+        if self.total is not None and self.total is not self.into:
+            self.into.add_(self.total)
+        return None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

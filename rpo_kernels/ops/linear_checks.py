@@ -8,7 +8,49 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .head import CPU_WORKSPACE, GPU_WORKSPACE
+from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves
+
+
+def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int) -> None:
+    """A linear head with its low-rank term, whose dtypes are free: adapters often stay in fp32 beside a 16-bit model."""
+    hidden, weight, bias, lora_hidden, lora_weight = leaves
+    check_linear(op, hidden, weight, bias, labels, ignore_index)
+    for name, x, other in (("lora_hidden", lora_hidden, lora_weight), ("lora_weight", lora_weight, lora_hidden)):
+        if x is None and other is not None:
+            raise ValueError(f"{op}: `{name}` is missing: the low-rank term is lora_hidden lora_weight^T; got the other alone")
+        if x is None:
+            continue
+        checks.check_tensor(op, name, x)
+        checks.check_float(op, name, x)
+        checks.check_device(op, hidden.device, **{name: x})
+    if lora_hidden is None:
+        return
+    V = weight.shape[0]
+    if lora_weight.dim() != 2 or lora_weight.shape[0] != V or not lora_weight.shape[1]:
+        hint = "; did you mean `lora_weight.t()`?" if lora_weight.dim() == 2 and lora_weight.shape[1] == V else ""
+        raise ValueError(f"{op}: `lora_weight` must be [V, r] with V = {V}, got {checks.shape_of(lora_weight)}{hint}")
+    expected = (*labels.shape, lora_weight.shape[1])
+    if tuple(lora_hidden.shape) != expected:
+        raise ValueError(
+            f"{op}: `lora_hidden` must be {list(expected)}, [..., r] as labels and lora_weight have it; "
+            f"got {checks.shape_of(lora_hidden)}"
+        )
+
+
+def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> None:
+    """A buffer that dweight may be added to."""
+    if weight_grad is None:
+        return
+    checks.check_tensor(op, "weight_grad", weight_grad)
+    checks.check_float(op, "weight_grad", weight_grad)
+    checks.check_constant(op, "weight_grad", weight_grad)
+    checks.check_device(op, weight.device, weight_grad=weight_grad)
+    if weight_grad.shape != weight.shape:
+        raise ValueError(
+            f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} as `weight`, got {checks.shape_of(weight_grad)}"
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"{op}: `weight_grad` takes in the gradient of `weight`, which requires none; pass None")
 
 
 def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias")) -> None:
@@ -34,14 +76,10 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
             raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
         checks.check_device(op, hidden.device, **{b: bias})
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(
-            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}"
-        )
+        raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
 
 
-def options_of(
-    op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend
-) -> tuple:
+def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend) -> tuple:
     """The fields of :class:`Options`, in types that an operator takes."""
     checks.check_transform(op, temperature, logit_scale, softcap)
     checks.check_backend(op, backend)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import checks
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Options, Scored
-from .linear_checks import check_count, check_linear, options_of
+from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .linear_checks import check_count, check_leaves, check_weight_grad, options_of
 
 
 def linear_token_logps(
@@ -17,6 +19,9 @@ def linear_token_logps(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+    weight_grad: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -26,7 +31,9 @@ def linear_token_logps(
     count: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of each label under ``x = hidden weight^T + bias``: :func:`token_logps` without the logits.
+    """Log-probability of each label under a linear head: :func:`token_logps` without the logits.
+
+        x = hidden weight^T + lora_hidden lora_weight^T + bias
 
     Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head (d logp / d hidden is kept
     from the forward); 3 when all logits fit the workspace, else (and under ``torch.compile``) 4: the backward recomputes them.
@@ -36,6 +43,10 @@ def linear_token_logps(
         weight: ``[V, H]``, the lm_head; tied weights are fine.
         labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part in no GEMM.
         bias: ``[V]`` or None.
+        lora_hidden, lora_weight: ``[..., r]`` and ``[V, r]``, or None: a low-rank term of the head. For LoRA on the lm_head these
+            are scaling * dropout(hidden) A^T and B. Any float dtype; their GEMMs run in the dtype of the others.
+        weight_grad: ``[V, H]``, float, that dweight is added to in the backward (weight.grad, or a trainer's fp32 buffer); autograd
+            then brings weight none. Spares a ``[V, H]`` temporary; hooks of weight see nothing.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
         logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a sequence), or the dtype
             of the GEMMs.
@@ -43,14 +54,14 @@ def linear_token_logps(
         count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
 
     Returns:
-        float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight and bias; sums over
-        chunks are fp32, rounded once. Second derivatives raise.
+        float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
+        lora_weight; sums over chunks are fp32, rounded once. Second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    return _run("linear_token_logps", hidden, weight, labels, bias, count, False, temperature, logit_scale, softcap,
-                ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
+    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, False,
+                temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
 
 
 def linear_token_logps_and_entropy(
@@ -59,6 +70,9 @@ def linear_token_logps_and_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
+    weight_grad: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -72,25 +86,25 @@ def linear_token_logps_and_entropy(
 
     Arguments and errors as there; a frozen head costs 3 GEMMs.
     """
-    return _run("linear_token_logps_and_entropy", hidden, weight, labels, bias, count, True, temperature, logit_scale,
-                softcap, ignore_index, logits_dtype, workspace_bytes, backend)  # fmt: skip
+    return _run("linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad,
+                count, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)  # fmt: skip
 
 
-def _run(op, hidden, weight, labels, bias, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
+def _run(op, leaves, labels, weight_grad, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
          workspace_bytes, backend):  # fmt: skip
-    check_linear(op, hidden, weight, bias, labels, ignore_index)
+    hidden, weight, *_ = leaves
+    check_leaves(op, leaves, labels, ignore_index)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
     check_count(op, count, labels.numel())
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    keep = _what_to_keep(labels.numel(), weight.shape[0], needs, entropy, Options(*options))
-    logps, entropies, *_ = _forward_op(hidden, weight, bias, labels, count, entropy, keep, *options)
+    check_weight_grad(op, weight_grad, weight)
+    keep = _what_to_keep(labels.numel(), weight.shape[0], leaves.needs(), entropy, Options(*options))
+    logps, entropies, *_ = _forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
     return logps, entropies
 
 
 def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Options) -> str:
     """What the forward keeps for the backward: nothing, the unit gradients of hidden states, or the logits."""
-    if needs == [True, False, False] and not entropy:
+    if needs == [True, False, False, False, False] and not entropy:
         return "unit gradients"
     # Traced backward graphs may not overwrite what the forward kept.
     if any(needs) and N <= Chunks.capacity(options, V) and not torch.compiler.is_compiling():
@@ -98,9 +112,11 @@ def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Opt
     return "nothing"
 
 
-def scored_rows(op: str, hidden: Tensor, labels: Tensor, options: Options, count: int | None) -> tuple[Scored, Tensor | None]:
+def scored_rows(
+    op: str, hidden: Tensor, labels: Tensor, options: Options, count: int | None, lora_hidden: Tensor | None
+) -> tuple[Scored, Tensor | None]:
     """The scored rows, and with a count from the caller a factor that is NaN if it is wrong."""
-    scored = Scored.of(hidden, labels, options, count)
+    scored = Scored.of(hidden, labels, options, count, lora_hidden)
     if count is None:
         return scored, None
     true = (labels != options.ignore_index).sum()
@@ -114,7 +130,10 @@ def _forward_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     labels: Tensor,
+    weight_grad: Tensor | None,
     count: int | None,
     entropy: bool,
     keep: str,
@@ -130,9 +149,9 @@ def _forward_op(
     op = "linear_token_logps"
     options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
     checks.check_label_values(op, labels, weight.shape[0], ignore_index)
-    head = Head(op, weight, bias, options)
-    rows, valid = scored_rows(op, hidden, labels, options, count)
-    n, N = len(rows.index), labels.numel()
+    head = Head(op, weight, bias, options, lora_weight)
+    rows, valid = scored_rows(op, hidden, labels, options, count, lora_hidden)
+    n, N = rows.size, labels.numel()
     logps, lse, entropies = _outputs(hidden, n, n if entropy else 0)
     chunks = Chunks.plan(head, n, 0, keeps_dlogits=False)
     kept = hidden.new_empty(0)
@@ -140,24 +159,24 @@ def _forward_op(
     if keep == "logits":
         kept = head.buffer(N, logits_dtype)
     elif keep == "unit gradients":
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        unit = Gradients(head, flat, weight, (True, False, False), chunks, n)
+        leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+        unit = Gradients(head, leaves, [True, False, False, False, False], chunks, n)
     scratch = head.buffer(0 if keep == "logits" or (unit and head.in_place) else min(chunks.logits, n), logits_dtype)
     ones = torch.ones(min(chunks.logits, n), dtype=torch.float32, device=hidden.device) if unit else None
     for start in range(0, n, chunks.logits):
         part = slice(start, min(start + chunks.logits, n))
-        size = part.stop - part.start
+        chunk, size = rows.part(part), part.stop - part.start
         out = kept[part] if keep == "logits" else unit.slot(size) if unit and head.in_place else scratch[:size]
-        logits, y = head.logits(rows.hidden[part], out), rows.labels[part]
-        logps[part], lse[:, part], h = head.forward(logits, y, entropy)
+        logits = head.logits(chunk, out)
+        logps[part], lse[:, part], h = head.forward(logits, chunk.labels, entropy)
         if entropy:
             entropies[part] = h
         if unit:
             slot = unit.slot(size)
-            head.backward(logits, y, logps[part], lse[:, part].contiguous(), ones[:size], slot)
-            unit.add(rows.index[part], rows.hidden[part], slot)
+            head.backward(logits, chunk.labels, logps[part], lse[:, part].contiguous(), ones[:size], slot)
+            unit.add(chunk, slot)
     if unit:
-        kept = unit.finish()[0]
+        kept = unit.finish()[0].view(N, -1)
     if valid is not None:
         logps, entropies = logps * valid, entropies * valid
     return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept)
@@ -181,7 +200,8 @@ def _pad(x: Tensor, N: int) -> Tensor:
 
 
 @_forward_op.register_fake
-def _(hidden, weight, bias, labels, count, entropy, keep, t, s, c, i, compute_dtype, logits_dtype, w, b):
+def _(hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, count, entropy, keep, t, s, c, i, compute_dtype,
+      logits_dtype, w, b):  # fmt: skip
     logps = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     entropies = logps.new_empty(labels.shape if entropy else (0,))
     N, V = labels.numel(), weight.shape[0]
@@ -193,150 +213,93 @@ def _(hidden, weight, bias, labels, count, entropy, keep, t, s, c, i, compute_dt
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, ctx.count, ctx.entropy, ctx.keep, *ctx.options = inputs
+    *leaves, labels, ctx.weight_grad, ctx.count, ctx.entropy, ctx.keep = inputs[:10]
+    ctx.options = inputs[10:]
     logps, entropies, lse, kept = output
-    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, entropies if ctx.entropy else None, kept)
+    ctx.save_for_backward(*leaves, labels, logps, lse, entropies if ctx.entropy else None, kept)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, kept)
 
 
 def _backward(ctx, dlogps, dentropies, *_):
-    hidden, weight, bias, labels, logps, lse, entropies, kept = ctx.saved_tensors
-    none = (None,) * 12
+    *leaves, labels, logps, lse, entropies, kept = ctx.saved_tensors
+    none = (None,) * 13
     dentropies = dentropies if ctx.entropy else None
     if dlogps is None and dentropies is None:
-        return (None, None, None, *none)
+        return (*(None,) * 5, *none)
     coef = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
-    sources = (hidden, weight, bias)
-    needs = list(ctx.needs_input_grad[:3])
+    needs = list(ctx.needs_input_grad[:5])
     if ctx.keep == "unit gradients":
-        rows = coef.reshape(-1, 1)
+        hidden, rows = leaves[0], coef.reshape(-1, 1)
         dhidden = torch.where(rows == 0, 0, rows * kept).to(hidden.dtype).view(hidden.shape)
-        return (once_differentiable(dhidden, *sources), None, None, *none)
-    arguments = (hidden, weight, bias, labels, logps, lse, coef, entropies, dentropies, *needs, ctx.count, *ctx.options)
-    grads = _from_logits_op(kept, *arguments) if ctx.keep == "logits" else _recompute_op(*arguments)
-    grads = [once_differentiable(g, *sources) if need else None for g, need in zip(grads, needs)]
-    return (*grads, *none)
+        return (once_differentiable(dhidden, *leaves), *(None,) * 4, *none)
+    arguments = (*leaves, labels, ctx.weight_grad, logps, lse, coef, entropies, dentropies, needs, ctx.count, *ctx.options)
+    grads = _backward_op(kept if ctx.keep == "logits" else None, *arguments)
+    if ctx.weight_grad is not None:
+        needs[1] = False
+    return (*(once_differentiable(g, *leaves) if need else None for g, need in zip(grads, needs)), *none)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _backward_through(
-    kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, count,
-    *options,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/d(hidden, weight, bias) from dL/dlogps, over logits that were kept or are computed again."""
-    options = Options(*options)
-    head = Head("linear_token_logps", weight, bias, options)
-    rows = Scored.of(hidden, labels, options, count)
-    n, index = len(rows.index), rows.index
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    chunks = Chunks.plan(head, n, 0, needs_weight)
+@torch.library.custom_op("rpo_kernels::linear_token_logps_backward", mutates_args=("kept", "weight_grad"))
+def _backward_op(
+    kept: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    labels: Tensor,
+    weight_grad: Tensor | None,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    needs: Sequence[bool],
+    count: int | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the leaves from dL/dlogps, over logits that were kept, or are computed again."""
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    head = Head("linear_token_logps", weight, bias, options, lora_weight)
+    rows = Scored.of(hidden, labels, options, count, lora_hidden)
+    n, index = rows.size, rows.index
+    chunks = Chunks.plan(head, n, 0, Gradients.keep_dlogits(needs))
     logps, coef = logps.reshape(-1)[index], coef.reshape(-1)[index]
     if entropy_coef is not None:
         entropies, entropy_coef = entropies.reshape(-1)[index], entropy_coef.reshape(-1)[index]
-    gradients = Gradients(head, flat, weight, (needs_hidden, needs_weight, needs_bias), chunks, n)
-    if kept is not None and head.in_place:  # the logits turn into dlogits where they lie
-        gradients.buffer, gradients.flushes_once = kept, True
+    in_kept = kept is not None and head.in_place  # the logits turn into dlogits where they lie
+    gradients = Gradients(head, leaves, needs, chunks, n, weight_grad, buffer=kept if in_kept else None)
     scratch = head.buffer(0 if kept is not None or head.in_place else min(chunks.logits, n), options.logits_dtype)
     for start in range(0, n, chunks.logits):
         part = slice(start, min(start + chunks.logits, n))
-        size = part.stop - part.start
+        chunk, size = rows.part(part), part.stop - part.start
         slot = gradients.slot(size)
         if kept is not None:
             logits = kept[part]
             slot = logits if head.in_place else slot
         else:
-            logits = head.logits(rows.hidden[part], slot if head.in_place else scratch[:size])
+            logits = head.logits(chunk, slot if head.in_place else scratch[:size])
         head.backward(
-            logits, rows.labels[part], logps[part], lse[:, part].contiguous(), coef[part], slot,
+            logits, chunk.labels, logps[part], lse[:, part].contiguous(), coef[part], slot,
             None if entropy_coef is None else entropies[part], None if entropy_coef is None else entropy_coef[part],
         )  # fmt: skip
-        gradients.add(index[part], rows.hidden[part], slot)
-    dhidden, dweight, dbias = gradients.finish()
-    empty = hidden.new_empty(0)
-    return (
-        dhidden.view(hidden.shape) if needs_hidden else empty,
-        dweight if needs_weight else empty.clone(),
-        dbias.to(bias.dtype) if needs_bias else empty.clone(),
-    )
+        gradients.add(chunk, slot)
+    return tuple(gradients.finish())
 
 
-@torch.library.custom_op("rpo_kernels::linear_token_logps_backward", mutates_args=())
-def _recompute_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
-    coef: Tensor,
-    entropies: Tensor | None,
-    entropy_coef: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    count: int | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    workspace_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_through(
-        None, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias,
-        count, temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
-    )  # fmt: skip
-
-
-@torch.library.custom_op("rpo_kernels::linear_token_logps_backward_", mutates_args=("kept",))
-def _from_logits_op(
-    kept: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
-    coef: Tensor,
-    entropies: Tensor | None,
-    entropy_coef: Tensor | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    count: int | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    workspace_bytes: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_through(
-        kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias,
-        count, temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
-    )  # fmt: skip
-
-
-@_recompute_op.register_fake
-def _(hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, *_):
-    return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
-    )
-
-
-@_from_logits_op.register_fake
-def _(kept, hidden, weight, bias, labels, logps, lse, coef, entropies, entropy_coef, needs_hidden, needs_weight, needs_bias, *_):
-    return (
-        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
-        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
-    )
+@_backward_op.register_fake
+def _(kept, hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, logps, lse, coef, entropies, entropy_coef, needs,
+      *_):  # fmt: skip
+    return empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad)

@@ -1,0 +1,256 @@
+"""The plan of ``linear_rpo_loss``: whole groups at a time, from logits to gradients, before their chunk is gone.
+
+A group's coefficients are known as soon as its own tokens are done. So whole groups share a chunk of logits: GEMM, vocabulary
+forward, group pass, vocabulary backward in place, and the two gradient GEMMs. Gradients are ready with the loss; its backward
+only scales them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..objectives import RPOObjective
+from .autograd import once_differentiable
+from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .preference import Segments, group_pass
+from .scaling import require_one, scale_
+from .units import Unit, pack_groups
+
+
+@torch.library.custom_op("rpo_kernels::linear_rpo_loss", mutates_args=("weight_grad",))
+def forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    weight_grad: Tensor | None,
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    rewards: Tensor | None,
+    ref_logps: Tensor | None,
+    ref_weights: Tensor | None,
+    cu_groups: Tensor | None,
+    normalizer: Tensor | None,
+    group_size: int,
+    objective: str,
+    mean: bool,
+    backend: str,
+    counts: Sequence[int] | None,
+    needs: Sequence[bool],
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, losses, [5, S] as of the group pass, lengths, and the gradients of the leaves for an upstream gradient of 1)."""
+    op = "linear_rpo_loss"
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    N, V, device = labels.numel(), weight.shape[0], hidden.device
+    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    spec = RPOObjective.from_spec(objective)
+    checks.check_label_values(op, labels, V, ignore_index)
+    checks.check_group_values(op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer)
+    head = Head(op, weight, bias, options, lora_weight)
+    ref_head = head if ref_weight is None else Head(op, ref_weight, ref_bias, options)
+
+    # The one look at the device: tokens of each sequence, and ragged groups' boundaries.
+    flat_labels = labels.reshape(-1)
+    scored = (flat_labels != ignore_index).double()
+    lengths = Segments(S, cu_seqlens).sum(scored.view(labels.shape)).int()
+    true_lengths = lengths
+    bounds = list(range(0, S + 1, group_size)) if cu_groups is None else None
+    if counts is None:
+        looked = (lengths if cu_groups is None else torch.cat([lengths, cu_groups])).tolist()
+        counts, bounds = looked[:S], bounds or looked[S:]
+    else:
+        counts = list(counts)
+        bounds = bounds or cu_groups.tolist()
+        lengths = torch.tensor(counts, dtype=torch.int32, device=device)
+        if device.type == "cpu" and not torch.equal(lengths, true_lengths):
+            true = true_lengths.tolist()[:16]
+            raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true}; got {counts[:16]}")
+    n = sum(counts)
+    rows = Scored.of(hidden, labels, options, n, lora_hidden)
+    ref_rows = None if ref_hidden is None else Scored.of(ref_hidden, labels, options, n)
+    cu_tokens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    ref_per_token = ref_rows is not None
+    if ref_rows is not None:
+        ref_logps = torch.empty((1, n), dtype=torch.float32, device=device)
+    elif ref_logps is not None and ref_logps.shape[1] == N:
+        ref_logps, ref_per_token = ref_logps[:, rows.index], True
+
+    # Which groups count does not depend on the log-probabilities: one group pass over zeros settles the normalisers.
+    _, _, (*_, role), _, _ = group_pass(
+        op, torch.zeros(S, device=device), None, 0, S, lengths, None, rewards, None, None, cu_groups, None, group_size,
+        _dry(spec).spec, False, backend,
+    )  # fmt: skip
+    chosen = role == 2
+    counted = chosen.sum()
+    sft_share = (counted / torch.where(chosen, lengths, 0).sum().clamp(min=1)).float()
+    if normalizer is None and mean:
+        normalizer = counted.clamp(min=1).float()
+    if counts is not None and device.type != "cpu":
+        one = torch.ones((), device=device) if normalizer is None else normalizer
+        normalizer = torch.where((lengths == true_lengths).all(), one, torch.nan)
+
+    training = any(needs)
+    most = Chunks.capacity(options, V)
+    sizes = [sum(counts[a:b]) for a, b in itertools.pairwise(bounds)]
+    largest = max((size for size in sizes if size <= most), default=0) if training else 0
+    chunks = Chunks.plan(head, n, largest, Gradients.keep_dlogits(needs))
+    units = pack_groups(counts, bounds, chunks.logits) if training else [Unit(slice(0, len(sizes)), slice(0, S), slice(0, n))]
+    scale = gradient_scale(spec, len(sizes), compute_dtype)
+    unit_scale = None if scale == 1 else torch.full((), scale, device=device)
+    gradients = Gradients(head, leaves, needs, chunks, n, weight_grad, scale) if training else None
+    scratch = head.buffer(0 if training and head.in_place else min(chunks.logits, n), logits_dtype)
+    logps = torch.empty(n, dtype=torch.float32, device=device)
+    outputs = []
+    for unit in units:
+        resident = training and unit.size <= chunks.logits
+        parts = [
+            slice(t, min(t + chunks.logits, unit.tokens.stop)) for t in range(unit.tokens.start, unit.tokens.stop, chunks.logits)
+        ]
+        lses = []
+        for part in parts:
+            chunk, size = rows.part(part), part.stop - part.start
+            out = gradients.slot(size) if training and head.in_place else scratch[:size]
+            if ref_rows is not None:
+                ref_logps[0, part] = ref_head.forward(ref_head.logits(ref_rows.part(part), out), chunk.labels)[0]
+            logits = head.logits(chunk, out)
+            logps[part], lse, _ = head.forward(logits, chunk.labels)
+            lses.append(lse)
+        *group, coef = _group_pass_of(
+            unit, op, logps, rows.labels, ignore_index, cu_tokens, rewards, ref_logps, ref_per_token, ref_weights, cu_groups,
+            normalizer, group_size, objective, backend, sft_share,
+        )  # fmt: skip
+        outputs.append(group)
+        for part, lse in zip(parts, lses) if training else ():
+            chunk, size = rows.part(part), part.stop - part.start
+            slot = gradients.slot(size)
+            if head.in_place:
+                logits = slot if resident else head.logits(chunk, slot)
+            elif not resident:
+                logits = head.logits(chunk, scratch[:size])
+            local = slice(part.start - unit.tokens.start, part.stop - unit.tokens.start)
+            head.backward(logits, chunk.labels, logps[part], lse, coef[local], slot, upstream=unit_scale)
+            gradients.add(chunk, slot)
+    loss, losses, by_sequence = (list(x) for x in zip(*outputs))
+    return (
+        torch.stack(loss).sum(),
+        torch.cat(losses),
+        torch.cat(by_sequence, 1),
+        true_lengths,
+        *(gradients.finish() if training else empty_gradients(leaves, needs, weight_grad)),
+    )
+
+
+def gradient_scale(objective: RPOObjective, groups: int, dtype: torch.dtype) -> float:
+    """A power of two that brings the coefficients, about beta / groups, near 1 where fp16 would lose them.
+
+    A loss scaler acts too late: gradients are ready before its factor arrives.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return 2.0 ** max(-24, min(24, round(math.log2(groups / (objective.beta * objective.scale)))))
+
+
+def _dry(objective: RPOObjective) -> RPOObjective:
+    """The objective without a reference: same targets, same groups counted."""
+    return replace(objective, reference="none")
+
+
+def _group_pass_of(unit, op, logps, labels, ignore_index, cu_tokens, rewards, ref_logps, ref_per_token, ref_weights, cu_groups,
+                   normalizer, group_size, objective, backend, sft_share):  # fmt: skip
+    """The group pass over the tokens of one unit: loss, losses, [5, S], and dL/dlogps of its tokens."""
+    s, g, t = unit.sequences, unit.groups, unit.tokens
+    if ref_logps is not None:
+        ref_logps = ref_logps[:, t if ref_per_token else s].contiguous()
+    if ref_weights is not None and ref_weights.dim() == 2:
+        ref_weights = ref_weights[:, g]
+    if cu_groups is not None:
+        cu_groups = cu_groups[g.start : g.stop + 1] - s.start
+    loss, losses, by_sequence, _, coef = group_pass(
+        op, logps[t], labels[t], ignore_index, s.stop - s.start, None, cu_tokens[s.start : s.stop + 1] - t.start,
+        None if rewards is None else rewards[s], ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, False,
+        backend, sft_share, ref_per_token,
+    )  # fmt: skip
+    return loss, losses, by_sequence, coef
+
+
+@forward_op.register_fake
+def _(hidden, weight, bias, lora_hidden, lora_weight, weight_grad, labels, cu_seqlens, rh, rw, rb, rewards, rl, rws, cu_groups,
+      normalizer, group_size, objective, mean, backend, counts, needs, *_):  # fmt: skip
+    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
+    floats = torch.empty((), dtype=torch.float32, device=hidden.device)
+    return (
+        floats,
+        floats.new_empty(G),
+        floats.new_empty(5, S),
+        floats.new_empty(S, dtype=torch.int32),
+        *empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad),
+    )
+
+
+def with_gradients(
+    loss: Tensor, leaves: Leaves, gradients: list[Tensor], needs: list[bool], taken: bool, scale: float, backend: str
+) -> Tensor:
+    """The loss, whose backward brings each leaf that needs one its gradient, which is ready but for the factor 1 / scale.
+
+    ``taken`` if a buffer has taken in that of the weight, which fixes the upstream gradient to 1.
+    """
+    wanted = [(leaf, gradient) for leaf, gradient, need in zip(leaves, gradients, needs) if need]
+    return _attach_op(loss, *(list(x) for x in zip(*wanted)), taken, scale, backend)
+
+
+@torch.library.custom_op("rpo_kernels::with_gradients", mutates_args=())
+def _attach_op(
+    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: bool, scale: float, backend: str
+) -> Tensor:
+    return loss.clone()
+
+
+@_attach_op.register_fake
+def _(loss, leaves, gradients, taken, scale, backend):
+    return torch.empty_like(loss)
+
+
+def _setup_context(ctx, inputs, output):
+    _, leaves, gradients, ctx.taken, ctx.scale, ctx.backend = inputs
+    ctx.count = len(leaves)
+    ctx.save_for_backward(*leaves, *gradients)
+
+
+def _backward(ctx, dloss):
+    leaves, gradients = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    if ctx.taken:
+        dloss = require_one(dloss)
+    if ctx.scale != 1:
+        dloss = dloss / ctx.scale
+    results = []
+    for leaf, gradient in zip(leaves, gradients):
+        if gradient.shape != leaf.shape:  # the weight's, taken
+            results.append(None)
+            continue
+        scale_(gradient, dloss, ctx.backend)
+        # a detached twin may become a parameter's .grad without a copy
+        results.append(once_differentiable(gradient.detach(), *leaves))
+    return None, results, [None] * ctx.count, None, None, None
+
+
+_attach_op.register_autograd(_backward, setup_context=_setup_context)
