@@ -48,9 +48,12 @@ class Shard(NamedTuple):
         statistics = engine("vocabulary").shard_statistics(rows, labels, **options)
         return engine("shards").combine(gather(statistics, self.group), labels, **options)
 
-    def start_sum(self, x: Tensor) -> dist.Work | None:
-        """Begin to sum a tensor over the ranks, in place; the result is there after ``wait()``."""
-        return dist.all_reduce(x, group=self.group, async_op=True) if x.numel() else None
+
+def start_sum(x: Tensor, name: str) -> Callable[[], object]:
+    """Begin to sum a tensor over the ranks of the named group, in place; what is returned waits for the end."""
+    if not x.numel():
+        return lambda: None
+    return dist.all_reduce(x, group=resolve(name), async_op=True).wait
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -175,7 +178,7 @@ def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | Non
     return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
 
 
-def local_hidden(op: str, hidden: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+def local_hidden(op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
     """All hidden states, and the group that shares the vocabulary, of hidden states that may be a DTensor.
 
     Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part of a sum, which DTensor
@@ -186,8 +189,8 @@ def local_hidden(op: str, hidden: Tensor, process_group: dist.ProcessGroup | Non
     mesh, placements = hidden.device_mesh, hidden.placements
     if process_group is not None or mesh.ndim != 1 or placements[0].is_partial() or placements[0].is_shard(hidden.dim() - 1):
         raise ValueError(
-            f"{op}: `hidden` as a DTensor must be replicated, or sharded in a leading dimension, over a mesh of one dimension, "
-            f"without `process_group`; got placements {placements} on {mesh}; for others pass hidden.to_local() and `process_group`"
+            f"{op}: `{name}` as a DTensor must be replicated, or sharded in a leading dimension, over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass {name}.to_local() and `process_group`"
         )
     from torch.distributed.tensor import Partial, Replicate
 

@@ -6,14 +6,20 @@ together with the others.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from rpo_kernels import (
     RPOObjective,
     gather_responses,
+    linear_rpo_loss,
+    linear_token_logps,
+    linear_token_logps_and_entropy,
     preference_loss,
     rpo_loss,
     sequence_logps,
@@ -172,6 +178,156 @@ def an_empty_batch_and_one_with_nothing_scored_do_not_hang(group):
     assert token_logps(shard[:0], labels[:0], process_group=group).shape == (0, 5)
 
 
+# ---- vocabulary-parallel heads ----------------------------------------------------------------------------------------
+
+H, RANK = 6, 2
+
+
+def head(tokens: tuple[int, ...]) -> dict[str, Tensor]:
+    """The leaves of a whole head."""
+    return {
+        "hidden": torch.randn(*tokens, H), "weight": torch.randn(V, H), "bias": torch.randn(V),
+        "lora_hidden": torch.randn(*tokens, RANK), "lora_weight": torch.randn(V, RANK),
+    }  # fmt: skip
+
+
+def of_this_rank(leaves: dict[str, Tensor], group, frozen: bool = False) -> dict[str, Tensor]:
+    trained = ("hidden", "lora_hidden") if frozen else leaves
+    return {
+        name: (x if "hidden" in name else x[columns(group)]).clone().requires_grad_(name in trained) for name, x in leaves.items()
+    }
+
+
+def same_gradients(ours: dict[str, Tensor], truth: dict[str, Tensor], group) -> None:
+    for name, x in ours.items():
+        if x.requires_grad:
+            close(x.grad, truth[name].grad if "hidden" in name else truth[name].grad[columns(group)])
+        else:
+            assert x.grad is None
+
+
+ROW = V * 4
+# Bytes of one row (every group in two sweeps), of a group or two, and of everything.
+WORKSPACES = (ROW, 12 * ROW, None)
+
+
+@case()
+def the_loss_of_shards_of_a_head_equals_one_process_for_every_distance_layout_plan_and_set_of_trained_leaves(group):
+    plans = itertools.cycle(itertools.product(WORKSPACES, (False, True)))
+    for i, distance in enumerate(("squared", "backward_kl", "forward_kl")):
+        for comparison in ("listwise", "pairwise", "pointwise"):
+            packed, ragged, reduction = i == 1, comparison == "listwise", "none" if comparison == "pointwise" else "mean"
+            objective = RPOObjective(distance, beta=0.3, comparison=comparison, sft_weight=0.1)
+            workspace, frozen = next(plans)
+            _, labels, rewards, layout = batch(packed, ragged)
+            everything = head(labels.shape)
+            if frozen:
+                del everything["lora_hidden"], everything["lora_weight"]
+            whole = {name: x.clone().requires_grad_() for name, x in everything.items()}
+            mine = of_this_rank(everything, group, frozen)
+            options = {"reduction": reduction, "softcap": 8.0, "temperature": 1.3, **layout}
+            truth = linear_rpo_loss(labels=labels, rewards=rewards, objective=objective, **whole, **options)
+            ours = linear_rpo_loss(labels=labels, rewards=rewards, objective=objective, **mine, **options, process_group=group,
+                                   workspace_bytes=workspace)  # fmt: skip
+            for a, b in zip(ours[:6], truth[:6]):
+                close(a.float(), b.float())
+            same_on_all_ranks(ours.losses, group)
+            upstream = torch.rand_like(truth.loss) + 0.5
+            truth.loss.backward(upstream)
+            ours.loss.backward(upstream)
+            same_gradients(mine, whole, group)
+
+
+@case()
+def token_log_probs_and_entropies_of_shards_of_a_head_equal_one_process(group):
+    _, labels, *_ = batch()
+    weights = torch.randn(2, *labels.shape)
+    for workspace, frozen, backend in [(ROW, False, "torch"), (None, False, "torch"), (ROW, True, "torch"), (8 * ROW, False, "triton")]:
+        everything = head(labels.shape)
+        if frozen:
+            del everything["lora_hidden"], everything["lora_weight"]
+        for function in (linear_token_logps, linear_token_logps_and_entropy):
+            whole = {name: x.clone().requires_grad_() for name, x in everything.items()}
+            mine = of_this_rank(everything, group, frozen)
+            truth = function(labels=labels, **whole)
+            ours = function(labels=labels, **mine, process_group=group, workspace_bytes=workspace, backend=backend)
+            truth, ours = ((x,) if isinstance(x, Tensor) else x for x in (truth, ours))
+            for a, b in zip(ours, truth):
+                close(a, b)
+                same_on_all_ranks(a, group)
+            for values in (truth, ours):
+                sum((x * w).sum() for x, w in zip(values, weights)).backward()
+            same_gradients(mine, whole, group)
+
+
+@case()
+def a_reference_of_equal_weights_has_log_ratios_of_exactly_zero_and_another_is_sharded_like_the_policy(group):
+    _, labels, rewards, _ = batch()
+    leaves = head(labels.shape)
+    mine = of_this_rank(leaves, group)
+    hidden, weight = mine["hidden"], mine["weight"]
+    same = linear_rpo_loss(hidden, weight, labels, rewards, RPOObjective(), ref_hidden=hidden.detach(), process_group=group)
+    assert (same.rewards == 0).all()
+    other = torch.randn(V, H + 2)
+    ref = {"ref_hidden": torch.randn(*labels.shape, H + 2)}
+    truth = linear_rpo_loss(leaves["hidden"], leaves["weight"], labels, rewards, RPOObjective(), ref_weight=other, **ref)
+    ours = linear_rpo_loss(hidden, weight, labels, rewards, RPOObjective(), ref_weight=other[columns(group)], process_group=group,
+                           **ref)  # fmt: skip
+    close(ours.loss, truth.loss)
+
+
+@case()
+def the_gradient_of_hidden_states_is_left_in_parts_or_scattered_if_the_caller_says_so(group):
+    _, labels, rewards, layout = batch()
+    labels, T = labels[:, :4], 4
+    leaves = {name: x for name, x in head((6, T)).items() if name in ("hidden", "weight")}
+    whole = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    linear_rpo_loss(labels=labels, rewards=rewards, objective=RPOObjective(), **whole, **layout).loss.backward()
+    mine = of_this_rank(leaves, group)
+    options = {"labels": labels, "rewards": rewards, "objective": RPOObjective(), "process_group": group, **layout}
+    linear_rpo_loss(**mine, **options, reduce_dhidden=False).loss.backward()
+    if group.size() == 2:  # on four ranks one has no columns
+        assert (mine["hidden"].grad - whole["hidden"].grad).abs().max() > 1e-3
+    dist.all_reduce(mine["hidden"].grad, group=group)
+    same_gradients(mine, whole, group)
+    # sequence parallelism: hidden states arrive in pieces, and so do their gradients
+    pieces = slice(group.rank() * T // group.size(), (group.rank() + 1) * T // group.size())
+    piece, weight = leaves["hidden"][:, pieces].clone().requires_grad_(), leaves["weight"][columns(group)]
+    gathered = all_gather_tensor_autograd(piece.transpose(0, 1).contiguous(), 0, group).transpose(0, 1)
+    linear_rpo_loss(gathered, weight, **options, reduce_dhidden=False).loss.backward()
+    close(piece.grad, whole["hidden"].grad[:, pieces])
+
+
+@case()
+def a_buffer_takes_in_the_gradient_of_a_shard_of_the_weight(group):
+    _, labels, rewards, layout = batch()
+    leaves = {name: x for name, x in head(labels.shape).items() if name in ("hidden", "weight")}
+    grads = []
+    for into in (False, True):
+        mine = of_this_rank(leaves, group)
+        buffer = torch.ones_like(mine["weight"]) if into else None
+        linear_rpo_loss(labels=labels, rewards=rewards, objective=RPOObjective(), process_group=group, weight_grad=buffer, **mine,
+                        **layout).loss.backward()  # fmt: skip
+        grads.append(buffer - 1 if into else mine["weight"].grad)
+    close(*grads)
+
+
+@case(2)
+def sixteen_bit_heads_sum_hidden_gradients_in_their_dtype(group):
+    _, labels, rewards, layout = batch()
+    leaves = {name: x.bfloat16() for name, x in head(labels.shape).items() if name in ("hidden", "weight")}
+    whole = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    mine = of_this_rank(leaves, group)
+    shared = {"labels": labels, "rewards": rewards, "objective": RPOObjective(), **layout}
+    truth = linear_rpo_loss(**whole, **shared)
+    ours = linear_rpo_loss(**mine, **shared, process_group=group)
+    close(ours.loss, truth.loss)
+    truth.loss.backward(), ours.loss.backward()
+    for name, x in mine.items():
+        other = whole[name].grad if name == "hidden" else whole[name].grad[columns(group)]
+        close(x.grad.float(), other.float(), 2**-7)  # each part and their sum are rounded to bf16
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +346,11 @@ def a_rank_that_raises_makes_all_raise_with_its_message(group):
     bad[0] = float("nan") if last else 0
     raises(ValueError, f"rpo_loss: `rewards` must be numbers, got NaN at 0{told}", rpo_loss, shard, labels, bad, RPOObjective(),
            process_group=group, **layout)  # fmt: skip
+    weight = torch.randn(V, H)[columns(group)]
+    raises(ValueError, f"linear_rpo_loss: `hidden` must be [..., H] with H = {H} as in `weight`", linear_rpo_loss,
+           torch.randn(6, 5, H + last), weight, labels, rewards, RPOObjective(), process_group=group, **layout)  # fmt: skip
+    raises(ValueError, f"linear_rpo_loss: `rewards` must be numbers, got NaN at 0{told}", linear_rpo_loss, torch.randn(6, 5, H),
+           weight, labels, bad, RPOObjective(), process_group=group, **layout)  # fmt: skip
     close(token_logps(shard, labels, process_group=group), token_logps(logits, labels))  # and the group still works
 
 
