@@ -6,6 +6,7 @@ together with the others.
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from rpo_kernels import (
     RPOObjective,
@@ -184,9 +189,9 @@ H, RANK = 6, 2
 
 
 def head(tokens: tuple[int, ...]) -> dict[str, Tensor]:
-    """The leaves of a whole head."""
+    """The leaves of a whole head. Logits are small: their rounding, times their size, is the error of p in one process too."""
     return {
-        "hidden": torch.randn(*tokens, H), "weight": torch.randn(V, H), "bias": torch.randn(V),
+        "hidden": torch.randn(*tokens, H), "weight": torch.randn(V, H) / 3, "bias": torch.randn(V),
         "lora_hidden": torch.randn(*tokens, RANK), "lora_weight": torch.randn(V, RANK),
     }  # fmt: skip
 
@@ -462,6 +467,211 @@ def a_normalizer_makes_unequal_numbers_of_groups_a_global_mean(group):
     both = torch.stack([ours.detach(), own.grad])
     dist.all_reduce(both, group=group)
     close(both / R, torch.stack([loss.detach(), scale.grad]))
+
+
+# ---- DTensor and FSDP2 ------------------------------------------------------------------------------------------------
+
+
+def fsdp_batch(group):
+    """Two groups for each rank; hidden states, labels, rewards of all and the slice of this rank."""
+    R = group.size()
+    hidden, labels, rewards = torch.randn(4 * R, 5, H), torch.randint(0, V, (4 * R, 5)), torch.randn(4 * R)
+    labels[4:8] = -100  # rank 1 has nothing to score
+    return hidden, labels, rewards, slice(4 * group.rank(), 4 * group.rank() + 4)
+
+
+OBJECTIVE = RPOObjective(beta=0.5, reference="none")
+
+
+def mean_of_ranks(hidden, weight, labels, rewards) -> Tensor:
+    """The loss that data-parallel training of one process's batch in parts minimises."""
+    parts = zip(*(x.split(4) for x in (hidden, labels, rewards)))
+    return torch.stack([linear_rpo_loss(h, weight, y, r, OBJECTIVE).loss for h, y, r in parts]).mean()
+
+
+@case()
+def a_sharded_weight_gets_the_exact_gradient_reduced_once_where_a_plain_full_tensor_drops_the_other_ranks(group):
+    R = group.size()
+    mesh = init_device_mesh("cpu", (R,))
+    hidden, labels, rewards, mine = fsdp_batch(group)
+    weight = torch.randn(V, H)
+    whole = weight.clone().requires_grad_()
+    mean_of_ranks(hidden, whole, labels, rewards).backward()
+    local = hidden[mine], labels[mine], rewards[mine]
+    layouts = [(mesh, [Shard(0)]), (mesh, [Shard(1)]), (mesh, [Replicate()])]
+    if R == 4:
+        layouts.append((init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]))  # HSDP
+    for where, placements in layouts:
+        sharded = distribute_tensor(weight, where, placements).requires_grad_()
+        linear_rpo_loss(local[0], sharded, *local[1:], OBJECTIVE).loss.backward()
+        assert sharded.grad.placements == tuple(placements)
+        close(sharded.grad.full_tensor(), whole.grad)
+    plain = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    linear_rpo_loss(local[0], plain.full_tensor(), *local[1:], OBJECTIVE).loss.backward()
+    wrong = (plain.grad.full_tensor() - whole.grad).norm() / whole.grad.norm()
+    assert wrong > 0.1  # silently: this is what the others guard against
+    raises(ValueError, "`weight_grad` must be None for a DTensor `weight`", linear_rpo_loss, local[0], plain, *local[1:], OBJECTIVE,
+           weight_grad=torch.zeros(V, H))  # fmt: skip
+
+
+@case()
+def fp32_masters_of_a_bf16_head_are_gathered_in_bf16_and_reduced_in_fp32(group):
+    mesh = init_device_mesh("cpu", (group.size(),))
+    hidden, labels, rewards, mine = fsdp_batch(group)
+    hidden, weight = hidden.bfloat16(), torch.randn(V, H)
+    grads = []
+    for h, y, r in zip(*(x.split(4) for x in (hidden, labels, rewards))):
+        leaf = weight.bfloat16().requires_grad_()
+        linear_rpo_loss(h, leaf, y, r, OBJECTIVE).loss.backward()
+        grads.append(leaf.grad.float())
+    sharded = distribute_tensor(weight, mesh, [Shard(0)]).requires_grad_()
+    linear_rpo_loss(hidden[mine], sharded, labels[mine], rewards[mine], OBJECTIVE).loss.backward()
+    assert sharded.grad.dtype == torch.float32
+    close(sharded.grad.full_tensor(), torch.stack(grads).mean(0))
+
+
+class Model(torch.nn.Module):
+    """Embedding, a layer, a head; the loss inside forward or outside it."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.embedding, self.layer = torch.nn.Embedding(V, H), torch.nn.Linear(H, H)
+        self.norm, self.lm_head = torch.nn.LayerNorm(H), torch.nn.Linear(H, V, bias=False)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def hidden(self, ids):
+        return self.norm(self.layer(self.embedding(ids)).tanh())
+
+    def forward(self, ids, labels=None, rewards=None):
+        hidden = self.hidden(ids)
+        return hidden if labels is None else linear_rpo_loss(hidden, self.lm_head.weight, labels, rewards, OBJECTIVE).loss
+
+
+@case()
+def an_fsdp2_model_trains_like_one_process_whatever_unit_its_head_is_in_and_wherever_the_loss_is(group):
+    mesh = init_device_mesh("cpu", (group.size(),))
+    _, labels, rewards, mine = fsdp_batch(group)
+    ids = torch.randint(0, V, labels.shape)
+    for unit, tied, inside in [("own", False, False), ("tail", False, True), ("root", True, True), ("root", True, False)]:
+        torch.manual_seed(1)
+        model = Model(tied)
+        whole = copy.deepcopy(model)
+        mean_of_ranks(whole(ids), whole.lm_head.weight, labels, rewards).backward()
+        if unit == "own":
+            fully_shard(model.lm_head, mesh=mesh)
+        elif unit == "tail":
+            fully_shard([model.norm, model.lm_head], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if inside:  # forward hooks show plain parameters
+            loss = model(ids[mine], labels[mine], rewards[mine])
+        else:
+            loss = linear_rpo_loss(model(ids[mine]), model.lm_head.weight, labels[mine], rewards[mine], OBJECTIVE).loss
+        loss.backward()
+        for (name, x), (_, y) in zip(model.named_parameters(), whole.named_parameters()):
+            close(x.grad.full_tensor(), y.grad)
+
+
+@case()
+def tensors_of_dtensor_parallelism_bring_their_group_and_their_layout_back(group):
+    """Logits of a column-parallel head (loss parallelism), and hidden states beside a sharded weight."""
+    mesh = init_device_mesh("cpu", (group.size(),))
+    logits, labels, rewards, layout = batch()
+    whole = logits.clone().requires_grad_()
+    truth = rpo_loss(whole, labels, rewards, RPOObjective(), **layout).loss
+    truth.backward()
+    shard = distribute_tensor(logits, mesh, [Shard(2)]).requires_grad_()
+    ours = rpo_loss(shard, labels, rewards, RPOObjective(), **layout).loss
+    ours.backward()
+    close(ours, truth)
+    close(shard.grad.full_tensor(), whole.grad)
+    leaves = {name: x for name, x in head(labels.shape).items() if name in ("hidden", "weight", "bias")}
+    whole = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    linear_rpo_loss(labels=labels, rewards=rewards, objective=RPOObjective(), **whole, **layout).loss.backward()
+    for placement in (Replicate(), Shard(1)):  # Shard(1): sequence parallelism
+        mine = {
+            name: distribute_tensor(x, mesh, [placement if name == "hidden" else Shard(0)]).requires_grad_()
+            for name, x in leaves.items()
+        }
+        linear_rpo_loss(labels=labels, rewards=rewards, objective=RPOObjective(), **mine, **layout).loss.backward()
+        for name, x in mine.items():
+            assert x.grad.placements == x.placements
+            close(x.grad.full_tensor(), whole[name].grad)
+
+
+@case(4)
+def a_vocabulary_may_be_sharded_over_one_dimension_of_a_mesh_and_its_shards_over_the_other(group):
+    """Two data-parallel ranks (FSDP2) of two tensor-parallel ones."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    dp, tp = mesh["dp"].get_local_rank(), mesh["tp"].get_group()
+    hidden, labels, rewards = torch.randn(8, 5, H), torch.randint(0, V, (8, 5)), torch.randn(8)
+    layer, whole = torch.nn.Linear(H, V, bias=False), torch.nn.Linear(H, V, bias=False)
+    whole.load_state_dict(layer.state_dict())
+    mean_of_ranks(hidden, whole.weight, labels, rewards).backward()
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh["tp"], [Shard(0)]))
+    fully_shard(layer, mesh=mesh["dp"])
+    mine = slice(4 * dp, 4 * dp + 4)
+    linear_rpo_loss(hidden[mine], layer.weight, labels[mine], rewards[mine], OBJECTIVE, process_group=tp).loss.backward()
+    close(layer.weight.grad.full_tensor(), whole.weight.grad)
+
+
+# ---- torch.compile, checkpointing, autocast ---------------------------------------------------------------------------
+
+
+@case(2)
+def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tokens(group):
+    weight, objective = (torch.randn(V, H) / 3)[columns(group)].clone().requires_grad_(), RPOObjective()
+
+    def step(hidden, weight, labels, rewards, ref_logps):
+        hidden = hidden.tanh()
+        z = hidden @ weight.t()
+        logps, entropies = token_logps_and_entropy(z, labels, process_group=group)
+        logps = logps + token_logps(z, labels, process_group=group)
+        shared = {"ref_logps": ref_logps, "normalizer": 0.5 * len(rewards), "process_group": group}
+        loss = rpo_loss(z, labels, rewards, objective, **shared).loss
+        loss = loss + linear_rpo_loss(hidden, weight, labels, rewards, objective, **shared).loss
+        loss = loss + linear_token_logps(hidden, weight, labels, process_group=group).sum()
+        lp, h = linear_token_logps_and_entropy(hidden, weight, labels, process_group=group)
+        sums = gather_responses(sequence_logps(logps * entropies + lp * h, process_group=group), process_group=group)
+        return loss + sums.square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for S, T in ((4, 3), (8, 7), (10, 5)):
+            inputs = torch.randn(S, T, H, requires_grad=True), weight, torch.randint(0, V, (S, T)), torch.randn(S), torch.randn(S)
+            for a, b in zip(*(torch.autograd.grad(f(*inputs), inputs[:2]) for f in (compiled, step))):
+                close(a, b)
+    labels = inputs[2].clone()
+    labels[0, 0] = V if group.rank() else 0  # found when the graph runs
+    raises(ValueError, "labels", compiled, inputs[0], weight, labels, *inputs[3:])
+
+
+@case(2)
+def checkpoints_and_autocast_change_nothing(group):
+    _, labels, rewards, layout = batch()
+    leaves = {name: x for name, x in head(labels.shape).items() if name in ("hidden", "weight")}
+    mine = of_this_rank(leaves, group)
+
+    def loss(hidden, weight):
+        shared = {"labels": labels, "process_group": group}
+        out = linear_rpo_loss(hidden, weight, rewards=rewards, objective=RPOObjective(), **shared, **layout).loss
+        return out + linear_token_logps(hidden, weight, **shared).sum()
+
+    plain = torch.autograd.grad(loss(*mine.values()), list(mine.values()))
+    again = torch.autograd.grad(checkpoint(loss, *mine.values(), use_reentrant=False), list(mine.values()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = loss(*mine.values())
+    whole = {name: x.clone().requires_grad_() for name, x in leaves.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        truth = linear_rpo_loss(labels=labels, rewards=rewards, objective=RPOObjective(), **whole, **layout).loss
+        truth = truth + linear_token_logps(labels=labels, **whole).sum()
+    close(total, truth)
+    total.backward(), truth.backward()
+    for name, x in mine.items():
+        other = whole[name].grad if name == "hidden" else whole[name].grad[columns(group)]
+        assert x.grad.dtype == torch.float32
+        close(x.grad, other, 2**-7)  # dlogits are rounded to bf16
 
 
 # ---- the tests --------------------------------------------------------------------------------------------------------

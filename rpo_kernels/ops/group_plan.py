@@ -244,7 +244,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss):
-    leaves, gradients = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    leaves, gradients = saved[: ctx.count], saved[ctx.count :]
     if ctx.taken:
         dloss = require_one(dloss)
     if ctx.scale != 1:

@@ -112,7 +112,7 @@ class Head:
     @property
     def widest(self) -> int:
         """Columns that plans are made for: the same on all ranks, which gather statistics chunk by chunk."""
-        return self.V if self.shard is None else self.shard.widest
+        return max(1, self.V if self.shard is None else self.shard.widest)
 
     def labelled(self, rows: Scored) -> Scored:
         """Rows with labels as :meth:`forward` and :meth:`backward` take them."""
