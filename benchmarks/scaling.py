@@ -51,7 +51,8 @@ def cost(N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainab
     return {
         "gemms": gemms, "rows": rows, "sums": sums, "statistics": statistics, "dhidden": dhidden,
         "time": gemms + rows + sums + statistics + max(0.0, dhidden - hidden_by),
-        "weights": weights, "hidden": 2 * 2 * N * H, "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
+        "weights": weights, "hidden": 2 * 2 * N * H,
+        "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
         "naive": NAIVE * N * columns, "gathers": gathers, "flushes": flushes,
     }  # fmt: skip
 
@@ -73,7 +74,8 @@ def table(V: int) -> str:
             for tp in DEGREES:
                 c = cost(N, H, V, tp)
                 rows.append([
-                    model, f"{N // 1024}k", tp, *(f"{1e3 * c[x]:.1f}" for x in ("gemms", "rows", "sums", "statistics", "dhidden", "time")),
+                    model, f"{N // 1024}k", tp,
+                    *(f"{1e3 * c[x]:.1f}" for x in ("gemms", "rows", "sums", "statistics", "dhidden", "time")),
                     *(f"{c[x] / 2**30:.2f}" for x in ("weights", "hidden", "workspace")), f"{c['naive'] / 2**30:.0f}",
                 ])  # fmt: skip
     headers = ["model", "tokens", "TP", "GEMMs ms", "row passes ms", "dweight sums ms", "statistics ms", "dhidden ms", "in all ms",
@@ -87,7 +89,8 @@ def page() -> str:
             [f"{V:,}", name, *(f"{crossing(V, link, gemms):.0f}" for gemms in (3, 2))]
             for V in (VOCABULARY, LARGE_VOCABULARY) for name, link in LINKS.items()
         ],
-        ["vocabulary", "link", "TP, trainable head (3 GEMMs)", "TP, frozen head (2 GEMMs)"], tablefmt="github", disable_numparse=True,
+        ["vocabulary", "link", "TP, trainable head (3 GEMMs)", "TP, frozen head (2 GEMMs)"],
+        tablefmt="github", disable_numparse=True,
     )  # fmt: skip
     latencies = ", ".join(f"{latency_crossing(H, VOCABULARY, 3):.0f} for {model}" for model, H in MODELS.items())
     small, large = (cost(TOKENS[0], MODELS["8B"], V, 1) for V in (VOCABULARY, LARGE_VOCABULARY))
@@ -128,20 +131,20 @@ R = 1 + 3 V link / (2 x {GEMM / 1e12:.0f}e12).
 
 {crossings}
 
-So within a node it never does. It runs beside the last GEMM of dweight; a frozen head has none to hide it, and across nodes the link
-binds such a head from {crossing(VOCABULARY, LINKS["InfiniBand"], 2):.0f} ranks on. The statistics cost latency, not bandwidth: one gather per chunk of {plan(1 << 20, 1).logits} rows takes as long as the
-chunk's GEMMs at R = {latencies}. Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move
-the bytes of dhidden elsewhere.
+So within a node it never does. It runs beside the last GEMM of dweight; a frozen head has none to hide it, and across nodes the
+link binds such a head from {crossing(VOCABULARY, LINKS["InfiniBand"], 2):.0f} ranks on. The statistics cost latency, not bandwidth:
+one gather per chunk of {plan(1 << 20, 1).logits} rows takes as long as the chunk's GEMMs at R = {latencies}.
+Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the bytes of dhidden elsewhere.
 
 ## What changes at V = {LARGE_VOCABULARY:,}
 
 {table(LARGE_VOCABULARY)}
 
-GEMMs, row passes and weights grow by V, {LARGE_VOCABULARY / VOCABULARY:.2f} x; statistics and dhidden do not, so that both crossings move
-out by as much. What grows faster is the summing of dweight: a chunk of fp32 logits takes twice the workspace and leaves less
-for the dlogits that wait. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU flushes {small["flushes"]:.0f} times at {VOCABULARY:,} and \
-{large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}
-columns; on eight ranks {eighth["flushes"]:.0f} times. On one GPU a larger `workspace_bytes` buys that back.
+GEMMs, row passes and weights grow by V, {LARGE_VOCABULARY / VOCABULARY:.2f} x; statistics and dhidden do not, so that both crossings
+move out by as much. What grows faster is the summing of dweight: a chunk of fp32 logits takes twice the workspace and leaves
+less for the dlogits that wait. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU flushes {small["flushes"]:.0f} times at
+{VOCABULARY:,} columns and {large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}; on eight ranks {eighth["flushes"]:.0f} times.
+On one GPU a larger `workspace_bytes` buys that back.
 """
 
 

@@ -153,7 +153,11 @@ def _exchange(group: dist.ProcessGroup, op: str, columns: int, facts: Mapping[st
     for fact in sorted(set().union(*words)):
         told = [word.get(fact) for word in words]
         if any(x != told[0] for x in told):
-            hint = "; they work on the same rows, did you pass the data-parallel group?" if sum(width for _, width, _ in headers) else ""
+            hint = (
+                "; they work on the same rows, did you pass the data-parallel group?"
+                if sum(width for _, width, _ in headers)
+                else ""
+            )
             raise ValueError(f"{op}: the ranks of `process_group` must agree on {fact}, got {told}{hint}")
     raise AssertionError("unreachable: digests differ, so facts do")
 
@@ -170,15 +174,21 @@ def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | Non
     if not is_dtensor(logits):
         return logits, process_group
     placements, mesh = logits.placements, logits.device_mesh
-    if process_group is not None or mesh.ndim != 1 or not (placements[0].is_shard(logits.dim() - 1) or placements[0].is_replicate()):
+    if (
+        process_group is not None
+        or mesh.ndim != 1
+        or not (placements[0].is_shard(logits.dim() - 1) or placements[0].is_replicate())
+    ):
         raise ValueError(
-            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over a mesh of one dimension, without "
-            f"`process_group`; got placements {placements} on {mesh}; for others pass logits.to_local() and `process_group`"
+            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass logits.to_local() and `process_group`"
         )
     return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
 
 
-def local_hidden(op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+def local_hidden(
+    op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.ProcessGroup | None]:
     """All hidden states, and the group that shares the vocabulary, of hidden states that may be a DTensor.
 
     Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part of a sum, which DTensor

@@ -47,7 +47,9 @@ def run(module: str, world: int, folder: Path) -> dict[str, list[str]]:
 def main(module: str, world: int, rank: int, folder: Path) -> None:
     cases: dict[str, tuple[Callable, tuple[int, ...]]] = importlib.import_module(module).CASES
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=PATIENCE)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=PATIENCE
+    )
     results = {}
     for name, (case, worlds) in cases.items():
         if world not in worlds or name not in os.environ.get("CASES", name):  # CASES: some alone, by hand

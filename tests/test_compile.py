@@ -48,6 +48,16 @@ def launch_vocabulary(dtype, softcap, entropy, V=V):
                         upstream=meta(), out=logits, **options)  # fmt: skip
 
 
+def launch_shards(dtype, columns):
+    """Statistics of one of eight shards of a vocabulary, and what puts those of three rows together."""
+    from rpo_kernels.kernels.shards import combine
+    from rpo_kernels.kernels.vocabulary import shard_statistics
+
+    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0, "ignore_index": -2, "entropy": True}
+    shard_statistics(meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), **options)
+    combine(meta(8, 4, 3), meta(3, dtype=torch.int64), **options)
+
+
 def launch_group_pass(objective, *, tokens=512, packed=False, K=2, per_token=True):
     """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for ragged groups."""
     from rpo_kernels.kernels.preference import preference_forward
@@ -77,6 +87,7 @@ def variants(full):
         if full or softcap == entropy:
             name = f"vocabulary {str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}"
             yield name, lambda a=(dtype, softcap, entropy): launch_vocabulary(*a)
+    yield "shards", lambda: launch_shards(torch.bfloat16, V // 8)
     yield "scale", lambda: launch_scale(torch.bfloat16)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
     group_passes = {"rows harmonic": (harmonic, {})}
@@ -137,9 +148,11 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     *rows, starved, odd = json.loads(done.stdout.splitlines()[-1])
     assert starved["local_bytes"] > SOME_REGISTERS, starved
     assert [access[:2] for access in odd["accesses"]] == [["load", 2]], odd
-    assert len(rows) == (12 * 2 + 1 + 14 if name == IN_FULL else 4 * 2 + 1 + 1)
+    assert len(rows) == (12 * 2 + 2 + 1 + 14 if name == IN_FULL else 4 * 2 + 2 + 1 + 1)
     for row in rows:
-        if "group pass" not in row["name"]:
+        if "combine" in row["name"]:  # twelve numbers a row: their width does not matter
+            assert row["local_bytes"] == 0, row
+        elif "group pass" not in row["name"]:
             moves = [["load", 16]] if "forward" in row["name"] else [["load", 16], ["store", 16]]
             assert [access[:2] for access in row["accesses"]] == moves, row
             assert row["local_bytes"] == 0, row

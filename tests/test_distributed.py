@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +39,7 @@ from rpo_kernels import (
 
 from . import ranks
 
+ROOT = Path(__file__).parents[1]
 CASES = {}
 V = 13
 # Columns per rank: uneven; on four ranks one of them has a single column, one none (as the last shard of a small DTensor).
@@ -247,7 +253,12 @@ def the_loss_of_shards_of_a_head_equals_one_process_for_every_distance_layout_pl
 def token_log_probs_and_entropies_of_shards_of_a_head_equal_one_process(group):
     _, labels, *_ = batch()
     weights = torch.randn(2, *labels.shape)
-    for workspace, frozen, backend in [(ROW, False, "torch"), (None, False, "torch"), (ROW, True, "torch"), (8 * ROW, False, "triton")]:
+    for workspace, frozen, backend in [
+        (ROW, False, "torch"),
+        (None, False, "torch"),
+        (ROW, True, "torch"),
+        (8 * ROW, False, "triton"),
+    ]:
         everything = head(labels.shape)
         if frozen:
             del everything["lora_hidden"], everything["lora_weight"]
@@ -568,7 +579,7 @@ def an_fsdp2_model_trains_like_one_process_whatever_unit_its_head_is_in_and_wher
         else:
             loss = linear_rpo_loss(model(ids[mine]), model.lm_head.weight, labels[mine], rewards[mine], OBJECTIVE).loss
         loss.backward()
-        for (name, x), (_, y) in zip(model.named_parameters(), whole.named_parameters()):
+        for x, y in zip(model.parameters(), whole.parameters()):
             close(x.grad.full_tensor(), y.grad)
 
 
@@ -684,3 +695,15 @@ def test_several_ranks_equal_one_process(world, tmp_path, subtests):
     for name, failure in failures.items():
         with subtests.test(name.replace("_", " ")):
             assert not failure, "\n".join(failure)
+
+
+def test_the_example_trains_under_torchrun_and_agrees_with_one_rank():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(ROOT / "examples" / "tensor_parallel.py"), "--steps", "11", "--vocabulary", "101"]
+    done = subprocess.run([*launch, *program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = [float(x) for x in re.findall(r"loss (\S+),", done.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0] / 2, done.stdout
+    assert float(re.search(r"2 ranks of 50 rows on cpu: .* by (\S+) at most", done.stdout)[1]) < 1e-5, done.stdout

@@ -251,14 +251,13 @@ def shard_statistics(
     """
     statistics = torch.empty((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
     _forward(
-        logits, labels, statistics[0], statistics[1:3], statistics[3:], temperature, logit_scale, softcap, ignore_index, entropy, True
+        logits, labels, statistics[0], statistics[1:3], statistics[3:], temperature, logit_scale, softcap, ignore_index, entropy,
+        is_shard=True,
     )  # fmt: skip
     return statistics
 
 
-def _forward(
-    logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, is_shard
-) -> None:
+def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, is_shard) -> None:
     V, N = logits.shape[2], labels.numel()
     pre, post = transform_factors(temperature, logit_scale, softcap)
     if N:
@@ -296,5 +295,3 @@ def vocabulary_backward(
             HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
             **launch_settings(V, logits.element_size()),
         )  # fmt: skip
-
-

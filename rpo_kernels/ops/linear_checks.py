@@ -22,7 +22,9 @@ def local_leaves(
     hidden, lora_hidden = leaves.hidden, leaves.lora_hidden
     checks.check_tensor(op, "hidden", hidden)
     if distributed.is_dtensor(lora_hidden) != distributed.is_dtensor(hidden) and lora_hidden is not None:
-        raise TypeError(f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got {type(lora_hidden).__name__}")
+        raise TypeError(
+            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got {type(lora_hidden).__name__}"
+        )
     if distributed.is_dtensor(hidden):
         if lora_hidden is not None:
             lora_hidden, _ = distributed.local_hidden(op, "lora_hidden", lora_hidden, process_group)

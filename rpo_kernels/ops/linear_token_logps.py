@@ -211,10 +211,9 @@ def _forward_op(
 
 def shard_of_head(op, options, hidden, weight, labels, check, **facts) -> distributed.Shard | None:
     """See :func:`shard_of`."""
+    facts["the shape of `hidden`"] = tuple(hidden.shape)
     facts |= {name: str(x) for name, x in options._asdict().items() if name not in ("backend", "group", "ignore_index")}
-    return shard_of(
-        op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts, **{"the shape of `hidden`": tuple(hidden.shape)}
-    )  # fmt: skip
+    return shard_of(op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts)
 
 
 def _outputs(like: Tensor, n: int, entropies: int) -> tuple[Tensor, Tensor, Tensor]:

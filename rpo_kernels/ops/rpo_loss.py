@@ -148,9 +148,7 @@ def _backward(ctx, dloss, dlosses, *_):
         upstream = None
     elif dloss is None:
         return (None,) * 18
-    dlogits = dlogits_of(
-        ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, *ctx.options, ctx.backend
-    )
+    dlogits = dlogits_of(ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, *ctx.options, ctx.backend)
     return (dlogits, *(None,) * 17)
 
 

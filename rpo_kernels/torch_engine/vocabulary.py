@@ -213,9 +213,7 @@ def _softplus(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x > 0, x, torch.where(x.isnan(), x, 0)) + torch.log1p(torch.exp(-x.abs()))
 
 
-def _transform(
-    x: torch.Tensor, buffer: torch.Tensor, temperature: float, logit_scale: float, softcap: float
-) -> torch.Tensor:
+def _transform(x: torch.Tensor, buffer: torch.Tensor, temperature: float, logit_scale: float, softcap: float) -> torch.Tensor:
     """The logits z in fp32, in the buffer."""
     z = buffer.copy_(x)
     V = x.shape[1]
