@@ -2,13 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo lint clean
+.PHONY: test demo bench gpu lint clean
 
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)
+
+# On a GPU full sizes, elsewhere small ones. ARGS="--smoke", ARGS='-k "Qwen3 and pair"', ...; peers are measured where installed.
+bench: .venv/test.stamp
+	$(BIN)/python -m pytest benchmarks/bench.py $(ARGS)
+
+# Needs no .venv: torch, triton and pytest of the machine.
+gpu:
+	benchmarks/gpu.sh $(ARGS)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check rpo_kernels tests examples benchmarks

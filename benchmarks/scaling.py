@@ -143,8 +143,8 @@ Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the byt
 GEMMs, row passes and weights grow by V, {LARGE_VOCABULARY / VOCABULARY:.2f} x; statistics and dhidden do not, so that both
 crossings move out by as much. What grows faster is the summing of dweight: a chunk of fp32 logits takes twice the workspace
 and leaves less for the dlogits that wait. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU flushes
-{small["flushes"]:.0f} times at {VOCABULARY:,} columns and {large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}; on eight ranks {eighth["flushes"]:.0f} times.
-On one GPU a larger `workspace_bytes` buys that back.
+{small["flushes"]:.0f} times at {VOCABULARY:,} columns and {large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}; on eight ranks
+{eighth["flushes"]:.0f} times. On one GPU a larger `workspace_bytes` buys that back.
 """
 
 

@@ -33,7 +33,8 @@ from report import Report, win_rate
 from torch import Tensor
 from tqdm import tqdm
 
-from rpo_kernels import RPOObjective, RPOOutput, linear_rpo_loss, linear_token_logps, sequence_logps
+from rpo_kernels import RPOObjective, RPOOutput, sequence_logps
+from rpo_kernels.adapters.transformers import attach, model_token_logps
 
 
 def train(policy, reference, batches: Iterable[Batch], objective, temperature: float, lr: float) -> Iterator[dict]:
@@ -55,23 +56,17 @@ def train(policy, reference, batches: Iterable[Batch], objective, temperature: f
 
 def rpo(policy, reference, batch: Batch, objective: RPOObjective, temperature: float) -> tuple[RPOOutput, Tensor]:
     """The RPO loss of a batch, and log(policy / reference) of its responses: ``[S]``, in nats."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "shift_labels": batch.labels}
     with models.precision(policy.device):
         with torch.no_grad():
-            ref_logps = linear_token_logps(
-                models.hidden_states(reference, batch),
-                labels=batch.labels,
-                temperature=temperature,
-                **models.head(reference),
-            )
-        out = linear_rpo_loss(
-            models.hidden_states(policy, batch),
-            labels=batch.labels,
+            ref_logps = model_token_logps(reference, inputs, temperature=temperature).logps
+        out = policy(
+            **inputs,
             rewards=batch.rewards if objective.uses_rewards else None,
             objective=objective,
             ref_logps=None if objective.reference == "none" else ref_logps,
             cu_groups=batch.cu_groups,
             temperature=temperature,
-            **models.head(policy),
         )
     return out, out.logps - sequence_logps(ref_logps)
 
@@ -196,7 +191,7 @@ def main(arguments: list[str] | None = None) -> Report:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     policy, tokenizer = models.load(args.model, args.device)
-    reference = copy.deepcopy(policy).requires_grad_(False)
+    reference = copy.deepcopy(attach(policy)).requires_grad_(False)
     report = (align_online if args.rows is None else align_offline)(policy, reference, tokenizer, args)
     settings = {name: value for name, value in vars(args).items() if name != "rows"}
     seconds = round(time.perf_counter() - start)

@@ -19,10 +19,10 @@ from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss
 
 def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: float) -> tuple[int, int]:
     """Peak bytes above the inputs of (naive, ours), forward and backward to hidden states and lm_head."""
+    head = policy.get_output_embeddings()
     with torch.no_grad(), models.precision(policy.device):
-        hidden = models.hidden_states(policy, batch)
-        weights = models.head(policy)
-    hidden, weights["weight"] = (x.detach().requires_grad_() for x in (hidden, weights["weight"]))
+        hidden = policy.base_model(batch.input_ids, batch.attention_mask, use_cache=False).last_hidden_state
+    hidden, weight = (x.detach().requires_grad_() for x in (hidden, head.weight))
     scored = batch.labels != -100
     common = {
         "rewards": batch.rewards if objective.uses_rewards else None,
@@ -32,15 +32,15 @@ def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: 
     }
 
     def naive() -> None:
-        logits = F.linear(hidden, weights["weight"], weights.get("bias")).float() / temperature
+        logits = F.linear(hidden, weight, head.bias).float() / temperature
         logps = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
         sums = torch.where(scored, logps, 0).sum(1)
         preference_loss(sums, lengths=scored.sum(1), **common).loss.backward()
 
     def ours() -> None:
-        linear_rpo_loss(hidden, labels=batch.labels, temperature=temperature, **weights, **common).loss.backward()
+        linear_rpo_loss(hidden, weight, batch.labels, bias=head.bias, temperature=temperature, **common).loss.backward()
 
-    return tuple(_peak(step, hidden, weights["weight"]) for step in (naive, ours))
+    return tuple(_peak(step, hidden, weight) for step in (naive, ours))
 
 
 def _peak(step: Callable[[], None], *leaves: torch.Tensor) -> int:

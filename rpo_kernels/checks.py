@@ -131,9 +131,7 @@ def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> 
 
 def check_objective(op: str, objective: object) -> None:
     if not isinstance(objective, RPOObjective):
-        raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example RPOObjective.dpo(beta=0.1)"
-        )
+        raise TypeError(f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example RPOObjective.dpo(beta=0.1)")
 
 
 def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, device: torch.device) -> None:
@@ -165,17 +163,13 @@ def check_groups(
         raise ValueError(f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences")
     if cu_groups is not None:
         if objective.label is not None:
-            raise ValueError(
-                f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2"
-            )
+            raise ValueError(f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2")
         return check_offsets(op, "cu_groups", cu_groups, device)
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
     least = 1 if objective.comparison == "pointwise" else 2
     if group_size < least:
-        raise ValueError(
-            f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, got {group_size}"
-        )
+        raise ValueError(f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, got {group_size}")
     if S % group_size:
         raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}")
     if objective.label is not None and group_size != 2:
@@ -260,9 +254,7 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
-        raise ValueError(
-            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(labels[outside][0])}"
-        )
+        raise ValueError(f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(labels[outside][0])}")
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
@@ -270,8 +262,7 @@ def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, 
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != total:
         raise ValueError(
-            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; "
-            f"got {int(offsets[0])} and {int(offsets[-1])}"
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {int(offsets[0])} and {int(offsets[-1])}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")

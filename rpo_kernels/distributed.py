@@ -6,8 +6,8 @@ puts the same numbers together in the same order. So log-probabilities agree bit
 
 Every such call begins with an agreement: the ranks tell each other their shards' widths, what they are about to do, and whether
 their arguments are good. A rank that raises makes all raise. The agreement goes over the group's CPU backend where it has one
-(``init_process_group()`` without a backend makes both); with NCCL alone it costs one look at the device, and is taken on trust
-while a CUDA graph is captured.
+(``init_process_group()`` without a backend makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
+captured no rank may look: the widths of the last agreement stand, so run a step before, as for any capture.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
 _agreements = 0  # made so far in this process
+_widths: dict[tuple[str, int], list[int]] = {}  # of all ranks' shards, by group and this rank's own, as last agreed
 
 
 class Shard(NamedTuple):
@@ -110,13 +111,25 @@ def agree(op: str, name: str, columns: int, facts: Mapping[str, object], check: 
         check()
         return None
     group, error = resolve(name), None
+    if _capturing():
+        check()
+        if (name, columns) not in _widths:
+            raise RuntimeError(f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before")
+        return _shard(group, columns, _widths[name, columns])
     try:
         check()
     except Exception as raised:
         error = raised
-    widths = _exchange(group, op, columns, facts, error)
-    rank = group.rank()
-    return Shard(group, sum(widths[:rank]), columns, sum(widths), max(widths))
+    _widths[name, columns] = _exchange(group, op, columns, facts, error)
+    return _shard(group, columns, _widths[name, columns])
+
+
+def _shard(group: dist.ProcessGroup, columns: int, widths: list[int]) -> Shard:
+    return Shard(group, sum(widths[: group.rank()]), columns, sum(widths), max(widths))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def digest(*tensors: Tensor | None) -> int:

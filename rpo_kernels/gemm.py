@@ -20,7 +20,7 @@ _BLOCK_BYTES = 16 << 20
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the inputs' dtype or fp32."""
-    if hidden.device.type != "cpu" or (out.dtype == hidden.dtype and not _emulated(hidden)):
+    if hidden.device.type != "cpu" or (out.dtype == hidden.dtype and not is_emulated(hidden)):
         return _multiply(out, hidden, weight.t(), accumulate)
     with _bf16_products() if hidden.dtype == torch.bfloat16 else contextlib.nullcontext():
         hidden = hidden.float()
@@ -30,7 +30,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
 
 def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
     """dhidden ``[n, H]`` = dlogits ``[n, V]`` weight."""
-    if not _emulated(dlogits):
+    if not is_emulated(dlogits):
         return torch.mm(dlogits, weight)
     total = torch.zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
     for rows, columns in _blocks(weight, dlogits.t()):
@@ -43,7 +43,7 @@ def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None, facto
     accumulate = total is not None
     if total is None:
         total = torch.empty((dlogits.shape[1], hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
-    if _emulated(hidden):
+    if is_emulated(hidden):
         hidden = hidden.float()
     elif total.dtype == hidden.dtype or _mixed_addmm(hidden.device, hidden.dtype, total.dtype):
         _multiply(total, dlogits.t(), hidden, accumulate, factor)
@@ -72,7 +72,7 @@ def _blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(weight.split(rows), other.split(rows))
 
 
-def _emulated(x: Tensor) -> bool:
+def is_emulated(x: Tensor) -> bool:
     """Whether this machine has no instructions for GEMMs of a tensor of the CPU."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return False

@@ -130,9 +130,7 @@ class RPOObjective:
                 f"got distance {self.distance!r}, comparison {self.comparison!r}, target {self.target!r}"
             )
         if self.label > 1.0 and not self.cross_entropy:
-            raise ValueError(
-                f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass cross_entropy=True"
-            )
+            raise ValueError(f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass cross_entropy=True")
 
     @property
     def uses_rewards(self) -> bool:
@@ -182,9 +180,7 @@ class RPOObjective:
     @classmethod
     def simpo(cls, beta: float = 2.0, gamma: float = 1.0) -> RPOObjective:
         """SimPO (arXiv 2405.14734): -log sigmoid(beta (l_1/n_1 - l_2/n_2) - gamma), no reference."""
-        return cls(
-            "backward_kl", beta, average=True, margin=gamma, target=math.inf, cross_entropy=True, reference="none"
-        )
+        return cls("backward_kl", beta, average=True, margin=gamma, target=math.inf, cross_entropy=True, reference="none")
 
     @classmethod
     def cpo(cls, beta: float = 0.1, sft_weight: float = 1.0) -> RPOObjective:
@@ -249,9 +245,7 @@ class RPOObjective:
     def nca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
         """NCA (arXiv 2402.05369): -sum_i [softmax(r / alpha)_i log sigmoid(s_i) + 1/K log sigmoid(-s_i)]."""
         _number("alpha", alpha, low=0.0, strict=True)
-        return cls(
-            "backward_kl", beta, eta=1 / alpha, comparison="pointwise", target="softmax", cross_entropy=True
-        )
+        return cls("backward_kl", beta, eta=1 / alpha, comparison="pointwise", target="softmax", cross_entropy=True)
 
     @classmethod
     def bco(cls, beta: float = 0.1) -> RPOObjective:

@@ -81,9 +81,7 @@ def token_entropy(
     return _spread(-(p * logp.masked_fill(p == 0, 0.0)).sum(-1), scored)
 
 
-def linear_token_logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
-) -> Tensor:
+def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any) -> Tensor:
     """:func:`token_logps`, with its options, of logits = hidden weight^T + bias.
 
     ``hidden`` [..., H], ``weight`` [V, H], ``bias`` [V], ``labels`` [...] -> [...], nats.
@@ -150,9 +148,7 @@ def log_ratios(
     two large sums loses digits.
     """
     logps = _promoted(logps)
-    ratios = _log_ratios(
-        logps, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index
-    )
+    ratios = _log_ratios(logps, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index)
     return _stack(ratios, logps)
 
 
@@ -218,9 +214,7 @@ def rpo_loss(
     )
     logps = sequence_logps(tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    ratios = _log_ratios(
-        tokens, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index
-    )
+    ratios = _log_ratios(tokens, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index)
     groups = _groups(len(logps), group_size, cu_groups)
     return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
 
@@ -537,9 +531,7 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     return list(x)
 
 
-def _scored_positions(
-    tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int
-) -> list[Tensor]:
+def _scored_positions(tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> list[Tensor]:
     """The mask m_it of each sequence; without labels every token is scored."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if labels is None else labels != ignore_index
     if mask.shape != tokens.shape:

@@ -1,9 +1,11 @@
 """What several tests share."""
 
 import contextlib
+import itertools
 from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -35,3 +37,16 @@ def poisoned_memory():
         mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
     ):
         yield
+
+
+def peak_memory(step) -> int:
+    """Largest number of bytes that PyTorch's allocator holds during a step, above what it held before."""
+    if HAS_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)

@@ -430,9 +430,7 @@ def test_missing_rewards_are_asked_for(op):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_superfluous_rewards_are_refused(op):
-    message = (
-        "`rewards` are superfluous: this objective brings its own target (the first response of a group is the chosen one)"
-    )
+    message = "`rewards` are superfluous: this objective brings its own target (the first response of a group is the chosen one)"
     refuses(op, f"{message}; pass None", objective=RPOObjective.dpo())
 
 

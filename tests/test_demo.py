@@ -21,8 +21,10 @@ import models  # noqa: E402
 import options  # noqa: E402
 import prompts  # noqa: E402
 import report  # noqa: E402
+import transformers_loop  # noqa: E402
 
 from rpo_kernels import RPOObjective  # noqa: E402
+from rpo_kernels.adapters.transformers import attach  # noqa: E402
 
 WORDS = ["yes", "no", "red", "green", "blue", "one", "two", "?", "."]
 
@@ -48,7 +50,7 @@ def tiny(monkeypatch):
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = attach(transformers.LlamaForCausalLM(config).eval())
     monkeypatch.setattr(models, "load", lambda name, device: (model, tokenizer))
     monkeypatch.setattr(models, "precision", lambda device: torch.autocast("cpu", enabled=False))  # faster at this size
     threads = torch.get_num_threads()
@@ -276,3 +278,17 @@ def test_an_estimate_leaves_nan_out_and_a_tie_is_half_a_win():
     estimate = report.Estimate.of([1.0, float("nan"), 3.0])
     assert (estimate.mean, estimate.error) == (2.0, pytest.approx(1.0))
     assert report.win_rate([1.0, 0.0], [1.0, 0.0]) == 0.5 and report.win_rate([1.0], [0.0, 1.0]) == 0.75
+
+
+@pytest.mark.parametrize("arguments", [[], ["--lora"]])
+def test_the_bare_loop_learns_the_order_of_its_rewards(tiny, monkeypatch, tmp_path, arguments):
+    rows = [PAIR | {"prompt": f"{word} ?", "chosen_reward": 3, "rejected_reward": 1} for word in WORDS]
+    arguments = [*arguments, "--data", write(tmp_path / "x.jsonl", *rows), "--steps", "12", "--lr", "1e-2"]
+    history = transformers_loop.main(arguments)
+    assert len(history) == 12 and history[0]["rewards/agreement"] == 0  # policy and reference are one
+    assert history[-1]["loss"] < history[0]["loss"] / 2 and history[-1]["rewards/agreement"] == 1
+
+
+def test_the_rows_of_the_bare_loop_are_groups_of_three():
+    rows = [data.parse(row) for row in transformers_loop.ROWS]
+    assert {len(row.responses) for row in rows} == {3}

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rpo_kernels import (
     RPOObjective,
+    distributed,
     gather_responses,
     linear_rpo_loss,
     linear_token_logps,
@@ -388,9 +390,26 @@ def ranks_that_disagree_all_learn_on_what(group):
 
 
 @case(2)
-def what_is_no_process_group_is_named(group):
+def what_is_no_process_group_is_named_and_what_needs_whole_rows_is_refused(group):
+    raises(ValueError, "linear_token_logps: `on_logits` is for whole rows of logits", linear_token_logps, torch.randn(3, H),
+           torch.randn(V, H), torch.zeros(3).long(), process_group=group, on_logits=print)  # fmt: skip
     raises(TypeError, "token_logps: `process_group` must be a torch.distributed.ProcessGroup, got 'tp'", token_logps,
            torch.randn(3, V), torch.zeros(3).long(), process_group="tp")  # fmt: skip
+
+
+@case(2)
+def while_a_cuda_graph_is_captured_ranks_stand_by_what_they_agreed_before(group):
+    """Captures need a GPU; what they change is that no rank may look at what another says."""
+    logits, labels, *_ = batch()
+    shard = logits[..., columns(group)].contiguous()
+    operator = torch.ops.rpo_kernels.token_logps
+    with mock.patch.object(distributed, "_capturing", lambda: True):
+        raises(RuntimeError, "token_logps: ranks cannot agree while a CUDA graph is captured; run the step once before", operator,
+               shard, labels, 1.0, 1.0, 0.0, -100, False, False, "torch", group.group_name)  # fmt: skip
+    before = token_logps(shard, labels, process_group=group)
+    with mock.patch.object(distributed, "_capturing", lambda: True), mock.patch.object(distributed, "_exchange") as exchange:
+        assert torch.equal(token_logps(shard, labels, process_group=group), before)
+    exchange.assert_not_called()
 
 
 # ---- context and data parallelism -------------------------------------------------------------------------------------

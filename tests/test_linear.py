@@ -17,7 +17,7 @@ from rpo_kernels import (
 )
 from rpo_kernels.ops.units import pack_groups
 
-from .helpers import HAS_GPU, kernel_dtypes, worst
+from .helpers import HAS_GPU, kernel_dtypes, peak_memory, worst
 from .test_preference import OBJECTIVES, batch, in_float64
 
 H = 6
@@ -517,3 +517,35 @@ def test_torch_compile_traces_an_adapter_and_a_gradient_buffer(device):
             results.append((*torch.autograd.grad(function(total, free), (hidden, lora_hidden, lora_weight)), total))
         for a, b in zip(*results):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded_by_the_workspace_whatever_the_batch(dtype, device):
+    """Beside it: gradients (dweight in fp32 while it is summed), on a CPU the row pass's own fp32 chunk and upcast weights."""
+    S, T, V, small = 8, 32, 4096, 8
+    hidden, weight = torch.randn(S, T, small, device=device).to(dtype), torch.randn(V, small, device=device).to(dtype)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    labels, rewards = torch.randint(0, V, (S, T), device=device), torch.randn(S, device=device)
+    objective = RPOObjective("squared", 0.1, reference="none")
+
+    def ours(workspace, **options):
+        options |= {"workspace_bytes": workspace}
+        return lambda: linear_rpo_loss(hidden, weight, labels, rewards, objective, **options).loss.backward()
+
+    def naive():
+        logps = (hidden @ weight.t()).float().log_softmax(-1).gather(-1, labels[..., None]).sum((1, 2))
+        ((0.1 * logps - rewards).view(-1, 2).diff(dim=1) ** 2).mean().backward()
+
+    def peak(step):
+        for _ in range(2):  # the first one loads code
+            hidden.grad = weight.grad = None
+            bytes_ = peak_memory(step)
+        return bytes_
+
+    fp32 = 4 * V * small
+    ceiling = peak(naive)
+    for workspace in (1 << 19, 1 << 20):
+        assert workspace <= peak(ours(workspace)) <= 2 * workspace + 4 * fp32 + (1 << 18) <= ceiling / 4
+    kept = torch.zeros(weight.shape, dtype=torch.float32, device=device)
+    saved = peak(ours(1 << 19)) - peak(ours(1 << 19, weight_grad=kept))
+    assert saved >= fp32  # the buffer stands in for the sum

@@ -94,9 +94,7 @@ def test_linear_token_logps_are_token_logps_of_the_logits_and_differentiable_in_
     options = {"temperature": 0.8, "softcap": 3.0}
     got = reference.linear_token_logps(hidden, weight, labels, bias=bias, **options)
     close(got, reference.token_logps(hidden @ weight.T + bias, labels, **options))
-    assert gradcheck(
-        lambda h, w, b: reference.linear_token_logps(h, w, labels, bias=b, **options), (hidden, weight, bias)
-    )
+    assert gradcheck(lambda h, w, b: reference.linear_token_logps(h, w, labels, bias=b, **options), (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
@@ -195,9 +193,7 @@ def test_harmonic_references_combine_sequences_not_tokens():
     labels = torch.zeros(2, 3, dtype=torch.long)
     g = torch.Generator().manual_seed(0)
     tokens, first, second = -3 * torch.rand(3, 2, 3, generator=g, dtype=torch.float64)
-    got = reference.log_ratios(
-        tokens, RPOObjective(reference="harmonic"), ref_logps=torch.stack([first, second]), labels=labels
-    )
+    got = reference.log_ratios(tokens, RPOObjective(reference="harmonic"), ref_logps=torch.stack([first, second]), labels=labels)
     ratio = tokens.sum(-1).exp() * (0.5 / first.sum(-1).exp() + 0.5 / second.sum(-1).exp())
     close(got, ratio.log())
 
@@ -221,9 +217,7 @@ def test_every_distance_has_the_gradient_of_its_value(distance, comparison, sett
     objective = RPOObjective(distance, comparison=comparison, **settings_)
 
     def losses(x):
-        return preference_loss(
-            x, rewards, objective, ref_logps=ref_logps, lengths=LENGTHS, cu_groups=RAGGED, reduction="none"
-        ).loss
+        return preference_loss(x, rewards, objective, ref_logps=ref_logps, lengths=LENGTHS, cu_groups=RAGGED, reduction="none").loss
 
     assert gradcheck(losses, logps)
 
@@ -245,9 +239,7 @@ def test_every_distance_has_the_gradient_of_its_value(distance, comparison, sett
 def test_the_variants_of_an_objective_have_the_gradient_of_their_value(objective):
     logps, ref_logps, rewards = batch()
     ref_logps = torch.stack([ref_logps, ref_logps.flip(0)]) if objective.reference != "single" else ref_logps
-    assert gradcheck(
-        lambda x: preference_loss(x, rewards, objective, ref_logps=ref_logps, cu_groups=RAGGED).loss, logps
-    )
+    assert gradcheck(lambda x: preference_loss(x, rewards, objective, ref_logps=ref_logps, cu_groups=RAGGED).loss, logps)
 
 
 def test_the_loss_from_hidden_states_has_the_gradient_of_its_value():
@@ -339,9 +331,7 @@ def test_the_optimum_has_loss_and_gradient_zero(distance, comparison):
     shift = torch.tensor([7.0, 7.0, -3.0, -3.0, -3.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     shift = 0 * shift if comparison == "pointwise" else shift
     logps = (ref_logps + eta * rewards / beta + shift).requires_grad_()
-    out = preference_loss(
-        logps, rewards, RPOObjective(distance, beta, eta, comparison), ref_logps=ref_logps, cu_groups=RAGGED
-    )
+    out = preference_loss(logps, rewards, RPOObjective(distance, beta, eta, comparison), ref_logps=ref_logps, cu_groups=RAGGED)
     assert 0 <= out.loss < 1e-14
     assert gradient(out.loss, logps).abs().max() < 1e-14
 
@@ -480,9 +470,7 @@ def test_a_label_is_the_probability_that_the_first_response_wins(comparison):
         ]
         close(outs[0].loss, outs[1].loss)
         close(outs[0].targets, outs[1].targets)
-    beyond = preference_loss(
-        logps, None, RPOObjective(label=1.2, cross_entropy=True), ref_logps=ref_logps, reduction="none"
-    )
+    beyond = preference_loss(logps, None, RPOObjective(label=1.2, cross_entropy=True), ref_logps=ref_logps, reduction="none")
     d = 0.1 * (logps - ref_logps).view(-1, 2).diff(dim=1).neg().squeeze(1)
     close(beyond.loss, -1.2 * torch.log(torch.sigmoid(d)) + 0.2 * torch.log(torch.sigmoid(-d)))
     assert beyond.targets.isnan().all()
@@ -569,9 +557,7 @@ def test_rows_packed_sequences_and_hidden_states_give_one_loss():
         cu_seqlens=torch.tensor([0, 5, 10, 15, 20]),
         **options,
     )
-    linear = reference.linear_rpo_loss(
-        hidden, weight, labels, rewards, objective, bias=bias, ref_logps=ref_tokens, **options
-    )
+    linear = reference.linear_rpo_loss(hidden, weight, labels, rewards, objective, bias=bias, ref_logps=ref_tokens, **options)
     sums = reference.sequence_logps(ref_tokens, labels)
     by_sums = reference.rpo_loss(logits, labels, rewards, objective, ref_logps=sums, **options)
     sequences = preference_loss(by_rows.logps, rewards, objective, ref_logps=sums, lengths=by_rows.lengths)
@@ -684,9 +670,7 @@ def test_a_batch_in_which_nothing_counts_has_loss_zero_and_can_call_backward():
 
 def test_a_softmax_target_counts_the_remaining_responses():
     logps, ref_logps, rewards = batch(responses=3)
-    out = preference_loss(
-        logps, rewards, RPOObjective.nca(), ref_logps=ref_logps, lengths=torch.tensor([1, 0, 1]), group_size=3
-    )
+    out = preference_loss(logps, rewards, RPOObjective.nca(), ref_logps=ref_logps, lengths=torch.tensor([1, 0, 1]), group_size=3)
     close(out.targets[[0, 2]], (2 * rewards[[0, 2]].softmax(0)).log())
 
 

@@ -157,9 +157,7 @@ def test_a_compiled_call_is_one_graph_and_equals_an_eager_one(name, device):
     compiled_equals_eager(name, device, backend="aot_eager")
 
 
-@pytest.mark.skipif(
-    not HAS_GPU and not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler"
-)
+@pytest.mark.skipif(not HAS_GPU and not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # inductor is made of pieces that torch deprecates
 def test_the_default_compiler_takes_the_operators(device):
     compiled_equals_eager("rpo_loss after a head", device)  # no pointwise operation beside ours: C++ would take 15 s

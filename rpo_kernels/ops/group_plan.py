@@ -20,7 +20,7 @@ from ..distributed import digest
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
 from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
-from .linear_token_logps import shard_of_head
+from .linear_checks import shard_of_head
 from .preference import Segments, group_pass
 from .scaling import require_one, scale_
 from .units import Unit, pack_groups
@@ -138,7 +138,7 @@ def forward_op(
             out = gradients.slot(size) if training and head.in_place else scratch[:size]
             if ref_rows is not None:
                 ref_logps[0, part] = ref_head.forward(ref_head.logits(ref_rows.part(part), out), chunk.labels)[0]
-            logits = head.logits(chunk, out)
+            logits = head.shown(head.logits(chunk, out), chunk.labels)
             logps[part], lse, _ = head.forward(logits, chunk.labels)
             lses.append(lse)
         *results, coef = _group_pass_of(

@@ -6,8 +6,10 @@ where the dtypes agree; dlogits wait in a buffer until it is full, so that few l
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,31 @@ CPU_WORKSPACE = 256 << 20
 # Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes find them in the cache.
 GPU_CHUNK_ROWS = 1024
 CPU_CHUNK_ROWS = 256
+
+
+# Who wants to see the logits of the operator that runs now. Operators take plain types, so it travels beside them.
+OnLogits = Callable[[Tensor, Tensor, dict], None] | None
+_on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
+
+
+def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
+    """Within, heads that compute logits show them to ``on_logits``."""
+    if on_logits is None:
+        return contextlib.nullcontext()
+    if not callable(on_logits):
+        raise TypeError(f"{op}: `on_logits` must be a function of (logits, labels, transform), got {on_logits!r}")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: `on_logits` must be None under torch.compile, whose graph would not hold the call")
+    return _showing(on_logits)
+
+
+@contextlib.contextmanager
+def _showing(on_logits: OnLogits) -> Iterator[None]:
+    token = _on_logits.set(on_logits)
+    try:
+        yield
+    finally:
+        _on_logits.reset(token)
 
 
 class Options(NamedTuple):
@@ -140,6 +167,14 @@ class Head:
         if self.shard is not None:
             return self.shard.forward(self.engine, logits[None], labels, entropy=entropy, **self.transform)
         return self.engine("vocabulary").vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
+
+    def shown(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits, once the caller's function has seen them."""
+        on_logits = _on_logits.get()
+        if on_logits is not None:
+            transform = {name: getattr(self.options, name) for name in ("temperature", "logit_scale")}
+            on_logits(logits, labels, transform | {"softcap": self.options.softcap or None})
+        return logits
 
     def backward(self, logits, labels, logps, lse, coef, out, entropies=None, entropy_coef=None, upstream=None) -> None:
         self.engine("vocabulary").vocabulary_backward(

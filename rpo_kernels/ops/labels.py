@@ -8,9 +8,7 @@ from torch import Tensor
 from .. import checks
 
 
-def shift_labels(
-    input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
-) -> Tensor:
+def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
     """Labels aligned with logits: ``labels[t] = input_ids[t + 1]`` where ``mask[t + 1]``, else ignore_index.
 
     Shifting the labels instead of the logits leaves ``[S, T, V]`` uncopied.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import checks, distributed
 from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves
+from .token_logps import shard_of
 
 
 def local_leaves(
@@ -37,6 +38,11 @@ def local_leaves(
         for name in ("weight", "bias", "lora_weight")
     }
     return Leaves(hidden=hidden, lora_hidden=lora_hidden, **local), process_group, reduce_dhidden
+
+
+def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
+    if on_logits is not None and process_group is not None:
+        raise ValueError(f"{op}: `on_logits` is for whole rows of logits, but with `process_group` no rank has them; pass None")
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -130,6 +136,13 @@ def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logi
     return (
         float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
     )  # fmt: skip
+
+
+def shard_of_head(op, options, hidden, weight, labels, check, **facts) -> distributed.Shard | None:
+    """See :func:`shard_of`."""
+    facts["the shape of `hidden`"] = tuple(hidden.shape)
+    facts |= {name: str(x) for name, x in options._asdict().items() if name not in ("backend", "group", "ignore_index")}
+    return shard_of(op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts)
 
 
 def check_count(op: str, count: object, total: int) -> None:

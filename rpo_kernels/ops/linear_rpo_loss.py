@@ -11,11 +11,12 @@ from torch.distributed import ProcessGroup
 from .. import checks, distributed
 from ..objectives import RPOObjective
 from .group_plan import forward_op, gradient_scale, with_gradients
-from .head import Leaves
+from .head import Leaves, OnLogits, shown_to
 from .linear_checks import (
     check_counts,
     check_leaves,
     check_live_reference,
+    check_on_logits,
     check_weight_grad,
     compute_dtype,
     local_leaves,
@@ -55,6 +56,7 @@ def linear_rpo_loss(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     counts: Sequence[int] | None = None,
+    on_logits: OnLogits = None,
     process_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
@@ -85,7 +87,7 @@ def linear_rpo_loss(
         ref_weight, ref_bias: the reference's head ``[V, H']``, ``[V]``; weight and bias if None.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype, workspace_bytes: as for :func:`linear_token_logps`.
+        logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
         counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
             a GPU one remains). Wrong counts give a NaN loss.
         process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias sharded alike. The ranks hold the
@@ -102,6 +104,7 @@ def linear_rpo_loss(
     checks.check_objective(op, objective)
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+    check_on_logits(op, on_logits, process_group)
     hidden, weight, bias, *_ = leaves
     ref_hidden, ref_weight, ref_bias = _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group)
     group = distributed.group_name(op, process_group)
@@ -119,17 +122,18 @@ def linear_rpo_loss(
                      group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
     if reduction == "none":
         return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
-                         cu_seqlens, counts, weight_grad, dict(
+                         cu_seqlens, counts, weight_grad, on_logits, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
                              logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
                              reduce_dhidden=reduce_dhidden, backend=backend))  # fmt: skip
     if ref_weight is None and ref_bias is None:  # the policy's head serves both
         live_reference = (live_reference[0], None, None)
     needs = leaves.needs()
-    loss, losses, by_sequence, lengths, *gradients = forward_op(
-        *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs, counts,
-        needs, *options[:-1], group, reduce_dhidden,
-    )  # fmt: skip
+    with shown_to(op, on_logits):
+        loss, losses, by_sequence, lengths, *gradients = forward_op(
+            *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs,
+            counts, needs, *options[:-1], group, reduce_dhidden,
+        )  # fmt: skip
     if any(needs):
         scale = gradient_scale(objective, losses.shape[0], options[4])
         loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, scale, backend)
@@ -148,14 +152,15 @@ def _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group
 
 
 def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens, counts,
-              weight_grad, options) -> RPOOutput:  # fmt: skip
+              weight_grad, on_logits, options) -> RPOOutput:  # fmt: skip
     """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
     if counts is not None:
         options["count"] = sum(counts)
     hidden, weight, bias, lora_hidden, lora_weight = leaves
     logps = linear_token_logps(
-        hidden, weight, labels, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight, weight_grad=weight_grad, **options
-    )
+        hidden, weight, labels, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight, weight_grad=weight_grad,
+        on_logits=on_logits, **options,
+    )  # fmt: skip
     if live[0] is not None:
         with torch.no_grad():
             ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)

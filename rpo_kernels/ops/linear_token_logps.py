@@ -10,9 +10,8 @@ from torch.distributed import ProcessGroup
 
 from .. import distributed
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
-from .linear_checks import check_count, check_leaves, check_weight_grad, local_leaves, options_of
-from .token_logps import shard_of
+from .head import Chunks, Gradients, Head, Leaves, OnLogits, Options, Scored, empty_gradients, shown_to
+from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of, shard_of_head
 
 
 @distributed.agreeing
@@ -32,6 +31,7 @@ def linear_token_logps(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     process_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
@@ -58,6 +58,9 @@ def linear_token_logps(
             of the GEMMs.
         workspace_bytes: bound on logits and dlogits held at a time; 1 GiB on a GPU, 256 MiB on a CPU.
         count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
+        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
+            rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
+            whole row, such as accuracies, at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
         process_group: ranks that hold the vocabulary together: weight, bias and lora_weight are this rank's rows ``[V_r, ...]``
             (in rank order; any number; a DTensor sharded in dimension 0 over the group will do), all else is the same on all
             ranks. See :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the sequence, bring
@@ -73,9 +76,9 @@ def linear_token_logps(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, False,
-                temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, process_group, reduce_dhidden,
-                backend)[0]  # fmt: skip
+    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, on_logits,
+                False, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, process_group,
+                reduce_dhidden, backend)[0]  # fmt: skip
 
 
 @distributed.agreeing
@@ -95,6 +98,7 @@ def linear_token_logps_and_entropy(
     logits_dtype: torch.dtype | None = None,
     workspace_bytes: int | None = None,
     count: int | None = None,
+    on_logits: OnLogits = None,
     process_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
@@ -104,13 +108,14 @@ def linear_token_logps_and_entropy(
     Arguments and errors as there; a frozen head costs 3 GEMMs.
     """
     return _run("linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad,
-                count, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, process_group,
-                reduce_dhidden, backend)  # fmt: skip
+                count, on_logits, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes,
+                process_group, reduce_dhidden, backend)  # fmt: skip
 
 
-def _run(op, leaves, labels, weight_grad, count, entropy, temperature, logit_scale, softcap, ignore_index, logits_dtype,
-         workspace_bytes, process_group, reduce_dhidden, backend):  # fmt: skip
+def _run(op, leaves, labels, weight_grad, count, on_logits, entropy, temperature, logit_scale, softcap, ignore_index,
+         logits_dtype, workspace_bytes, process_group, reduce_dhidden, backend):  # fmt: skip
     leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+    check_on_logits(op, on_logits, process_group)
     hidden, weight, *_ = leaves
     group = distributed.group_name(op, process_group)
     check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
@@ -119,7 +124,8 @@ def _run(op, leaves, labels, weight_grad, count, entropy, temperature, logit_sca
     check_count(op, count, labels.numel())
     check_weight_grad(op, weight_grad, weight)
     keep = _what_to_keep(labels.numel(), weight.shape[0], leaves.needs(), entropy, Options(*options))
-    logps, entropies, *_ = _forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
+    with shown_to(op, on_logits):
+        logps, entropies, *_ = _forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
     return logps, entropies
 
 
@@ -193,7 +199,7 @@ def _forward_op(
         part = slice(start, min(start + chunks.logits, n))
         chunk, size = rows.part(part), part.stop - part.start
         out = kept[part] if keep == "logits" else unit.slot(size) if unit and head.in_place else scratch[:size]
-        logits = head.logits(chunk, out)
+        logits = head.shown(head.logits(chunk, out), chunk.labels)
         logps[part], lse[:, part], h = head.forward(logits, chunk.labels, entropy)
         if entropy:
             entropies[part] = h
@@ -207,13 +213,6 @@ def _forward_op(
         logps, entropies = logps * valid, entropies * valid
     return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept,
             labels.new_empty(0) if shard is None else shard.labels(labels, ignore_index))  # fmt: skip
-
-
-def shard_of_head(op, options, hidden, weight, labels, check, **facts) -> distributed.Shard | None:
-    """See :func:`shard_of`."""
-    facts["the shape of `hidden`"] = tuple(hidden.shape)
-    facts |= {name: str(x) for name, x in options._asdict().items() if name not in ("backend", "group", "ignore_index")}
-    return shard_of(op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts)
 
 
 def _outputs(like: Tensor, n: int, entropies: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,9 +70,7 @@ def preference_loss(
         if lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: `lengths` must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (S,):
-            raise ValueError(
-                f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}"
-            )
+            raise ValueError(f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}")
         checks.check_device(op, logps.device, lengths=lengths)
     inputs = prepare(op, objective, logps.device, S, [(S,)], rewards, ref_logps, ref_weights, None, group_size, cu_groups,
                      reduction, normalizer, backend)  # fmt: skip

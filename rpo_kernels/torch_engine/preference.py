@@ -125,9 +125,7 @@ def _members(S: int, group_size: int, cu_groups: torch.Tensor | None, device: to
     return torch.where(members < end, members, -1)
 
 
-def _combine(
-    ratios: torch.Tensor, weights: torch.Tensor | None, group_of: torch.Tensor, objective: RPOObjective
-) -> torch.Tensor:
+def _combine(ratios: torch.Tensor, weights: torch.Tensor | None, group_of: torch.Tensor, objective: RPOObjective) -> torch.Tensor:
     """l - lref ``[S]`` of log-ratios ``[R, S]`` to each reference."""
     if objective.reference not in ("harmonic", "geometric"):
         return ratios[0]

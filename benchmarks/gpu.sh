@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, the benchmark table, and the sweep of
+# launch settings, which writes rpo_kernels/kernels/launch_table.json. Needs torch, triton and pytest; nothing is installed.
+#
+#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [sweep]       (all three by default)
+#
+# Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 SWEEP_S=540. A stage that is cut short keeps what it has measured,
+# and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
+# TESTS names test files, BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192"). The exit code is the first that was not 0.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD out=benchmarks/results dry="" stages=()
+while (($#)); do
+  case $1 in
+    --dry-run) dry=yes ;;
+    --out) out=$2; shift ;;
+    tests | bench | sweep) stages+=("$1") ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  esac
+  shift
+done
+((${#stages[@]})) || stages=(tests bench sweep)
+mkdir -p "$out"
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
+fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+"$PYTHON" -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU")' || exit 2
+if [[ -z $dry ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "no GPU: nothing to measure; --dry-run goes through the motions" >&2
+  exit 2
+fi
+
+# Soft limits end in time to write tables and plots; the hard ones, a minute later, only end what hangs.
+limited() { timeout --kill-after=30 "$@"; }
+
+tests() {
+  local options=(-q --continue-on-collection-errors -p no:cacheprovider)
+  has xdist && [[ -z $dry ]] && options+=(-n "${TEST_WORKERS:-4}")
+  [[ -n $dry ]] && options=(-q -p no:cacheprovider --collect-only)
+  limited "${TESTS_S:-540}" "$PYTHON" -m pytest ${TESTS:-tests} "${options[@]}" >"$out/tests.txt" 2>&1
+  local status=$?
+  tail -n 25 "$out/tests.txt"
+  return $status
+}
+
+bench() {
+  local seconds=${BENCH_S:-540} options=(-q -p no:cacheprovider --results "$out/bench.json")
+  [[ -n $dry ]] && options+=(--smoke -k "tiny and 128 and loss and (naive or rpo_kernels)")
+  has pytest_benchmark && options+=(--benchmark-columns=median,iqr,rounds)
+  # shellcheck disable=SC2086
+  eval "limited $((seconds + 60)) \"\$PYTHON\" -m pytest benchmarks/bench.py \"\${options[@]}\" --budget $seconds ${BENCH_ARGS:-}"
+}
+
+sweep() {
+  local seconds=${SWEEP_S:-540}
+  limited $((seconds + 60)) "$PYTHON" benchmarks/sweep.py --budget "$seconds" --results "$out/sweep.json" ${dry:+--dry-run}
+}
+
+status=0
+for stage in "${stages[@]}"; do
+  echo "== $stage"
+  started=$SECONDS
+  "$stage"
+  code=$?
+  echo "== $stage: exit code $code after $((SECONDS - started)) s"
+  ((status)) || status=$code
+done
+exit "$status"

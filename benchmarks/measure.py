@@ -1,0 +1,223 @@
+"""How it is measured: correctness first, then time, memory, and the share of what the hardware gives.
+
+On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs before each; on a CPU it is
+``time.perf_counter``. Memory is the peak of what the allocator handed out above the inputs, gradients included.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from cases import Case, Inputs
+from providers import Provider
+from torch import Tensor
+from truth import Truth
+
+
+class Step:
+    """One provider's work on one case, over and over: forward, and backward to what the case trains."""
+
+    def __init__(self, case: Case, provider: Provider, inputs: list[Inputs]):
+        self.case, self.provider, self.turn = case, provider, -1
+        self.labels = inputs[0].labels
+        order = provider.order(inputs[0].labels.shape[0])
+        self.order = torch.tensor(order, device=inputs[0].labels.device)
+        stays = order == sorted(order)
+        self.sets = [x if stays else x.ordered(self.order) for x in inputs]
+        self.pristine = self.sets if provider.overwrites else None
+        if provider.overwrites:
+            self.sets = [replace(x, logits=x.logits.detach().clone()) for x in self.sets]
+        for x in self.sets:
+            for name in ("logits", "hidden", "weight"):
+                if getattr(x, name) is not None:
+                    getattr(x, name).requires_grad_(name in case.part.trains)
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.sets[self.turn % len(self.sets)]
+
+    def prepare(self) -> None:
+        """The next set of inputs, without gradients, and a cold cache."""
+        self.turn += 1
+        for x in self.sets:
+            for name in self.case.part.trains:
+                getattr(x, name).grad = None
+        if self.pristine:
+            with torch.no_grad():
+                self.inputs.logits.copy_(self.pristine[self.turn % len(self.sets)].logits)
+        flush_cache(self.inputs.labels.device)
+
+    def __call__(self) -> None:
+        x, part, provider = self.inputs, self.case.part, self.provider
+        with torch.set_grad_enabled(bool(part.trains)):
+            if part.group_size:
+                output, upstream = provider.loss(self.case, x), None
+            elif part.start == "logits":
+                output, upstream = provider.from_logits(x.logits, x.labels), x.upstream
+            else:
+                output, upstream = provider.from_hidden(x.hidden, x.weight, x.labels), x.upstream
+            if part.trains:
+                output.backward(upstream)
+        self.output = output.detach()
+
+    def gradient(self, name: str) -> Tensor:
+        """In the order of the case, flat rows."""
+        grad = getattr(self.inputs, name).grad
+        if grad is None:
+            raise RuntimeError(f"no gradient reached {name}")
+        if name == "weight":
+            return grad
+        return grad[self.order.argsort()].flatten(0, 1)
+
+
+# ---- correctness ----------------------------------------------------------------------------------------------------
+
+
+class Errors(NamedTuple):
+    """Worst errors against float64."""
+
+    absolute: float  # of a log-probability or the loss, nats
+    relative: dict[str, float]  # of each gradient, by norm
+    verdict: str | None  # what is wrong, or None
+
+
+def check(step: Step, truth: Truth) -> Errors:
+    """Run once on the first set of inputs, compare. A NaN never passes."""
+    step.turn = -1
+    step.prepare()
+    step()
+    wrong, relative = [], {}
+    if step.case.part.group_size:
+        absolute = abs(step.output.item() - truth.loss)
+        if not absolute <= truth.loss_bound:
+            wrong.append(f"loss off by {absolute:.2g}, bound {truth.loss_bound:.2g}")
+    else:
+        error = (step.output[step.order.argsort()].double() - truth.logps).abs()
+        absolute = error.max().item()
+        if not bool((error <= truth.logps_bound).all()):
+            excess = (error - truth.logps_bound).nan_to_num(nan=float("inf")).argmax()
+            wrong.append(f"log-prob off by {error.flatten()[excess]:.2g}, bound {truth.logps_bound.flatten()[excess]:.2g}")
+    for name, sample in truth.gradients.items():
+        gradient = step.gradient(name)
+        error = (gradient[sample.index].double() - sample.value).norm().item()
+        relative[name] = error / sample.value.norm().item()
+        if not error <= sample.bound:
+            wrong.append(f"gradient of {name} off by {error:.2g}, bound {sample.bound:.2g}")
+        if name != "weight" and bool(gradient[step.labels.flatten() < 0].any()):
+            wrong.append(f"gradient of {name} where nothing is scored")
+    return Errors(absolute, relative, "; ".join(wrong) or None)
+
+
+# ---- time and memory ------------------------------------------------------------------------------------------------
+
+
+class Tick:
+    """A moment on the device's own clock; ``b - a`` are seconds."""
+
+    def __init__(self):
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Tick) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock(device: str) -> Callable[[], Tick | float]:
+    return Tick if device == "cuda" else time.perf_counter
+
+
+_cache: dict[torch.device, Tensor] = {}
+
+
+def flush_cache(device: torch.device) -> None:
+    """Write more than the last cache holds. On a CPU the working sets of full cases do that themselves."""
+    if device.type == "cuda":
+        if device not in _cache:
+            _cache[device] = torch.empty(256 << 20, dtype=torch.int8, device=device)
+        _cache[device].zero_()
+
+
+def seconds(step: Callable[[], None], prepare: Callable[[], None], device: str, rounds: int) -> list[float]:
+    """Times of single steps, each prepared."""
+    now, times = clock(device), []
+    for _ in range(rounds):
+        prepare()
+        start = now()
+        step()
+        times.append(now() - start)
+    return times
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    if len(times) == 1:
+        return (times[0],) * 3
+    return tuple(statistics.quantiles(times, n=4, method="inclusive"))
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """Handed out by the allocator above what stood before the step."""
+    step.prepare()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# ---- what the hardware gives ----------------------------------------------------------------------------------------
+
+
+class Ceilings:
+    """Copy bandwidth, and the time of a case's bare GEMMs, measured beside it."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.gemm_rates: dict[tuple, float] = {}
+        elements = (1 << 30 if device == "cuda" else 1 << 26) // 4
+        source, target = torch.randn(2, elements, device=device)
+        copy = self._best(lambda: target.copy_(source))
+        self.copy_rate = 2 * source.nbytes / copy
+
+    def _best(self, step: Callable[[], object]) -> float:
+        prepare = lambda: flush_cache(torch.device(self.device))
+        seconds(step, prepare, self.device, 3)
+        return statistics.median(seconds(step, prepare, self.device, 11))
+
+    def gemm_rate(self, case: Case) -> float:
+        """Flop a second of the case's GEMMs, alone, outputs in its dtype."""
+        key = case.part.trains, case.model, case.scored, case.dtype
+        if key not in self.gemm_rates:
+            n, H, V = case.scored, case.model.H, case.model.V
+            random = lambda *shape: torch.randn(shape, device=self.device, dtype=case.dtype)
+            hidden, weight, logits = random(n, H), random(V, H), torch.empty(n, V, device=self.device, dtype=case.dtype)
+            gemms = [lambda: torch.mm(hidden, weight.t(), out=logits)]
+            if "hidden" in case.part.trains:
+                gemms.append(lambda: torch.mm(logits, weight))
+            if "weight" in case.part.trains:
+                gemms.append(lambda: torch.mm(logits.t(), hidden))
+            self.gemm_rates[key] = case.flop / sum(map(self._best, gemms))
+        return self.gemm_rates[key]
+
+    def limit(self, case: Case) -> tuple[float, str]:
+        """The least seconds a case can take here, and why."""
+        if case.part.start == "logits":
+            return case.bytes / self.copy_rate, f"{case.bytes / 1e9:.3g} GB at {self.copy_rate / 1e9:.3g} GB/s"
+        rate = self.gemm_rate(case)
+        return case.flop / rate, f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in {str(case.dtype)[6:]}"

@@ -1,0 +1,165 @@
+"""A model's forward that ends in a loss: what :func:`attach` puts in place of the original."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .. import RPOOutput, linear_rpo_loss, linear_token_logps, linear_token_logps_and_entropy, shift_labels
+from .lm_head import head_as, head_weights
+
+# Keywords by the function that they belong to. What the model itself knows is read from it.
+READ = {
+    "hidden", "weight", "bias", "logit_scale", "softcap", "lora_hidden", "lora_weight", "weight_grad",
+    "ref_hidden", "ref_weight", "ref_bias",
+}  # fmt: skip
+LOSS = set(inspect.signature(linear_rpo_loss).parameters) - READ - {"labels"}
+TOKENS = set(inspect.signature(linear_token_logps).parameters) - READ - {"labels"}
+TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies"}
+
+
+class TokenLogps(NamedTuple):
+    """What an attached model returns for ``output_token_logps=True``.
+
+    Attributes:
+        logps: ``[S, T]`` fp32, or ``[N]`` if packed: at position t the log-probability of the label at t + 1, in nats; 0 where
+            nothing is scored.
+        entropies: same shape, with ``output_entropies=True``; else None.
+        aux_loss: the auxiliary loss of a mixture of experts times its coefficient, where the model computes one; else None.
+            Add it to a loss that you make of logps.
+    """
+
+    logps: Tensor
+    entropies: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def fused(unfused: Callable) -> Callable:
+    """``unfused`` with the keywords of :func:`attach`. ``self`` is an argument, so that a deep copy of a model runs itself."""
+    own = set(inspect.signature(unfused).parameters)
+    ours = (READ | LOSS | TOKENS) - own
+
+    @functools.wraps(unfused)
+    def forward(self, *args, **kwargs):
+        original = self._rpo_previous or functools.partial(unfused, self)
+        given = {name: x for name in ours if (x := kwargs.pop(name, None)) is not None}
+        call = Call.of(f"{type(self).__name__}.forward", given, kwargs)
+        if call is None:
+            return original(*args, **kwargs)
+        if "use_cache" in own:
+            kwargs["use_cache"] = False
+        if not kwargs.pop("return_dict", self.config.return_dict):
+            kwargs["return_dict"] = True
+        with head_as(self, functools.partial(call.at_head, self._rpo_transform)):
+            output = original(*args, **kwargs)
+        return call.finish(auxiliary_loss(self, output))
+
+    forward.is_fused = True
+    return forward
+
+
+class Call:
+    """A call that asks for one of our results: made from its keywords, computed at the head, finished after the forward."""
+
+    def __init__(self, op: str, labels: Tensor, shifted: bool, options: dict[str, Any]):
+        self.op, self.labels, self.shifted, self.options = op, labels, shifted, options
+        self.result: RPOOutput | TokenLogps | None = None
+
+    @classmethod
+    def of(cls, op: str, given: dict[str, Any], others: dict[str, Any]) -> Call | None:
+        """From our keywords and the others, which lose the labels; None where ours ask for nothing."""
+        if read := sorted(READ & given.keys()):
+            instead = "a reference comes as `ref_logps`" if read[0].startswith("ref_") else "it is read from the model"
+            raise ValueError(f"{op}: leave out `{read[0]}`; {instead}")
+        loss, tokens = "objective" in given, given.get("output_token_logps", False)
+        if loss and tokens:
+            raise ValueError(f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them")
+        if stray := sorted(given.keys() - (LOSS if loss else TOKENS if tokens else {"output_token_logps"})):
+            place = "`objective`" if stray[0] in LOSS else "`output_token_logps=True`"
+            raise ValueError(f"{op}: `{stray[0]}` belongs to a call with {place}")
+        if not loss and not tokens:
+            return None
+        if others.pop("num_items_in_batch", None) is not None:
+            raise ValueError(
+                f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; set the trainer's "
+                "model_accepts_loss_kwargs to False, and pass `normalizer` where gradients accumulate"
+            )
+        labels, shift_labels = others.pop("labels", None), others.pop("shift_labels", None)
+        if (labels is None) == (shift_labels is None):
+            raise ValueError(f"{op}: pass `labels` (unshifted, like input_ids) or `shift_labels`, one of them, by keyword")
+        if "cu_seqlens" in given and (others.get("position_ids") is None or others.get("attention_mask") is not None):
+            raise ValueError(
+                f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no `attention_mask`: these tell a "
+                "model to keep packed sequences apart"
+            )
+        return cls(op, shift_labels if labels is None else labels, labels is None, given)
+
+    def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """In place of the head's forward. Returns what the model goes on with: a tensor of our graph, for hooks of the head."""
+        if self.result is not None:
+            raise RuntimeError(f"{self.op}: the model ran its output embeddings twice")
+        options = {name: x.to(hidden.device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        labels, cu_seqlens = self.labels.to(hidden.device), options.get("cu_seqlens")
+        if cu_seqlens is not None:
+            hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        if not self.shifted:
+            ignore_index = options.get("ignore_index", -100)
+            labels = shift_labels(labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+        head = head_weights(layer, hidden, transform.vocabulary)
+        head |= {"labels": labels, "logit_scale": transform.logit_scale, "softcap": transform.softcap}
+        if "objective" in options:
+            out = linear_rpo_loss(hidden, **head, **({"rewards": None} | options))
+            goes_on, loss = through(out.loss)
+            self.result = out._replace(loss=loss)
+            return goes_on
+        del options["output_token_logps"]
+        options.pop("cu_seqlens", None)
+        if options.pop("output_entropies", False):
+            logps, entropies = linear_token_logps_and_entropy(hidden, **head, **options)
+        else:
+            logps, entropies = linear_token_logps(hidden, **head, **options), None
+        goes_on, logps = through(logps)
+        self.result = TokenLogps(logps, entropies)
+        return goes_on
+
+    def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
+        """The result, with the model's auxiliary loss."""
+        if self.result is None:
+            raise RuntimeError(f"{self.op}: the model did not run its output embeddings")
+        if aux_loss is None:
+            return self.result
+        if isinstance(self.result, TokenLogps):
+            return self.result._replace(aux_loss=aux_loss)
+        if self.options.get("reduction", "mean") != "mean" or "normalizer" in self.options:
+            raise ValueError(
+                f"{self.op}: the model's auxiliary loss is a mean, and adds to a loss that is one too (`reduction='mean'`, no "
+                "`normalizer`); pass output_router_logits=False, or make a loss of output_token_logps=True"
+            )
+        return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
+
+
+def through(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[1, 1, n]`` for the model to go on with, and x computed from it, so that hooks on the first see a backward of the second.
+
+    Neither is a view: FSDP2 puts a hook on both.
+    """
+    goes_on = x.reshape(1, 1, -1).clone()
+    return goes_on, goes_on.view(x.shape).clone()
+
+
+def auxiliary_loss(host: nn.Module, output) -> Tensor | None:
+    """Load balancing of a mixture of experts, times the coefficient with which the model's own forward adds it."""
+    aux_loss = getattr(output, "aux_loss", None)
+    if aux_loss is None:
+        return None
+    config = host.config.get_text_config()
+    for place, name in ((host, "router_aux_loss_coef"), (host, "aux_loss_coef"), (config, "router_aux_loss_coef")):
+        if hasattr(place, name):
+            return getattr(place, name) * aux_loss
+    raise ValueError(
+        f"{type(host).__name__}.forward: its auxiliary loss has a weight that is not known; pass output_router_logits=False"
+    )

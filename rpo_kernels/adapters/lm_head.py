@@ -1,0 +1,140 @@
+"""The head of a model of transformers: where it is, what it multiplies, and what the model does to its logits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Transform(NamedTuple):
+    """What the model does to the logits of its head."""
+
+    logit_scale: float
+    softcap: float | None
+    vocabulary: int  # columns that it keeps
+
+
+def host_of(model: nn.Module) -> nn.Module:
+    """The model of transformers inside a PEFT model."""
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (hasattr(host, "get_output_embeddings") and hasattr(host, "config")):
+        raise TypeError(
+            f"attach: expected a model of transformers, or a PEFT model of one, got {type(host).__name__}; attach before wrapping "
+            "in DDP, FSDP1 or torch.compile"
+        )
+    return host
+
+
+def head_layers(host: nn.Module) -> list[nn.Module]:
+    """The modules of which the model will run one as its head: PEFT's modules_to_save has a copy for each adapter."""
+    head = host.get_output_embeddings()
+    if head is None or host.config.is_encoder_decoder:
+        raise TypeError(f"attach: expected a causal language model, got {type(host).__name__}")
+    if "peft" in sys.modules:
+        from peft.utils.other import ModulesToSaveWrapper
+
+        if isinstance(head, ModulesToSaveWrapper):
+            return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+@contextlib.contextmanager
+def head_as(host: nn.Module, function) -> Iterator[None]:
+    """Inside, the head's forward is ``function(layer, hidden)``. Its hooks fire as ever."""
+    changed = []
+    for layer in head_layers(host):
+        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"  # accelerate's hooks are inside their forward
+        changed.append((vars(layer), name, vars(layer).get(name)))
+        vars(layer)[name] = functools.partial(function, layer)
+    try:
+        yield
+    finally:
+        for attributes, name, before in changed:
+            del attributes[name]
+            if before is not None:
+                attributes[name] = before
+
+
+def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor | None]:
+    """What multiplies the hidden states, in the names that the losses have for it."""
+    adapters = {}
+    if hasattr(layer, "base_layer"):
+        adapters = _lora(layer, hidden, vocabulary)
+        layer = layer.base_layer
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise TypeError(f"attach: the head must be torch.nn.Linear, got {type(layer).__module__}.{type(layer).__name__}")
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise TypeError(
+            f"attach: the head's weight must be a plain floating-point tensor, got {type(weight).__name__}, {weight.dtype}"
+        )
+    if vocabulary == weight.shape[0]:
+        return {"weight": weight, "bias": layer.bias, **adapters}
+    return {"weight": weight[:vocabulary], "bias": None if layer.bias is None else layer.bias[:vocabulary], **adapters}
+
+
+def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor]:
+    """LoRA on the head: logits += lora_hidden lora_weight^T, several adapters side by side."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    if type(layer) is not LoraLinear:
+        raise TypeError(
+            f"attach: of PEFT's layers the head may be LoRA's Linear, got {type(layer).__module__}.{type(layer).__name__}"
+        )
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    if layer.disable_adapters or layer.merged:
+        return {}
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    for name in names:
+        if name in layer.lora_variant or layer.lora_bias.get(name, False):
+            what = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else "lora_bias"
+            raise TypeError(f"attach: plain LoRA is supported on the head, but adapter {name!r} has {what}")
+    if not names:
+        return {}
+    inner = []
+    for name in names:
+        down, dropout = layer.lora_A[name], layer.lora_dropout[name]
+        inner.append(layer.scaling[name] * down(dropout(hidden.to(down.weight.dtype))))
+    outer = [layer.lora_B[name].weight for name in names]
+    return {"lora_hidden": torch.cat(inner, -1), "lora_weight": torch.cat(outer, 1)[:vocabulary]}
+
+
+def ordinary_tokens(host: nn.Module, count: int) -> Tensor:
+    """``[1, count]`` token ids from all over the vocabulary, without those that stand for an image or an end."""
+    config = host.config.get_text_config()
+    named = {**host.config.to_dict(), **config.to_dict()}
+    special = [x for name, x in named.items() if name.endswith(("_token_id", "_token_index"))]
+    special = {i for x in special for i in (x if isinstance(x, list) else [x])}
+    ordinary = [i for i in range(config.vocab_size) if i not in special]
+    ids = ordinary[:: max(1, len(ordinary) // count)][:count]
+    return torch.tensor([ids], device=host.get_input_embeddings().weight.device)
+
+
+def measure_transform(host: nn.Module, logits_of) -> Transform:
+    """What the model makes of numbers in place of its head's output: a scale and a cap, in whatever way it spells them.
+
+    ``logits_of()`` runs the model and returns its logits.
+    """
+    numbers = torch.tensor([2.0**-40, 2.0**40, 1.0, -3.0, 50.0, -7.5, 0.0], dtype=torch.float64)
+    repeated = lambda length: numbers.repeat(-(-length // len(numbers)))[:length]
+    with head_as(host, lambda layer, hidden: repeated(layer.out_features).to(hidden.device).repeat(*hidden.shape[:-1], 1)):
+        z = logits_of()[0, 0].double().cpu()
+    x = repeated(len(z))
+    scale, softcap = z[0] / x[0], z[1]  # tanh(x) is x next to 0, and 1 far from it
+    if torch.isclose(softcap, scale * x[1], rtol=1e-5):
+        softcap = None
+    expected = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
+    for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):
+        if not abs(got - wanted) <= 1e-5 * abs(wanted):
+            raise ValueError(
+                f"attach: {type(host).__name__} does to the logits of its head what the kernels do not: it makes {got:.6g} of "
+                f"{number:.6g}; with the scale and cap of its other logits it would be {wanted:.6g}"
+            )
+    return Transform(scale.float().item(), None if softcap is None else softcap.float().item(), len(z))

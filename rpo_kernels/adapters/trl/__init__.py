@@ -1,0 +1,15 @@
+"""TRL: a trainer for every RPO objective, and faster log-probabilities under TRL's own trainers.
+
+from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer      # K >= 2 responses per prompt, explicit rewards
+from rpo_kernels.adapters.trl import accelerate_trl             # DPO, KTO, GRPO, RLOO, SFT: same losses, our kernels
+"""
+
+from .version import check_version
+
+check_version()  # before anything imports names that another release of TRL may lack
+
+from .config import RPOConfig  # noqa: E402
+from .head import Acceleration, accelerate_trl  # noqa: E402
+from .trainer import RPOTrainer  # noqa: E402
+
+__all__ = ["Acceleration", "RPOConfig", "RPOTrainer", "accelerate_trl"]

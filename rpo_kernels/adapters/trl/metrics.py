@@ -1,0 +1,66 @@
+"""TRL's metrics, for groups of any size: each a sum and a count, so that processes can be added up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpo_kernels import RPOOutput
+
+from .head import RowStatistics
+
+Metric = tuple[Tensor, Tensor]  # sum, count
+
+
+def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str, Metric], Tensor, Tensor]:
+    """Metrics of groups of ``sizes`` ``[G]``, and which sequences ``[G]`` are their chosen and rejected ones.
+
+    Chosen is the response with the largest target, the first of equals; rejected the one with the smallest, the last of
+    equals. Groups with fewer than two responses that have scored tokens do not count.
+    """
+    G, S = len(sizes), len(out.rewards)
+    K = int(sizes.max()) if ragged else S // G
+    exists = torch.arange(K, device=sizes.device) < sizes[:, None]
+
+    def table(x: Tensor) -> Tensor:  # [S] -> [G, K]
+        return torch.zeros(G, K, dtype=x.dtype, device=x.device).masked_scatter(exists, x)
+
+    present = exists if out.lengths is None else exists & (table(out.lengths) > 0)
+    s, t = table(out.rewards), table(out.targets)
+    best = t.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
+    worst = K - 1 - t.masked_fill(~present, torch.inf).flip(1).argmin(1, keepdim=True)
+    first = (sizes.cumsum(0) - sizes)[:, None]
+    counted = present.sum(1) > 1
+    chosen, rejected = s.gather(1, best)[:, 0], s.gather(1, worst)[:, 0]
+    by_group = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": chosen - rejected,
+        "rewards/target_margin": (t.gather(1, best) - t.gather(1, worst))[:, 0],
+        "logps/chosen": table(out.logps).gather(1, best)[:, 0],
+        "logps/rejected": table(out.logps).gather(1, worst)[:, 0],
+    }
+    metrics = {name: _total(x, counted) for name, x in by_group.items()}
+    ordered = present[:, :, None] & present[:, None] & (t[:, :, None] > t[:, None])  # [G, K, K]
+    metrics["rewards/agreement"] = _total((s[:, :, None] > s[:, None]).float(), ordered)
+    return metrics, (first + best)[:, 0], (first + worst)[:, 0]
+
+
+def token_metrics(statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
+    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen``, ``rejected`` ``[G]``."""
+    none = torch.zeros(0, device=mask.device)
+    entropy, logits, leads = (
+        torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, statistics.of(name, none).float())
+        for name in ("entropy", "mean_logits", "is_top1")
+    )
+    return {
+        "entropy": _total(entropy, mask),
+        "logits/chosen": _total(logits[chosen], mask[chosen]),
+        "logits/rejected": _total(logits[rejected], mask[rejected]),
+        "mean_token_accuracy": _total(leads[chosen], mask[chosen]),
+    }
+
+
+def _total(x: Tensor, mask: Tensor) -> Metric:
+    return torch.where(mask, x, 0).sum(), mask.sum()

@@ -1,0 +1,18 @@
+"""Which releases of TRL the adapter was tested with. It reaches into private names, so others are refused."""
+
+from __future__ import annotations
+
+import trl
+from packaging.version import Version
+
+TESTED = "1.16"
+
+
+def check_version() -> None:
+    """Raise ImportError where the installed TRL is not a tested release."""
+    installed = Version(trl.__version__)
+    if f"{installed.major}.{installed.minor}" != TESTED:
+        raise ImportError(
+            f"rpo_kernels.adapters.trl: tested with trl {TESTED}.*, found trl {trl.__version__}, whose private names may "
+            f'mean something else; pip install "trl>={TESTED},<1.17", or call rpo_kernels.preference_loss from your own trainer'
+        )

@@ -1,0 +1,57 @@
+"""examples/trl_rpo.py runs from its command line: a tiny model, the pairs that ship with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from .hosts import llama, tokenizer
+from .test_trl_trainer import groups
+
+pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("trl")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """Its main, for a model in a folder."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    monkeypatch.delitem(sys.modules, "trl_rpo", raising=False)
+    import trl_rpo
+
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    fixed = f"--model {tmp_path}/model --output_dir {tmp_path}/out --use_cpu True --bf16 False --disable_tqdm True".split()
+    fixed += "--max_steps 3 --logging_steps 1 --gradient_checkpointing False".split()
+    return lambda *more: trl_rpo.main([*fixed, *more])
+
+
+def test_it_trains_and_evaluates_on_the_pairs_that_ship_with_it(example):
+    trainer = example("--eval_strategy", "steps", "--eval_steps", "3")
+    logged = trainer.state.log_history
+    assert [entry["loss"] for entry in logged if "loss" in entry] and trainer.state.global_step == 3
+    assert any("eval_rewards/agreement" in entry for entry in logged)
+    assert logged[0]["rewards/target_margin"] > 0 and abs(logged[0]["rewards/margins"]) < 1e-4  # policy = reference at first
+
+
+def test_its_options_reach_the_trainer(example, tmp_path):
+    data = tmp_path / "groups.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in groups([3, 2, 4, 3, 2, 2])))
+    objective = '{"distance": "squared", "eta": 0.5}'
+    trainer = example(
+        "--data", str(data), "--objective", objective, "--beta", "0.05", "--lora", "--held_out", "0", "--eval_strategy", "no"
+    )
+    assert (trainer.objective.distance, trainer.objective.eta, trainer.objective.beta) == ("squared", 0.5, 0.05)
+    assert trainer.state.global_step == 3 and hasattr(trainer.model, "disable_adapter")
+    with pytest.raises(SystemExit, match="leaves nothing of 6 rows"):
+        example("--data", str(data), "--held_out", "6")
+
+
+def test_it_stays_short():
+    assert len((EXAMPLES / "trl_rpo.py").read_text().splitlines()) <= 80
