@@ -11,7 +11,7 @@ from .autograd import once_differentiable
 
 
 @distributed.agreeing
-def gather_responses(x: Tensor, *, process_group: ProcessGroup, group_size: int = 1) -> Tensor:
+def gather_responses(x: Tensor, *, process_group: ProcessGroup | None = None, group_size: int = 1) -> Tensor:
     """One number per response from all ranks, where each group's responses lie on several: what the group pass needs.
 
     Each rank holds ``group_size`` responses of every group, in the same order of groups. What comes back has ``R group_size``
@@ -22,7 +22,7 @@ def gather_responses(x: Tensor, *, process_group: ProcessGroup, group_size: int 
 
     Args:
         x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); the same S_r on all ranks.
-        process_group: the ranks.
+        process_group: the ranks (needed).
         group_size: responses of each group on this rank.
 
     Returns:
