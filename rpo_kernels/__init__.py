@@ -1,6 +1,7 @@
 """Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of preference training."""
 
 from .objectives import RPOObjective
+from .ops.gather import gather_responses
 from .ops.labels import shift_labels
 from .ops.linear_rpo_loss import linear_rpo_loss
 from .ops.linear_token_logps import linear_token_logps, linear_token_logps_and_entropy
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RPOObjective",
     "RPOOutput",
+    "gather_responses",
     "linear_rpo_loss",
     "linear_token_logps",
     "linear_token_logps_and_entropy",

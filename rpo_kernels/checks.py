@@ -67,10 +67,13 @@ def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index:
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
 
 
-def check_logits(op: str, logits: object, labels: object, ignore_index: int, inplace_backward: bool) -> None:
+def check_logits(
+    op: str, logits: object, labels: object, ignore_index: int, inplace_backward: bool, is_shard: bool = False
+) -> None:
+    """``is_shard``: the columns are one rank's, perhaps none."""
     check_tensor(op, "logits", logits)
     check_float(op, "logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not is_shard):
         raise ValueError(f"{op}: `logits` must be [..., V] with a vocabulary of at least one, got {shape_of(logits)}")
     check_labels(op, labels, logits, "logits", ignore_index)
     check_device(op, logits.device, labels=labels)

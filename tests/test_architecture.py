@@ -46,6 +46,7 @@ MAY_IMPORT_LAZILY = {"backend": {"kernels", "torch_engine"}}
 FACE = {
     "RPOObjective",
     "RPOOutput",
+    "gather_responses",
     "linear_rpo_loss",
     "linear_token_logps",
     "linear_token_logps_and_entropy",

@@ -66,11 +66,13 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, starved, control = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == (12 * 2 + 1 + 15 if name == IN_FULL else 4 * 2 + 1 + 2)
+    assert len(rows) == (12 * 2 + 2 + 1 + 15 if name == IN_FULL else 4 * 2 + 2 + 1 + 2)
     for row in rows:
         assert row["verdict"] == "ok", row
         if row["kernel"] == "preference":
             assert row["local_bytes"] <= GROUP_PASS_BYTES, row
+        elif row["kernel"] == "shards_combine":  # twelve numbers a row: their width does not matter
+            assert row["local_bytes"] == 0, row
         else:
             assert row["local_bytes"] == 0 and row["load"] == 16, row
             assert row["store"] == (None if "forward" in row["kernel"] else 16), row

@@ -62,7 +62,7 @@ def operator_calls(device, backend):
     objective, options = OBJECTIVE.spec, (1.0, 1.0, 0.0, IGNORE)
     packed = logits.detach().view(12, 5).requires_grad_(), labels.view(12)
     cu_seqlens, cu_groups = ints(0, 3, 6, 6, 12, device=device), ints(0, 1, 4, device=device)
-    logps, lse, entropies = (x.detach() for x in OPS.token_logps(logits, labels, *options, True, False, backend))
+    logps, lse, entropies = (x.detach() for x in OPS.token_logps(logits, labels, *options, True, False, backend)[:3])
     coef, upstream = torch.randn_like(logps), torch.tensor(2.0, device=device)
     group = rewards, ref_logps[None], None
     return {

@@ -20,7 +20,8 @@ import triton.language as tl
 
 from rpo_kernels.kernels.preference import preference_forward
 from rpo_kernels.kernels.scaling import scale
-from rpo_kernels.kernels.vocabulary import _row_offset, vocabulary_backward, vocabulary_forward
+from rpo_kernels.kernels.shards import combine
+from rpo_kernels.kernels.vocabulary import _row_offset, shard_statistics, vocabulary_backward, vocabulary_forward
 from rpo_kernels.traffic import ledger
 
 PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
@@ -75,6 +76,22 @@ def test_a_forward_reads_each_scored_logit_once_and_nothing_of_ignored_rows(V, l
         without, with_entropy = launches
         assert without.loaded_bytes == with_entropy.loaded_bytes
         assert once(with_entropy.stores["entropy"])
+
+
+def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_launch():
+    V, R = 2049, 3
+    logits, labels = torch.randn(1, 12, V), some_labels(V).flatten()
+    labels[5] = -1  # on another shard
+    options = PLAIN | {"entropy": True}
+    with ledger() as launches:
+        statistics = shard_statistics(logits, labels, **options)
+        combine(torch.stack([statistics] * R), labels, **options)
+    shard, together = launches
+    here = int(((labels != -100) & (labels != -1)).sum())
+    assert shard.loaded_bytes["logits"] == 4 * (int((labels != -100).sum()) * V + here)
+    assert together.loaded_bytes["statistics"] == 4 * 12 * R * (4 + 1)  # the maxima twice
+    assert once(together.stores["logps"]) and once(together.stores["lse"]) and once(together.stores["entropy"])
+    assert clean(shard) and clean(together)
 
 
 @pytest.mark.parametrize("V, layout", CASES)

@@ -52,6 +52,8 @@ def variants(full: bool = False) -> Iterator[Variant]:
         if full or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16)):
             name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
             yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
+    shard = VOCABULARIES["aligned"] // 8
+    yield Variant("bfloat16 shard, aligned", partial(launch_shards, torch.bfloat16, shard), torch.bfloat16, shard)
     yield Variant("bfloat16, aligned", partial(launch_scale, torch.bfloat16), torch.bfloat16, 4096)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
     passes = {"pairs": (RPOObjective(), {}), "harmonic": (harmonic, {})}
@@ -82,6 +84,16 @@ def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) 
     entropies = meta(3) if entropy else None
     vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), entropies=entropies, entropy_coef=entropies,
                         upstream=meta(), out=logits, **options)  # fmt: skip
+
+
+def launch_shards(dtype: torch.dtype, columns: int) -> None:
+    """Statistics of one of eight shards of a vocabulary, and what puts those of three rows together."""
+    from ..kernels.shards import combine
+    from ..kernels.vocabulary import shard_statistics
+
+    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0, "ignore_index": -2, "entropy": True}
+    shard_statistics(meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), **options)
+    combine(meta(8, 4, 3), meta(3, dtype=torch.int64), **options)
 
 
 def launch_group_pass(

@@ -23,6 +23,22 @@ def _row_offset(row, inner, stride_outer, stride_inner):
     return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
 
 
+@triton.jit
+def row_results(base, others, y_label, h_others, post):
+    """(log p, peak, rest, entropy) of a row from the label's y and the other columns: sum of exp(z - post * base), entropy."""
+    odds = (base - y_label) * post + tl.log(others)  # lse_others - z_label
+    odds = tl.where(y_label == float("inf"), float("nan"), odds)
+    logp = -softplus(odds)
+    peak = tl.where(odds > 0.0, base, y_label)
+    rest = tl.where(odds > 0.0, tl.log(others) + softplus(-odds), -logp)
+    # H = H(label or not) + p(not) H(others), each term without cancellation.
+    p_not = -expm1(logp)
+    log_p_not = -softplus(-odds)
+    h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
+    h_not = tl.where(p_not == 0.0, 0.0, p_not * (h_others - log_p_not))
+    return logp, peak, rest, h_label + h_not
+
+
 @triton.jit(do_not_specialize=["N", "inner"])
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
@@ -40,6 +56,7 @@ def _vocabulary_forward_kernel(
     ignore_index,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    IS_SHARD: tl.constexpr,  # the row is a part of one: what is stored is statistics, for _shards_combine_kernel
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -86,22 +103,24 @@ def _vocabulary_forward_kernel(
     y_label = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         y_label = tanh(pre * y_label)
-    odds = (base - y_label) * post + tl.log(others)  # lse_others - z_label
-    odds = tl.where(y_label == float("inf"), float("nan"), odds)
-    logp = -softplus(odds)
-    tl.store(logps_ptr + row, logp)
-    tl.store(lse_ptr + row, tl.where(odds > 0.0, base, y_label))
-    tl.store(lse_ptr + N + row, tl.where(odds > 0.0, tl.log(others) + softplus(-odds), -logp))
+    h_others = 0.0
     if HAS_ENTROPY:
-        # H = H(label or not) + p(not) H(others), each term without cancellation.
         lost = tl.where(peak == float("-inf"), 0.0, peak - base)
         moments = tl.sum(decay * (moment + total * lost), axis=0)
         h_others = tl.where(others == 0.0, 0.0, tl.log(others) - moments * post / others)
-        p_not = -expm1(logp)
-        log_p_not = -softplus(-odds)
-        h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
-        h_not = tl.where(p_not == 0.0, 0.0, p_not * (h_others - log_p_not))
-        tl.store(entropy_ptr + row, h_label + h_not)
+    if IS_SHARD:
+        tl.store(logps_ptr + row, tl.where(label == -1, float("-inf"), y_label))
+        tl.store(lse_ptr + row, top)
+        tl.store(lse_ptr + N + row, others)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, h_others)
+    else:
+        logp, peak_of_all, rest, entropy = row_results(base, others, y_label, h_others, post)
+        tl.store(logps_ptr + row, logp)
+        tl.store(lse_ptr + row, peak_of_all)
+        tl.store(lse_ptr + N + row, rest)
+        if HAS_ENTROPY:
+            tl.store(entropy_ptr + row, entropy)
 
 
 @triton.jit(do_not_specialize=["N", "inner"])
@@ -187,7 +206,7 @@ def launch_settings(V: int, element_size: int) -> dict[str, int]:
     return {"VEC": vec, "LANES": 64 * num_warps, "num_warps": num_warps}
 
 
-def _transform(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
+def transform_factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
     if softcap > 0:
         return logit_scale / softcap, softcap / temperature
     return 0.0, logit_scale / temperature
@@ -207,18 +226,46 @@ def vocabulary_forward(
 
     The logsumexp of z comes as (peak, rest), z units of y and nats: their sum would round the digits of small logits away.
     """
-    outer, inner, V = logits.shape
-    N = outer * inner
+    N = labels.numel()
     logps = torch.empty(N, dtype=torch.float32, device=logits.device)
     lse = torch.empty((2, N), dtype=torch.float32, device=logits.device)
     entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=logits.device)
-    pre, post = _transform(temperature, logit_scale, softcap)
+    _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, False)
+    return logps, lse, entropies
+
+
+def shard_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+) -> torch.Tensor:
+    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
+
+    The label's y (-inf for label -1, which lies on another shard); of the other columns the maximum of y, the sum of
+    exp(z - maximum), and if asked the entropy.
+    """
+    statistics = torch.empty((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
+    _forward(
+        logits, labels, statistics[0], statistics[1:3], statistics[3:], temperature, logit_scale, softcap, ignore_index, entropy,
+        is_shard=True,
+    )  # fmt: skip
+    return statistics
+
+
+def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, is_shard) -> None:
+    V, N = logits.shape[2], labels.numel()
+    pre, post = transform_factors(temperature, logit_scale, softcap)
     if N:
         _vocabulary_forward_kernel[(N,)](
-            logits, labels, logps, lse, entropies, N, V, inner, logits.stride(0), logits.stride(1), pre, post, ignore_index,
-            HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy, **launch_settings(V, logits.element_size()),
+            logits, labels, logps, lse, entropies, N, V, logits.shape[1], logits.stride(0), logits.stride(1), pre, post,
+            ignore_index, HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy, IS_SHARD=is_shard,
+            **launch_settings(V, logits.element_size()),
         )  # fmt: skip
-    return logps, lse, entropies
 
 
 def vocabulary_backward(
@@ -240,8 +287,8 @@ def vocabulary_backward(
     """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
     outer, inner, V = logits.shape
     N = outer * inner
-    pre, post = _transform(temperature, logit_scale, softcap)
-    if N:
+    pre, post = transform_factors(temperature, logit_scale, softcap)
+    if N and V:
         _vocabulary_backward_kernel[(N,)](
             logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner,
             logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), pre, post, ignore_index,

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..distributed import digest
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
 from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .linear_checks import shard_of_head
 from .preference import Segments, group_pass
 from .scaling import require_one, scale_
 from .units import Unit, pack_groups
@@ -55,18 +57,23 @@ def forward_op(
     compute_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     workspace_bytes: int,
+    group: str = "",
+    reduce_dhidden: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, losses, [5, S] as of the group pass, lengths, and the gradients of the leaves for an upstream gradient of 1)."""
     op = "linear_rpo_loss"
-    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
+                      group, reduce_dhidden)  # fmt: skip
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
-    N, V, device = labels.numel(), weight.shape[0], hidden.device
+    N, device = labels.numel(), hidden.device
     S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     spec = RPOObjective.from_spec(objective)
-    checks.check_label_values(op, labels, V, ignore_index)
-    checks.check_group_values(op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer)
-    head = Head(op, weight, bias, options, lora_weight)
-    ref_head = head if ref_weight is None else Head(op, ref_weight, ref_bias, options)
+    facts = {"`counts`": counts, "gradients": needs, "`objective`": objective, "`group_size`": group_size}
+    facts |= {"the values of `cu_seqlens` and `cu_groups` (their checksum)": digest(cu_seqlens, cu_groups) if group else 0}
+    shard = shard_of_head(op, options, hidden, weight, labels, lambda: checks.check_group_values(
+        op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer), **facts)  # fmt: skip
+    head = Head(op, weight, bias, options, lora_weight, shard)
+    ref_head = head if ref_weight is None else Head(op, ref_weight, ref_bias, options, shard=shard)
 
     # The one look at the device: tokens of each sequence, and ragged groups' boundaries.
     flat_labels = labels.reshape(-1)
@@ -85,7 +92,7 @@ def forward_op(
             true = true_lengths.tolist()[:16]
             raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true}; got {counts[:16]}")
     n = sum(counts)
-    rows = Scored.of(hidden, labels, options, n, lora_hidden)
+    rows = head.labelled(Scored.of(hidden, labels, options, n, lora_hidden))
     ref_rows = None if ref_hidden is None else Scored.of(ref_hidden, labels, options, n)
     cu_tokens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     ref_per_token = ref_rows is not None
@@ -109,7 +116,7 @@ def forward_op(
         normalizer = torch.where((lengths == true_lengths).all(), one, torch.nan)
 
     training = any(needs)
-    most = Chunks.capacity(options, V)
+    most = Chunks.capacity(options, head.widest)
     sizes = [sum(counts[a:b]) for a, b in itertools.pairwise(bounds)]
     largest = max((size for size in sizes if size <= most), default=0) if training else 0
     chunks = Chunks.plan(head, n, largest, Gradients.keep_dlogits(needs))
@@ -134,11 +141,11 @@ def forward_op(
             logits = head.shown(head.logits(chunk, out), chunk.labels)
             logps[part], lse, _ = head.forward(logits, chunk.labels)
             lses.append(lse)
-        *group, coef = _group_pass_of(
-            unit, op, logps, rows.labels, ignore_index, cu_tokens, rewards, ref_logps, ref_per_token, ref_weights, cu_groups,
-            normalizer, group_size, objective, backend, sft_share,
+        *results, coef = _group_pass_of(
+            unit, op, logps, rows.labels, head.transform["ignore_index"], cu_tokens, rewards, ref_logps, ref_per_token,
+            ref_weights, cu_groups, normalizer, group_size, objective, backend, sft_share,
         )  # fmt: skip
-        outputs.append(group)
+        outputs.append(results)
         for part, lse in zip(parts, lses) if training else ():
             chunk, size = rows.part(part), part.stop - part.start
             slot = gradients.slot(size)
@@ -237,7 +244,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss):
-    leaves, gradients = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    leaves, gradients = saved[: ctx.count], saved[ctx.count :]
     if ctx.taken:
         dloss = require_one(dloss)
     if ctx.scale != 1:

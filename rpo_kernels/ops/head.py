@@ -7,6 +7,7 @@ where the dtypes agree; dlogits wait in a buffer until it is full, so that few l
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import gemm
+from .. import distributed, gemm
 from ..backend import engine
 
 GPU_WORKSPACE = 1 << 30
@@ -60,6 +61,8 @@ class Options(NamedTuple):
     logits_dtype: torch.dtype
     workspace_bytes: int
     backend: str
+    group: str = ""  # name of the process group whose ranks hold the vocabulary together
+    reduce_dhidden: bool = True  # whether gradients of hidden states are summed over its ranks
 
 
 class Leaves(NamedTuple):
@@ -115,17 +118,34 @@ class Scored(NamedTuple):
 class Head:
     """Weights, bias and the vocabulary passes over chunks of their logits."""
 
-    def __init__(self, op: str, weight: Tensor, bias: Tensor | None, options: Options, lora_weight: Tensor | None = None):
-        self.op, self.options = op, options
+    def __init__(
+        self, op: str, weight: Tensor, bias: Tensor | None, options: Options, lora_weight: Tensor | None = None,
+        shard: distributed.Shard | None = None,
+    ):  # fmt: skip
+        """With a shard, its columns alone; labels count from its first one."""
+        self.op, self.options, self.shard = op, options, shard
         self.weight = weight.to(options.compute_dtype)
         self.lora_weight = None if lora_weight is None else lora_weight.to(options.compute_dtype)
         self.bias = bias
-        self.engine = engine(op, options.backend, weight.device, "vocabulary")
+        self.engine = functools.partial(engine, op, options.backend, weight.device)
         self.transform = {name: getattr(options, name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")}
+        if shard is not None:
+            self.transform["ignore_index"] = distributed.IGNORED
 
     @property
     def V(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def widest(self) -> int:
+        """Columns that plans are made for: the same on all ranks, which gather statistics chunk by chunk."""
+        return max(1, self.V if self.shard is None else self.shard.widest)
+
+    def labelled(self, rows: Scored) -> Scored:
+        """Rows with labels as :meth:`forward` and :meth:`backward` take them."""
+        if self.shard is None:
+            return rows
+        return rows._replace(labels=self.shard.labels(rows.labels, self.options.ignore_index))
 
     @property
     def in_place(self) -> bool:
@@ -144,7 +164,9 @@ class Head:
         return out if self.bias is None else out.add_(self.bias)
 
     def forward(self, logits: Tensor, labels: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return self.engine.vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
+        if self.shard is not None:
+            return self.shard.forward(self.engine, logits[None], labels, entropy=entropy, **self.transform)
+        return self.engine("vocabulary").vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
 
     def shown(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logits, once the caller's function has seen them."""
@@ -155,7 +177,7 @@ class Head:
         return logits
 
     def backward(self, logits, labels, logps, lse, coef, out, entropies=None, entropy_coef=None, upstream=None) -> None:
-        self.engine.vocabulary_backward(
+        self.engine("vocabulary").vocabulary_backward(
             logits[None], labels, logps, lse, coef, entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
             out=out[None], **self.transform,
         )  # fmt: skip
@@ -170,7 +192,7 @@ class Chunks(NamedTuple):
     @staticmethod
     def plan(head: Head, rows: int, largest: int, keeps_dlogits: bool) -> Chunks:
         """For ``rows`` rows in all, some ``largest`` of which would like to share a chunk of logits."""
-        options, V = head.options, head.V
+        options, V = head.options, head.widest
         per_logit, per_dlogit = options.logits_dtype.itemsize * V, options.compute_dtype.itemsize * V
         budget = options.workspace_bytes
         most = Chunks.capacity(options, V)
@@ -190,7 +212,7 @@ class Chunks(NamedTuple):
     def capacity(options: Options, V: int) -> int:
         """Rows whose logits and dlogits fit the workspace together."""
         logit, dlogit = options.logits_dtype, options.compute_dtype
-        return options.workspace_bytes // (V * (logit.itemsize + (0 if logit == dlogit else dlogit.itemsize)))
+        return options.workspace_bytes // (max(V, 1) * (logit.itemsize + (0 if logit == dlogit else dlogit.itemsize)))
 
 
 class Gradients:
@@ -249,8 +271,16 @@ class Gradients:
         self.waiting, self.filled = [], 0
 
     def finish(self) -> list[Tensor]:
-        """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none."""
+        """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none.
+
+        Those of hidden states, of which each rank has a part, are summed while the GEMMs over tokens run.
+        """
+        options, sums = self.head.options, []
+        if options.group and options.reduce_dhidden:
+            sums = [distributed.start_sum(x, options.group) for x in (self.dhidden, self.dlora_hidden) if x is not None]
         self._flush()
+        for wait in sums:
+            wait()
         del self.buffer
         gradients = [
             self.dhidden, self.dweight and self.dweight.finish(), self.dbias, self.dlora_hidden,

@@ -7,14 +7,54 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, distributed
 from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves
+from .token_logps import shard_of
 
 
-def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int) -> None:
+def local_leaves(
+    op: str, leaves: Leaves, weight_grad: Tensor | None, process_group: object, reduce_dhidden: object
+) -> tuple[Leaves, object, bool]:
+    """Leaves without DTensors, the process group they bring or was given, and whether gradients of hidden are to be summed."""
+    if not isinstance(reduce_dhidden, bool):
+        raise TypeError(f"{op}: `reduce_dhidden` must be a bool, got {reduce_dhidden!r}")
+    if not any(map(distributed.is_dtensor, leaves)):
+        return leaves, process_group, reduce_dhidden
+    hidden, lora_hidden = leaves.hidden, leaves.lora_hidden
+    checks.check_tensor(op, "hidden", hidden)
+    if distributed.is_dtensor(lora_hidden) != distributed.is_dtensor(hidden) and lora_hidden is not None:
+        raise TypeError(
+            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got {type(lora_hidden).__name__}"
+        )
+    if distributed.is_dtensor(hidden):
+        if lora_hidden is not None:
+            lora_hidden, _ = distributed.local_hidden(op, "lora_hidden", lora_hidden, process_group)
+        hidden, process_group = distributed.local_hidden(op, "hidden", hidden, process_group)
+        reduce_dhidden = False  # DTensor does
+    if distributed.is_dtensor(leaves.weight) and weight_grad is not None:
+        raise ValueError(f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this rank's alone")
+    local = {
+        name: distributed.local_parameter(op, name, getattr(leaves, name), process_group, compute_dtype(hidden))
+        for name in ("weight", "bias", "lora_weight")
+    }
+    return Leaves(hidden=hidden, lora_hidden=lora_hidden, **local), process_group, reduce_dhidden
+
+
+def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
+    if on_logits is not None and process_group is not None:
+        raise ValueError(f"{op}: `on_logits` is for whole rows of logits, but with `process_group` no rank has them; pass None")
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the GEMMs' inputs."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_shard: bool = False) -> None:
     """A linear head with its low-rank term, whose dtypes are free: adapters often stay in fp32 beside a 16-bit model."""
     hidden, weight, bias, lora_hidden, lora_weight = leaves
-    check_linear(op, hidden, weight, bias, labels, ignore_index)
+    check_linear(op, hidden, weight, bias, labels, ignore_index, is_shard=is_shard)
     for name, x, other in (("lora_hidden", lora_hidden, lora_weight), ("lora_weight", lora_weight, lora_hidden)):
         if x is None and other is not None:
             raise ValueError(f"{op}: `{name}` is missing: the low-rank term is lora_hidden lora_weight^T; got the other alone")
@@ -53,13 +93,13 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
         raise ValueError(f"{op}: `weight_grad` takes in the gradient of `weight`, which requires none; pass None")
 
 
-def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias")) -> None:
-    """Shapes, dtypes and devices of a linear head; dtypes may differ under autocast alone."""
+def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias"), is_shard=False) -> None:
+    """Shapes, dtypes and devices of a linear head, or a shard of one; dtypes may differ under autocast alone."""
     h, w, b = names
     for name, x in ((h, hidden), (w, weight)):
         checks.check_tensor(op, name, x)
         checks.check_float(op, name, x)
-    if weight.dim() != 2 or not weight.shape[0]:
+    if weight.dim() != 2 or not (weight.shape[0] or is_shard):
         raise ValueError(f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got {checks.shape_of(weight)}")
     if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
         hint = f"; did you mean `{w}.t()`?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
@@ -83,13 +123,12 @@ def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logi
     """The fields of :class:`Options`, in types that an operator takes."""
     checks.check_transform(op, temperature, logit_scale, softcap)
     checks.check_backend(op, backend)
-    kind = hidden.device.type
-    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    compute = compute_dtype(hidden)
     logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
     if logits_dtype not in (torch.float32, compute):
         raise ValueError(f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got {logits_dtype}")
     if workspace_bytes is None:
-        workspace_bytes = CPU_WORKSPACE if kind == "cpu" else GPU_WORKSPACE
+        workspace_bytes = CPU_WORKSPACE if hidden.device.type == "cpu" else GPU_WORKSPACE
     elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
     elif workspace_bytes <= 0:
@@ -97,6 +136,13 @@ def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logi
     return (
         float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
     )  # fmt: skip
+
+
+def shard_of_head(op, options, hidden, weight, labels, check, **facts) -> distributed.Shard | None:
+    """See :func:`shard_of`."""
+    facts["the shape of `hidden`"] = tuple(hidden.shape)
+    facts |= {name: str(x) for name, x in options._asdict().items() if name not in ("backend", "group", "ignore_index")}
+    return shard_of(op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts)
 
 
 def check_count(op: str, count: object, total: int) -> None:
@@ -118,7 +164,9 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
     return list(counts)
 
 
-def check_live_reference(op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias):
+def check_live_reference(
+    op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias, is_shard
+):  # fmt: skip
     """(ref_hidden, ref_weight, ref_bias), the head filled in from the policy's."""
     if ref_hidden is None:
         for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
@@ -131,7 +179,7 @@ def check_live_reference(op, objective, hidden, weight, bias, labels, ignore_ind
         raise ValueError(f"{op}: `ref_hidden` is one reference, got an objective with reference={objective.reference!r}")
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, ("ref_hidden", "ref_weight", "ref_bias"))
+    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, ("ref_hidden", "ref_weight", "ref_bias"), is_shard)
     checks.check_constant(op, "ref_hidden", ref_hidden)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")

@@ -6,17 +6,28 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import checks
+from .. import checks, distributed
 from ..objectives import RPOObjective
 from .group_plan import forward_op, gradient_scale, with_gradients
 from .head import Leaves, OnLogits, shown_to
-from .linear_checks import check_counts, check_leaves, check_live_reference, check_weight_grad, options_of
+from .linear_checks import (
+    check_counts,
+    check_leaves,
+    check_live_reference,
+    check_on_logits,
+    check_weight_grad,
+    compute_dtype,
+    local_leaves,
+    options_of,
+)
 from .linear_token_logps import linear_token_logps
 from .output import RPOOutput
 from .preference import Segments, output, preference_loss, prepare, sequence_logps
 
 
+@distributed.agreeing
 def linear_rpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -46,6 +57,8 @@ def linear_rpo_loss(
     workspace_bytes: int | None = None,
     counts: Sequence[int] | None = None,
     on_logits: OnLogits = None,
+    process_group: ProcessGroup | None = None,
+    reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> RPOOutput:
     """RPO loss of groups of responses, from hidden states: :func:`rpo_loss` of a linear head without the logits.
@@ -77,6 +90,8 @@ def linear_rpo_loss(
         logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
         counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
             a GPU one remains). Wrong counts give a NaN loss.
+        process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias sharded alike. The ranks hold the
+            same batch and return the same loss.
 
     Returns:
         :class:`RPOOutput`; float32. Gradients flow to hidden, weight, bias, lora_hidden and lora_weight; sums over chunks are
@@ -88,14 +103,20 @@ def linear_rpo_loss(
     op = "linear_rpo_loss"
     checks.check_objective(op, objective)
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
-    check_leaves(op, leaves, labels, ignore_index)
+    leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+    check_on_logits(op, on_logits, process_group)
+    hidden, weight, bias, *_ = leaves
+    ref_hidden, ref_weight, ref_bias = _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group)
+    group = distributed.group_name(op, process_group)
+    check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
     check_weight_grad(op, weight_grad, weight)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
     S = Segments.of(op, "labels", labels, cu_seqlens).sequences
     counts = check_counts(op, counts, S)
     live_reference = check_live_reference(
-        op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias
-    )
+        op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias,
+        bool(group),
+    )  # fmt: skip
     placeholder = hidden.new_zeros(S, dtype=torch.float32) if ref_hidden is not None else ref_logps
     inputs = prepare(op, objective, hidden.device, S, [(S,), tuple(labels.shape)], rewards, placeholder, ref_weights, cu_seqlens,
                      group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
@@ -103,19 +124,31 @@ def linear_rpo_loss(
         return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
                          cu_seqlens, counts, weight_grad, on_logits, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-                             logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend))  # fmt: skip
+                             logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
+                             reduce_dhidden=reduce_dhidden, backend=backend))  # fmt: skip
     if ref_weight is None and ref_bias is None:  # the policy's head serves both
         live_reference = (live_reference[0], None, None)
     needs = leaves.needs()
     with shown_to(op, on_logits):
         loss, losses, by_sequence, lengths, *gradients = forward_op(
             *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs,
-            counts, needs, *options[:-1],
+            counts, needs, *options[:-1], group, reduce_dhidden,
         )  # fmt: skip
     if any(needs):
         scale = gradient_scale(objective, losses.shape[0], options[4])
         loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, scale, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
+
+
+@torch.no_grad()
+def _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group) -> tuple:
+    """The reference's tensors without DTensors."""
+    if distributed.is_dtensor(ref_hidden):
+        ref_hidden, _ = distributed.local_hidden(op, "ref_hidden", ref_hidden, None)
+    named = {"ref_weight": ref_weight, "ref_bias": ref_bias}
+    return ref_hidden, *(
+        distributed.local_parameter(op, name, x, process_group, compute_dtype(hidden)) for name, x in named.items()
+    )
 
 
 def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens, counts,

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import checks
+from .. import distributed
 from .autograd import once_differentiable
 from .head import Chunks, Gradients, Head, Leaves, OnLogits, Options, Scored, empty_gradients, shown_to
-from .linear_checks import check_count, check_leaves, check_weight_grad, options_of
+from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of, shard_of_head
 
 
+@distributed.agreeing
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -30,6 +32,8 @@ def linear_token_logps(
     workspace_bytes: int | None = None,
     count: int | None = None,
     on_logits: OnLogits = None,
+    process_group: ProcessGroup | None = None,
+    reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label under a linear head: :func:`token_logps` without the logits.
@@ -41,7 +45,8 @@ def linear_token_logps(
 
     Args:
         hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
-        weight: ``[V, H]``, the lm_head; tied weights are fine.
+        weight: ``[V, H]``, the lm_head; tied weights are fine. A DTensor (FSDP2, of any layout) is gathered in hidden's dtype, and
+            its gradient is the mean over the ranks of its mesh, reduced once, in fp32; bias and lora_weight likewise.
         labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part in no GEMM.
         bias: ``[V]`` or None.
         lora_hidden, lora_weight: ``[..., r]`` and ``[V, r]``, or None: a low-rank term of the head. For LoRA on the lm_head these
@@ -56,6 +61,13 @@ def linear_token_logps(
         on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
             rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
             whole row, such as accuracies, at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
+        process_group: ranks that hold the vocabulary together: weight, bias and lora_weight are this rank's rows ``[V_r, ...]``
+            (in rank order; any number; a DTensor sharded in dimension 0 over the group will do), all else is the same on all
+            ranks. See :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the sequence, bring
+            their group, and get a gradient laid out as they are.
+        reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its dtype. False leaves each rank
+            its part, for layers that sum it themselves: Megatron's column-parallel ones, or an all-gather along the sequence,
+            whose backward is a reduce-scatter.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
@@ -65,9 +77,11 @@ def linear_token_logps(
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, on_logits,
-                False, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)[0]  # fmt: skip
+                False, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, process_group,
+                reduce_dhidden, backend)[0]  # fmt: skip
 
 
+@distributed.agreeing
 def linear_token_logps_and_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -85,6 +99,8 @@ def linear_token_logps_and_entropy(
     workspace_bytes: int | None = None,
     count: int | None = None,
     on_logits: OnLogits = None,
+    process_group: ProcessGroup | None = None,
+    reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass; both differentiable.
@@ -93,14 +109,18 @@ def linear_token_logps_and_entropy(
     """
     return _run("linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad,
                 count, on_logits, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes,
-                backend)  # fmt: skip
+                process_group, reduce_dhidden, backend)  # fmt: skip
 
 
 def _run(op, leaves, labels, weight_grad, count, on_logits, entropy, temperature, logit_scale, softcap, ignore_index,
-         logits_dtype, workspace_bytes, backend):  # fmt: skip
+         logits_dtype, workspace_bytes, process_group, reduce_dhidden, backend):  # fmt: skip
+    leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+    check_on_logits(op, on_logits, process_group)
     hidden, weight, *_ = leaves
-    check_leaves(op, leaves, labels, ignore_index)
+    group = distributed.group_name(op, process_group)
+    check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
+    options = (*options, group, reduce_dhidden)
     check_count(op, count, labels.numel())
     check_weight_grad(op, weight_grad, weight)
     keep = _what_to_keep(labels.numel(), weight.shape[0], leaves.needs(), entropy, Options(*options))
@@ -152,12 +172,17 @@ def _forward_op(
     logits_dtype: torch.dtype,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    group: str = "",
+    reduce_dhidden: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "linear_token_logps"
-    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
-    checks.check_label_values(op, labels, weight.shape[0], ignore_index)
-    head = Head(op, weight, bias, options, lora_weight)
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
+                      group, reduce_dhidden)  # fmt: skip
+    facts = {"entropy": entropy, "`count`": count, "gradients": keep == "unit gradients"}
+    shard = shard_of_head(op, options, hidden, weight, labels, lambda: None, **facts)
+    head = Head(op, weight, bias, options, lora_weight, shard)
     rows, valid = scored_rows(op, hidden, labels, options, count, lora_hidden)
+    rows = head.labelled(rows)
     n, N = rows.size, labels.numel()
     logps, lse, entropies = _outputs(hidden, n, n if entropy else 0)
     chunks = Chunks.plan(head, n, 0, keeps_dlogits=False)
@@ -186,7 +211,8 @@ def _forward_op(
         kept = unit.finish()[0].view(N, -1)
     if valid is not None:
         logps, entropies = logps * valid, entropies * valid
-    return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept)
+    return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept,
+            labels.new_empty(0) if shard is None else shard.labels(labels, ignore_index))  # fmt: skip
 
 
 def _outputs(like: Tensor, n: int, entropies: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +234,7 @@ def _pad(x: Tensor, N: int) -> Tensor:
 
 @_forward_op.register_fake
 def _(hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, count, entropy, keep, t, s, c, i, compute_dtype,
-      logits_dtype, w, b):  # fmt: skip
+      logits_dtype, w, b, group="", reduce_dhidden=True):  # fmt: skip
     logps = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
     entropies = logps.new_empty(labels.shape if entropy else (0,))
     N, V = labels.numel(), weight.shape[0]
@@ -216,21 +242,23 @@ def _(hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, count
         kept = torch.empty((N, -(-V // 16) * 16), dtype=logits_dtype, device=hidden.device)[:, :V]
     else:
         kept = hidden.new_empty((N, hidden.shape[-1]) if keep == "unit gradients" else (0,))
-    return logps, entropies, logps.new_empty(2, N), kept
+    return logps, entropies, logps.new_empty(2, N), kept, labels.new_empty(N if group else 0)
 
 
 def _setup_context(ctx, inputs, output):
     *leaves, labels, ctx.weight_grad, ctx.count, ctx.entropy, ctx.keep = inputs[:10]
-    ctx.options = inputs[10:]
-    logps, entropies, lse, kept = output
+    ctx.options = list(inputs[10:])
+    logps, entropies, lse, kept, local_labels = output
+    if Options(*ctx.options).group:
+        labels, ctx.options[Options._fields.index("ignore_index")] = local_labels.view(labels.shape), distributed.IGNORED
     ctx.save_for_backward(*leaves, labels, logps, lse, entropies if ctx.entropy else None, kept)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, kept)
+    ctx.mark_non_differentiable(lse, kept, local_labels)
 
 
 def _backward(ctx, dlogps, dentropies, *_):
     *leaves, labels, logps, lse, entropies, kept = ctx.saved_tensors
-    none = (None,) * 13
+    none = (None,) * 15
     dentropies = dentropies if ctx.entropy else None
     if dlogps is None and dentropies is None:
         return (*(None,) * 5, *none)
@@ -275,9 +303,12 @@ def _backward_op(
     logits_dtype: torch.dtype,
     workspace_bytes: int,
     backend: str,
+    group: str = "",
+    reduce_dhidden: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the leaves from dL/dlogps, over logits that were kept, or are computed again."""
-    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend)
+    options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
+                      group, reduce_dhidden)  # fmt: skip
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     head = Head("linear_token_logps", weight, bias, options, lora_weight)
     rows = Scored.of(hidden, labels, options, count, lora_hidden)

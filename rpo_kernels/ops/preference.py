@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import checks
+from .. import checks, distributed
 from ..backend import engine
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
+from .gather import gather
 from .output import RPOOutput
 
 
@@ -76,6 +78,7 @@ def preference_loss(
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
+@distributed.agreeing
 def sequence_logps(
     token_logps: Tensor,
     *,
@@ -83,6 +86,7 @@ def sequence_logps(
     average: bool = False,
     labels: Tensor | None = None,
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probabilities of sequences: l_i = sum_t m_it lp_it, or that over n_i = sum_t m_it.
 
@@ -92,11 +96,15 @@ def sequence_logps(
         average: divide by the number of scored tokens (at least 1), which needs labels.
         labels: same shape; positions that hold ignore_index do not count, whatever token_logps holds there.
         ignore_index: see labels.
+        process_group: ranks that hold parts of the same sequences (context parallelism): sums run over the tokens of all. Each
+            rank passes its own tokens of every sequence, perhaps none, and gets the same sums.
 
     Returns:
-        float32 ``[S]``, in nats; summed in float64. Differentiable.
+        float32 ``[S]``, in nats; summed in float64. Differentiable. With a process group each rank is to compute the same loss
+        from the sums; its tokens then get the gradient of that one loss, so gradients of parameters are sums over the ranks.
     """
     op = "sequence_logps"
+    distributed.group_name(op, process_group)
     checks.check_tensor(op, "token_logps", token_logps)
     checks.check_float(op, "token_logps", token_logps)
     if labels is not None:
@@ -108,10 +116,12 @@ def sequence_logps(
     if labels is not None:
         x = torch.where(labels != ignore_index, x, 0)
     segments = Segments.of(op, "token_logps", token_logps, cu_seqlens)
-    total = segments.sum(x)
+    sums = segments.sum(x)[None]
     if average:
-        total = total / segments.sum((labels != ignore_index).double()).clamp(min=1)
-    return total.float()
+        sums = torch.cat([sums, segments.sum((labels != ignore_index).double())[None]])
+    if process_group is not None:
+        sums = gather(op, sums, process_group).sum(0)
+    return (sums[0] / sums[1].clamp(min=1) if average else sums[0]).float()
 
 
 class Segments:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from .. import checks
+from .. import checks, distributed
 from ..backend import engine
 from .autograd import once_differentiable
 
 
+@distributed.agreeing
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -21,6 +25,7 @@ def token_logps(
     softcap: float | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probability of each label under its row of logits.
@@ -30,7 +35,8 @@ def token_logps(
         dL/dx_t = dL/dlp_t (onehot(y_t) - softmax(z_t)) dz/dx
 
     Args:
-        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous.
+        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous. A DTensor
+            that is sharded in the last dimension brings its process group.
         labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that position t predicts
             (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a GPU its log-probability is NaN.
         temperature: divides the logits, > 0.
@@ -40,6 +46,9 @@ def token_logps(
             gradient 0.
         inplace_backward: write the gradient over the logits. No other operation may need them then; autograd raises if one
             does, and on a second backward. Under ``torch.compile`` the graph's own memory planning decides.
+        process_group: ranks that hold the vocabulary together: logits are this rank's columns ``[..., V_r]`` (in rank order; any
+            widths), labels count over all columns and are the same on all ranks. Results agree bit for bit on all of them; each
+            gets the gradient of its own columns. A rank that raises makes all raise. See :mod:`rpo_kernels.distributed`.
         backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -50,10 +59,11 @@ def token_logps(
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     logps, _ = _token_logps("token_logps", logits, labels, temperature, logit_scale, softcap, ignore_index,
-                            inplace_backward, False, backend)  # fmt: skip
+                            inplace_backward, False, process_group, backend)  # fmt: skip
     return logps
 
 
+@distributed.agreeing
 def token_logps_and_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -63,6 +73,7 @@ def token_logps_and_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logps` and the entropy of each row, from the same pass; both differentiable.
@@ -72,16 +83,21 @@ def token_logps_and_entropy(
     Arguments and errors as there.
     """
     return _token_logps("token_logps_and_entropy", logits, labels, temperature, logit_scale, softcap, ignore_index,
-                        inplace_backward, True, backend)  # fmt: skip
+                        inplace_backward, True, process_group, backend)  # fmt: skip
 
 
-def _token_logps(op, logits, labels, temperature, logit_scale, softcap, ignore_index, inplace, entropy, backend):
-    checks.check_logits(op, logits, labels, ignore_index, inplace)
+def _token_logps(
+    op, logits, labels, temperature, logit_scale, softcap, ignore_index, inplace, entropy, process_group, backend
+):  # fmt: skip
+    logits, process_group = distributed.local_logits(op, logits, process_group)
+    group = distributed.group_name(op, process_group)
+    checks.check_logits(op, logits, labels, ignore_index, inplace, is_shard=bool(group))
     checks.check_transform(op, temperature, logit_scale, softcap)
     checks.check_backend(op, backend)
-    logps, _, entropies = _forward_op(
-        logits, labels, float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, entropy, inplace, backend
-    )
+    logps, _, entropies, _ = _forward_op(
+        logits, labels, float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, entropy, inplace, backend,
+        group,
+    )  # fmt: skip
     return logps, entropies
 
 
@@ -98,16 +114,39 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
         ) from None
 
 
+def shard_of(
+    op: str, group: str, columns: int, labels: Tensor, ignore_index: int, check: Callable[[], None], **facts: object
+) -> distributed.Shard | None:
+    """This rank's shard of the vocabulary, all ranks of the group agreeing; labels checked against all of its columns."""
+    if group:
+        facts["the number of `labels`"] = labels.numel()
+        facts["`ignore_index`"] = ignore_index
+        facts["the values of `labels` (their checksum)"] = distributed.digest(labels)
+    shard = distributed.agree(op, group, columns, facts, check)
+    checks.check_label_values(op, labels, columns if shard is None else shard.vocabulary, ignore_index)
+    return shard
+
+
 def vocabulary_forward(
-    op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine."""
-    checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
-    rows = rows_of(op, logits)
-    return engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
-        rows, labels.reshape(-1), temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        ignore_index=ignore_index, entropy=entropy,
-    )  # fmt: skip
+    op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group, check=lambda: None, **facts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine; and labels that count from this
+    rank's first column, none without a group."""
+    transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+
+    def check_all():
+        rows_of(op, logits)
+        check()
+
+    shard = shard_of(op, group, logits.shape[-1], labels, ignore_index, check_all, **transform, entropy=entropy, **facts)
+    rows, choose = rows_of(op, logits), functools.partial(engine, op, backend, logits.device)
+    if shard is None:
+        results = choose("vocabulary").vocabulary_forward(
+            rows, labels.reshape(-1), ignore_index=ignore_index, entropy=entropy, **transform
+        )
+        return (*results, labels.new_empty(0))
+    local = shard.labels(labels, ignore_index)
+    return (*shard.forward(choose, rows, local, entropy=entropy, **transform), local)
 
 
 @torch.library.custom_op("rpo_kernels::token_logps", mutates_args=())
@@ -121,40 +160,43 @@ def _forward_op(
     entropy: bool,
     inplace: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "token_logps_and_entropy" if entropy else "token_logps"
-    logps, lse, entropies = vocabulary_forward(
-        op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend
+    logps, lse, entropies, local_labels = vocabulary_forward(
+        op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group
     )
-    return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,))
+    return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,)), local_labels
 
 
 @_forward_op.register_fake
-def _(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, inplace, backend):
+def _(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, inplace, backend, group=""):
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     lse = logps.new_empty(2, labels.numel())
-    return logps, lse, logps.new_empty(labels.shape if entropy else (0,))
+    return logps, lse, logps.new_empty(labels.shape if entropy else (0,)), labels.new_empty(labels.numel() if group else 0)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, *ctx.options, ctx.entropy, ctx.inplace, ctx.backend = inputs
-    logps, lse, entropies = output
+    logits, labels, *ctx.options, ctx.entropy, ctx.inplace, ctx.backend, group = inputs
+    logps, lse, entropies, local_labels = output
+    if group:
+        labels, ctx.options[-1] = local_labels, distributed.IGNORED
     ctx.save_for_backward(logits, labels, logps, lse, entropies if ctx.entropy else None)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse)
+    ctx.mark_non_differentiable(lse, local_labels)
 
 
-def _backward(ctx, dlogps, _, dentropies):
+def _backward(ctx, dlogps, _, dentropies, __):
     logits, labels, logps, lse, entropies = ctx.saved_tensors
     if dlogps is None and dentropies is None:
-        return (None,) * 9
+        return (None,) * 10
     coef = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
     dentropies = dentropies.contiguous() if dentropies is not None and ctx.entropy else None
     dlogits = dlogits_of(
         ctx.inplace, logits, labels, logps, lse, coef, None, entropies if dentropies is not None else None, dentropies,
         *ctx.options, ctx.backend,
     )  # fmt: skip
-    return (dlogits, *(None,) * 8)
+    return (dlogits, *(None,) * 9)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -26,36 +26,91 @@ def vocabulary_forward(
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log p(label) ``[N]``, logsumexp ``[2, N]`` as peak + rest, and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
-    V, N, device = logits.shape[2], labels.numel(), logits.device
+    N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros(N if entropy else 0, dtype=torch.float32, device=device)
+    for rows, z_label, peak, others, h_others in _read(
+        logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, torch.nan
+    ):
+        logps[rows], lse[0, rows], lse[1, rows], h = row_results(peak, others, z_label, h_others)
+        if entropy:
+            entropies[rows] = h
+    return logps, lse, entropies
+
+
+def shard_statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+) -> torch.Tensor:
+    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
+
+    The label's z (-inf for label -1, which lies on another shard); of the other columns the maximum of z, the sum of
+    exp(z - maximum), and if asked the entropy.
+    """
+    statistics = torch.zeros((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
+    if not logits.shape[2]:
+        statistics[:2] = -torch.inf
+        statistics[0].masked_fill_((labels != -1) & (labels != ignore_index), torch.nan)
+        return statistics
+    for rows, z_label, peak, others, h_others in _read(
+        logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, -torch.inf
+    ):
+        statistics[0, rows], statistics[1, rows] = z_label, peak
+        statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
+        if entropy:
+            statistics[3, rows] = h_others.float()
+    return statistics
+
+
+def _read(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, elsewhere) -> Iterator[tuple]:
+    """Scored rows chunk by chunk: indices, z of the label, and of the other columns maximum, logsumexp and entropy."""
+    V = logits.shape[2]
     scratch = _scratch(logits, 2 if entropy else 1)
     for rows, chunk in _chunks(logits, labels != ignore_index):
         z = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
         label = labels[rows]
         inside = (label >= 0) & (label < V)
-        label = torch.where(inside, label, 0)[:, None].long()
-        z_label = torch.where(inside, z.gather(1, label)[:, 0], torch.nan)
+        column = torch.where(inside, label, 0)[:, None].long()
+        z_label = z.gather(1, column)
         # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
-        z.scatter_(1, label, -torch.inf)
+        z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
+        z_label = torch.where(inside, z_label[:, 0], torch.where(label == -1, elsewhere, torch.nan))
         blocks, block_lse = _log_softmax_blocks(z)
         others = torch.logsumexp(block_lse, 1)
-        odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
-        logp = -_softplus(odds)
-        logps[rows] = logp.float()
-        peak = torch.maximum(z_label, block_lse.amax(1).float())
-        lse[0, rows] = peak
-        lse[1, rows] = (torch.logaddexp(others, z_label.double()) - peak).float()
+        h_others = None
         if entropy:
-            share = (block_lse - others[:, None]).exp()
             p = torch.softmax(blocks, 2, out=_blocks(scratch[1, : len(rows)]))
-            h = -p.mul_(blocks.clamp_(min=_FLOOR)).sum(2, dtype=torch.float64)
-            h_others = torch.where(share == 0, 0, share * (h - block_lse + others[:, None])).sum(1)
-            h_label = torch.where(logp == -torch.inf, 0, -logp.exp() * logp)
-            p_not = -torch.expm1(logp)
-            entropies[rows] = (h_label + torch.where(p_not == 0, 0, p_not * (h_others + _softplus(-odds)))).float()
-    return logps, lse, entropies
+            h_others = entropy_of_parts(-p.mul_(blocks.clamp_(min=_FLOOR)).sum(2, dtype=torch.float64), block_lse, others)
+        yield rows, z_label, block_lse.amax(1).float(), others, h_others
+
+
+def row_results(
+    peak: torch.Tensor, others: torch.Tensor, z_label: torch.Tensor, h_others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(log p, peak, rest, entropy) of rows from the label's z and the other columns' maximum, logsumexp and entropy."""
+    odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
+    logp = -_softplus(odds)
+    peak = torch.maximum(z_label, peak)
+    rest = torch.logaddexp(others, z_label.double()) - peak
+    if h_others is None:
+        return logp.float(), peak, rest.float(), None
+    h_label = torch.where(logp == -torch.inf, 0, -logp.exp() * logp)
+    p_not = -torch.expm1(logp)
+    entropy = h_label + torch.where(p_not == 0, 0, p_not * (h_others + _softplus(-odds)))
+    return logp.float(), peak, rest.float(), entropy.float()
+
+
+def entropy_of_parts(h: torch.Tensor, lse: torch.Tensor, lse_of_all: torch.Tensor) -> torch.Tensor:
+    """Entropy ``[N]`` of columns in parts, from the parts' entropies and logsumexps ``[N, parts]``."""
+    share = (lse - lse_of_all[:, None]).exp()
+    return torch.where(share == 0, 0, share * (h - lse + lse_of_all[:, None])).sum(1)
 
 
 def vocabulary_backward(
@@ -75,6 +130,8 @@ def vocabulary_backward(
     out: torch.Tensor,
 ) -> None:
     """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    if not logits.shape[2]:
+        return
     if upstream is not None:
         coef = coef * upstream
     alive = (labels != ignore_index) & (coef != 0)
@@ -91,7 +148,8 @@ def vocabulary_backward(
     for rows, chunk in _chunks(logits, alive):
         z = _transform(chunk, scratch[0, : len(rows)], temperature, logit_scale, softcap)
         slope = (1 - (z * (temperature / softcap)) ** 2).mul_(chain) if softcap > 0 else None
-        label = labels[rows].clamp(0, logits.shape[2] - 1)[:, None].long()
+        label, V = labels[rows][:, None], logits.shape[2]
+        column = label.clamp(0, V - 1).long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
         factor = c if slope is not None else c * chain
         total = lse[0, rows, None].double() + lse[1, rows, None]
@@ -109,7 +167,7 @@ def vocabulary_backward(
             at_label -= hc * logp.exp() * (logp.clamp(min=_FLOOR) + h)
         if (dead_blocks := block_lse == -torch.inf).any():
             blocks.masked_fill_(dead_blocks[..., None], 0)
-        z.scatter_(1, label, at_label)
+        z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))  # -1: on another shard
         if slope is not None:
             z.mul_(slope)
         if (target := _view(out, rows)) is not None:

@@ -1,0 +1,152 @@
+"""What the loss head costs on each rank of a tensor-parallel group, on paper: `python benchmarks/scaling.py` writes scaling.md.
+
+Nothing here is measured. Formulas over the rates below; sizes of chunks come from the plan that the library would make.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tabulate import tabulate
+
+from rpo_kernels.ops.head import GPU_WORKSPACE, Chunks, Options
+
+ROOT = Path(__file__).parent.parent
+GEMM = 798e12  # flop/s, bf16
+MEMORY = 3.0e12  # bytes/s of a copy
+LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}  # bytes/s, each way, per GPU
+LATENCY = 20e-6  # s of a small all-gather
+NAIVE = 30  # bytes per logit of fp32 log_softmax and gather, forward and backward
+
+MODELS = {"8B": 4096, "70B": 8192, "405B": 16384}  # hidden size H
+VOCABULARY, LARGE_VOCABULARY = 128_256, 262_144
+TOKENS = (32_768, 131_072)  # scored
+DEGREES = (1, 2, 4, 8)
+
+
+def plan(N: int, V: int, trainable: bool = True) -> Chunks:
+    """Rows of logits at a time, and rows of dlogits that wait for one GEMM, of a bf16 head with fp32 logits."""
+    options = Options(1.0, 1.0, 0.0, -100, torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
+    head = SimpleNamespace(op="", options=options, widest=V, in_place=False, weight=SimpleNamespace(is_cuda=True))
+    return Chunks.plan(head, N, 0, trainable)
+
+
+def cost(N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainable: bool = True) -> dict[str, float]:
+    """Seconds and bytes on one rank: forward and backward of ``linear_rpo_loss`` over N scored tokens."""
+    columns = -(-V // tp)
+    chunks = plan(N, columns, trainable)
+    gathers = -(-N // chunks.logits)
+    flushes = -(-N // chunks.waiting) if trainable else 0
+    gemms = (3 if trainable else 2) * 2 * N * H * columns / GEMM
+    # fp32 logits are read forward and backward, bf16 dlogits written; from the second flush on dweight is summed in fp32
+    rows = (4 + 4 + 2) * N * columns / MEMORY
+    sums = (8 * flushes + 2) * H * columns / MEMORY if flushes > 1 else 0.0
+    statistics = gathers * LATENCY + 3 * 4 * N * (tp - 1) / link if tp > 1 else 0.0
+    dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # a ring's all-reduce, bf16
+    last = N - (flushes - 1) * chunks.waiting if trainable else 0  # rows of the last dweight GEMM, beside which it runs
+    hidden_by = gemms / 3 * last / N
+    weights = columns * H * (2 + (2 if trainable else 0) + (4 if flushes > 1 else 0))  # bf16 weight and gradient, fp32 sum
+    return {
+        "gemms": gemms, "rows": rows, "sums": sums, "statistics": statistics, "dhidden": dhidden,
+        "time": gemms + rows + sums + statistics + max(0.0, dhidden - hidden_by),
+        "weights": weights, "hidden": 2 * 2 * N * H,
+        "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
+        "naive": NAIVE * N * columns, "gathers": gathers, "flushes": flushes,
+    }  # fmt: skip
+
+
+def crossing(V: int, link: float, gemms: int) -> float:
+    """Degree at which the dhidden all-reduce takes as long as the GEMMs: 4 N H (tp-1)/tp / link = gemms 2 N H V / (tp GEMM)."""
+    return 1 + gemms * V * link / (2 * GEMM)
+
+
+def latency_crossing(H: int, V: int, gemms: int) -> float:
+    """Degree at which gathering the statistics of a chunk takes as long as its GEMMs, for chunks of narrow shards."""
+    return gemms * 2 * plan(1 << 20, 1).logits * H * V / (GEMM * LATENCY)
+
+
+def table(V: int) -> str:
+    rows = []
+    for model, H in MODELS.items():
+        for N in TOKENS:
+            for tp in DEGREES:
+                c = cost(N, H, V, tp)
+                rows.append([
+                    model, f"{N // 1024}k", tp,
+                    *(f"{1e3 * c[x]:.1f}" for x in ("gemms", "rows", "sums", "statistics", "dhidden", "time")),
+                    *(f"{c[x] / 2**30:.2f}" for x in ("weights", "hidden", "workspace")), f"{c['naive'] / 2**30:.0f}",
+                ])  # fmt: skip
+    headers = ["model", "tokens", "TP", "GEMMs ms", "row passes ms", "dweight sums ms", "statistics ms", "dhidden ms", "in all ms",
+               "weight + gradient GiB", "hidden + gradient GiB", "workspace GiB", "naive logits GiB"]  # fmt: skip
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def page() -> str:
+    crossings = tabulate(
+        [
+            [f"{V:,}", name, *(f"{crossing(V, link, gemms):.0f}" for gemms in (3, 2))]
+            for V in (VOCABULARY, LARGE_VOCABULARY) for name, link in LINKS.items()
+        ],
+        ["vocabulary", "link", "TP, trainable head (3 GEMMs)", "TP, frozen head (2 GEMMs)"],
+        tablefmt="github", disable_numparse=True,
+    )  # fmt: skip
+    latencies = ", ".join(f"{latency_crossing(H, VOCABULARY, 3):.0f} for {model}" for model, H in MODELS.items())
+    small, large = (cost(TOKENS[0], MODELS["8B"], V, 1) for V in (VOCABULARY, LARGE_VOCABULARY))
+    eighth = cost(TOKENS[0], MODELS["8B"], LARGE_VOCABULARY, 8)
+    return f"""# The loss head on many GPUs, on paper
+
+Written by `python benchmarks/scaling.py`; **nothing on this page is measured**. It follows from these assumptions:
+
+| quantity | assumed | source |
+|---|---|---|
+| bf16 GEMM | {GEMM / 1e12:.0f} TFLOP/s | planning figure for large cuBLAS GEMMs on an H100 SXM (data sheet: 989, dense) |
+| memory copy | {MEMORY / 1e12:.1f} TB/s | planning figure for an H100 SXM (data sheet: 3.35) |
+| NVLink | {LINKS["NVLink"] / 1e9:.0f} GB/s each way per GPU | NVIDIA's data sheet: 900 GB/s both ways; NCCL reaches less |
+| InfiniBand | {LINKS["InfiniBand"] / 1e9:.0f} GB/s each way per GPU | one 400 Gb/s port per GPU, nominal |
+| a small all-gather | {LATENCY * 1e6:.0f} us | a guess, for one node |
+| naive PyTorch | {NAIVE} bytes per logit | fp32 log_softmax and gather, forward and backward |
+
+Models of {", ".join(f"{m} (H = {H:,})" for m, H in MODELS.items())}; bf16 weights and hidden states, fp32 logits, the default
+workspace of {GPU_WORKSPACE >> 30} GiB; all tokens scored; a trainable head. With N tokens, V columns and R ranks, on each rank:
+
+    GEMMs         3 x 2 N H V/R / {GEMM / 1e12:.0f}e12              (2 x with a frozen head, 1 x without gradients)
+    row passes    10 N V/R / {MEMORY / 1e12:.1f}e12                   fp32 logits read twice, bf16 dlogits written once
+    dweight sums  8 H V/R per flush / {MEMORY / 1e12:.1f}e12          where dlogits of all tokens exceed the workspace
+    statistics    one all-gather per chunk of logits, 12 N (R-1) bytes
+    dhidden       4 N H (R-1)/R bytes / link            summed beside the last dweight GEMM: "in all" counts what outlasts it
+    naive logits  {NAIVE} N V/R bytes                       what PyTorch would hold in place of the workspace
+
+"weight + gradient" counts bf16 weight and gradient, and the fp32 sum while there are several flushes.
+
+## V = {VOCABULARY:,}, one node (NVLink)
+
+{table(VOCABULARY)}
+
+## Where communication overtakes the GEMMs
+
+The dhidden all-reduce moves 4 N H (R-1)/R bytes, the GEMMs do 6 N H V/R flop: N and H cancel, and the two take equally long at
+R = 1 + 3 V link / (2 x {GEMM / 1e12:.0f}e12).
+
+{crossings}
+
+So within a node it never does. It runs beside the last GEMM of dweight; a frozen head has none to hide it, and across nodes the
+link binds such a head from {crossing(VOCABULARY, LINKS["InfiniBand"], 2):.0f} ranks on. The statistics cost latency, not bandwidth:
+one gather per chunk of {plan(1 << 20, 1).logits} rows takes as long as the chunk's GEMMs at R = {latencies}.
+Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the bytes of dhidden elsewhere.
+
+## What changes at V = {LARGE_VOCABULARY:,}
+
+{table(LARGE_VOCABULARY)}
+
+GEMMs, row passes and weights grow by V, {LARGE_VOCABULARY / VOCABULARY:.2f} x; statistics and dhidden do not, so that both
+crossings move out by as much. What grows faster is the summing of dweight: a chunk of fp32 logits takes twice the workspace
+and leaves less for the dlogits that wait. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU flushes
+{small["flushes"]:.0f} times at {VOCABULARY:,} columns and {large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}; on eight ranks
+{eighth["flushes"]:.0f} times. On one GPU a larger `workspace_bytes` buys that back.
+"""
+
+
+if __name__ == "__main__":
+    (ROOT / "benchmarks" / "scaling.md").write_text(page())

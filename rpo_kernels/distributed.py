@@ -1,0 +1,244 @@
+"""Work that lies on several ranks of ``torch.distributed``: shards of a vocabulary, sharded parameters, parts of a batch.
+
+Vocabulary-parallel: each rank of a process group holds neighbouring columns of the vocabulary, in rank order and in any number,
+and the same rows. Of its columns it reduces a row to three numbers (four with entropy); one all-gather of those, and each rank
+puts the same numbers together in the same order. So log-probabilities agree bit for bit, and nothing of vocabulary size travels.
+
+Every such call begins with an agreement: the ranks tell each other their shards' widths, what they are about to do, and whether
+their arguments are good. A rank that raises makes all raise. The agreement goes over the group's CPU backend where it has one
+(``init_process_group()`` without a backend makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
+captured no rank may look: the widths of the last agreement stand, so run a step before, as for any capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
+_agreements = 0  # made so far in this process
+_widths: dict[tuple[str, int], list[int]] = {}  # of all ranks' shards, by group and this rank's own, as last agreed
+
+
+class Shard(NamedTuple):
+    """One rank's columns ``[first, first + columns)`` of a vocabulary."""
+
+    group: dist.ProcessGroup
+    first: int
+    columns: int
+    vocabulary: int
+    widest: int  # columns of the largest shard: plans made from it are the same on all ranks
+
+    def labels(self, labels: Tensor, ignore_index: int) -> Tensor:
+        """Flat labels that count from this shard's first column; those of other kinds have the names above."""
+        labels = labels.reshape(-1)
+        local = labels - self.first
+        local = torch.where((local >= 0) & (local < self.columns), local, ELSEWHERE)
+        local = torch.where((labels >= 0) & (labels < self.vocabulary), local, OUTSIDE)
+        return torch.where(labels == ignore_index, IGNORED, local)
+
+    def forward(self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner, columns]`` and shard labels ``[N]``."""
+        options["ignore_index"] = IGNORED
+        statistics = engine("vocabulary").shard_statistics(rows, labels, **options)
+        return engine("shards").combine(gather(statistics, self.group), labels, **options)
+
+
+def start_sum(x: Tensor, name: str) -> Callable[[], object]:
+    """Begin to sum a tensor over the ranks of the named group, in place; what is returned waits for the end."""
+    if not x.numel():
+        return lambda: None
+    return dist.all_reduce(x, group=resolve(name), async_op=True).wait
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, of one shape, ``[R, ...]``."""
+    out = x.new_empty((group.size(), *x.shape))
+    if x.numel():
+        # its name since torch 2.13, and before
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out.view(-1), x.reshape(-1), group=group)
+    return out
+
+
+def group_name(op: str, process_group: object) -> str:
+    """A group's name, which an operator can take; "" for None."""
+    if process_group is None:
+        return ""
+    if not isinstance(process_group, dist.ProcessGroup):
+        hint = "; pass mesh.get_group()" if hasattr(process_group, "get_group") else ""
+        raise TypeError(f"{op}: `process_group` must be a torch.distributed.ProcessGroup, got {process_group!r}{hint}")
+    return process_group.group_name
+
+
+def resolve(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+# ---- agreement -------------------------------------------------------------------------------------------------------
+
+
+def agreeing(function: Callable) -> Callable:
+    """A public function that takes ``process_group=``: what it raises before its agreement, it raises on all ranks."""
+
+    @functools.wraps(function)
+    def call(*args, process_group=None, **kwargs):
+        if process_group is None or torch.compiler.is_compiling():
+            return function(*args, process_group=process_group, **kwargs)
+        before = _agreements
+        try:
+            return function(*args, process_group=process_group, **kwargs)
+        except Exception as error:
+            if _agreements == before and isinstance(process_group, dist.ProcessGroup):
+                _exchange(process_group, function.__name__, 0, {}, error)
+            raise
+
+    return call
+
+
+def agree(op: str, name: str, columns: int, facts: Mapping[str, object], check: Callable[[], None]) -> Shard | None:
+    """Run the checks, and settle with the other ranks of the named group how the vocabulary is sharded; None without a group.
+
+    Raises:
+        The error of the checks, or of another rank's; ValueError where the facts of the ranks differ.
+    """
+    if not name:
+        check()
+        return None
+    group, error = resolve(name), None
+    if _capturing():
+        check()
+        if (name, columns) not in _widths:
+            raise RuntimeError(f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before")
+        return _shard(group, columns, _widths[name, columns])
+    try:
+        check()
+    except Exception as raised:
+        error = raised
+    _widths[name, columns] = _exchange(group, op, columns, facts, error)
+    return _shard(group, columns, _widths[name, columns])
+
+
+def _shard(group: dist.ProcessGroup, columns: int, widths: list[int]) -> Shard:
+    return Shard(group, sum(widths[: group.rank()]), columns, sum(widths), max(widths))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def digest(*tensors: Tensor | None) -> int:
+    """Of values, on a CPU, where looking at them is free; of shapes elsewhere."""
+    total = 0
+    for x in tensors:
+        if x is not None:
+            data = x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.device.type == "cpu" else b""
+            total = zlib.crc32(data, zlib.crc32(repr((tuple(x.shape), x.dtype)).encode(), total))
+    return total
+
+
+def _exchange(group: dist.ProcessGroup, op: str, columns: int, facts: Mapping[str, object], error: Exception | None) -> list[int]:
+    """Widths of the ranks' shards, after all of them said that they are ready."""
+    global _agreements
+    _agreements += 1
+    facts = {"operation": op, **facts}
+    on_cpu = "cpu" in dist.get_backend_config(group)
+    device = torch.device("cpu") if on_cpu else group._device_types[0]
+    header = torch.tensor([error is not None, columns, zlib.crc32(repr(facts).encode())], dtype=torch.int64, device=device)
+    headers = gather(header, group).tolist()
+    failed = any(status for status, *_ in headers)
+    if not failed and len({told for *_, told in headers}) == 1:
+        return [columns for _, columns, _ in headers]
+    # Every rank sees the same headers, so every rank comes here.
+    words: list[Any] = [None] * group.size()
+    dist.all_gather_object(words, (type(error).__name__, str(error)) if error is not None else facts, group=group)
+    if error is not None:
+        raise error
+    for rank, word in enumerate(words):
+        if isinstance(word, tuple):
+            kind = {"ValueError": ValueError, "TypeError": TypeError}.get(word[0], RuntimeError)
+            raise kind(f"{word[1]} (raised by rank {rank} of `process_group`)")
+    for fact in sorted(set().union(*words)):
+        told = [word.get(fact) for word in words]
+        if any(x != told[0] for x in told):
+            hint = (
+                "; they work on the same rows, did you pass the data-parallel group?"
+                if sum(width for _, width, _ in headers)
+                else ""
+            )
+            raise ValueError(f"{op}: the ranks of `process_group` must agree on {fact}, got {told}{hint}")
+    raise AssertionError("unreachable: digests differ, so facts do")
+
+
+# ---- DTensor ---------------------------------------------------------------------------------------------------------
+
+
+def is_dtensor(x: object) -> bool:
+    return getattr(x, "device_mesh", None) is not None  # importing DTensor to ask takes seconds
+
+
+def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """This rank's columns, and the group that shares the vocabulary, of logits that may be a DTensor (loss parallelism)."""
+    if not is_dtensor(logits):
+        return logits, process_group
+    placements, mesh = logits.placements, logits.device_mesh
+    if (
+        process_group is not None
+        or mesh.ndim != 1
+        or not (placements[0].is_shard(logits.dim() - 1) or placements[0].is_replicate())
+    ):
+        raise ValueError(
+            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass logits.to_local() and `process_group`"
+        )
+    return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
+
+
+def local_hidden(
+    op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """All hidden states, and the group that shares the vocabulary, of hidden states that may be a DTensor.
+
+    Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part of a sum, which DTensor
+    reduces: to all ranks, or scattered as the hidden states were.
+    """
+    if not is_dtensor(hidden):
+        return hidden, process_group
+    mesh, placements = hidden.device_mesh, hidden.placements
+    if process_group is not None or mesh.ndim != 1 or placements[0].is_partial() or placements[0].is_shard(hidden.dim() - 1):
+        raise ValueError(
+            f"{op}: `{name}` as a DTensor must be replicated, or sharded in a leading dimension, over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass {name}.to_local() and `process_group`"
+        )
+    from torch.distributed.tensor import Partial, Replicate
+
+    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]), mesh.get_group()
+
+
+def local_parameter(
+    op: str, name: str, x: Tensor | None, process_group: dist.ProcessGroup | None, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """A parameter of the head as a plain tensor: this rank's shard along the process group, whole along all other dimensions of
+    its mesh. Those are data-parallel (FSDP2): the gradient is the mean over their ranks, reduced in float32, once.
+
+    ``full_tensor()`` without grad_placements would take each rank's own part of its own gradient, and drop the others'.
+    """
+    if not is_dtensor(x):
+        return x
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, placements = x.device_mesh, x.placements
+    here, grads = list(placements), list(placements)
+    for i, placement in enumerate(placements):
+        if process_group is not None and mesh.get_group(i).group_name == process_group.group_name:
+            if not placement.is_shard(0):
+                raise ValueError(f"{op}: `{name}` must be sharded in dimension 0 over `process_group`, got placements {placements}")
+        else:
+            here[i], grads[i] = Replicate(), Partial("avg")
+    x = x.redistribute(placements=here, forward_dtype=dtype, backward_dtype=torch.float32)
+    return x.to_local(grad_placements=grads)

@@ -1,0 +1,31 @@
+"""Rows whose columns lie on several ranks, in PyTorch: same signature and results as ``kernels.shards``."""
+
+from __future__ import annotations
+
+import torch
+
+from .vocabulary import entropy_of_parts, row_results
+
+
+def combine(
+    statistics: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    ignore_index: int,
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``vocabulary.vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
+    z, peak, total = (x.t() for x in statistics[:, :3].unbind(1))  # [N, R]
+    lse = peak.double() + total.double().log()
+    others = torch.logsumexp(lse, 1)
+    owners = (z != -torch.inf).sum(1)  # NaN, of a label outside the vocabulary, is on every shard
+    z_label = torch.where(owners > 1, torch.nan, torch.where(z == -torch.inf, 0, z).sum(1))
+    z_label = torch.where(owners == 0, -torch.inf, z_label)
+    h_others = entropy_of_parts(statistics[:, 3].t().double(), lse, others) if entropy else None
+    scored = labels != ignore_index
+    results = row_results(peak.amax(1), others, z_label, h_others)
+    logps, peak, rest, entropies = (None if x is None else torch.where(scored, x, 0) for x in results)
+    return logps, torch.stack([peak, rest]), logps.new_zeros(0) if entropies is None else entropies
