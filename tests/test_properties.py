@@ -15,6 +15,7 @@ from rpo_kernels import RPOObjective, preference_loss, reference, rpo_loss, toke
 from rpo_kernels.commands.cases import EPS, FAMILY, OPTIONS, PRESETS, TRANSFORMS, in_float64, size, worst
 
 INF = float("inf")
+TRUTH = 1e4 * torch.finfo(torch.float64).eps  # what float64 rounds away of logits of 1e4: ours may be nearer to 0 than that
 OBJECTIVES = [getattr(RPOObjective, name)() for name in PRESETS] + [
     RPOObjective(d, 0.3, 0.7, c, **options) for (d, c), options in itertools.product(FAMILY, OPTIONS.values())
 ]
@@ -57,7 +58,7 @@ def agree(name, ours, theirs, truth, rounding):
     assert torch.equal(ours.isfinite(), truth.isfinite()), (name, ours, truth)
     both = theirs.isfinite() == truth.isfinite()  # where PyTorch overflows it sets no standard
     pytorch = worst(torch.where(both, theirs, truth), truth)
-    assert worst(ours, truth) <= 1.5 * pytorch + rounding, (name, ours, theirs, truth)
+    assert worst(ours, truth) <= 1.5 * pytorch + rounding + TRUTH, (name, ours, theirs, truth)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
