@@ -70,8 +70,9 @@ class Launch:
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
         for region in self._regions.values():
             inside = (addresses >= region.start) & (addresses < region.start + region.span * size)
-            if size == region.size and inside.any():
-                offsets = addresses[inside] - region.start
+            if size % region.size == 0 and inside.any():
+                # a word may hold several elements
+                offsets = (addresses[inside, None] - region.start + np.arange(0, size, region.size)).flatten()
                 self._outside += int((offsets % size != 0).sum())
                 self.races += region.book(offsets // size, store, self._epoch, self._program)
                 addresses = addresses[~inside]
