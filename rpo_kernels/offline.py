@@ -3,7 +3,7 @@
     with recorded_launches() as launches:
         vocabulary_forward(logits, labels, ...)         # tensors may be on the meta device: nothing runs
     code = launches[0].compile(GPUTarget("cuda", 90, 32))
-    code.registers, code.local_bytes, code.loop_accesses
+    code.registers, code.local_bytes, code.loop_accesses, code.loops[0].exponentials
 
 Needs the package triton, and a process in which the kernels were not decorated for its interpreter.
 """
@@ -17,10 +17,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
 import torch
+
+from .disassembly import Loop, loops
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,28 @@ class MachineCode:
         registers: per thread, of 32 bits.
         local_bytes: memory per thread that holds what registers do not: spills, stack.
         shared_bytes: per program.
-        loop_accesses: instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes per thread).
     """
 
     asm: Mapping[str, str | bytes]
     registers: int
     local_bytes: int
     shared_bytes: int
-    loop_accesses: Counter[tuple[str, int]]
+
+    @cached_property
+    def instructions(self) -> str:
+        """What the chip runs, as text: SASS or GCN assembly."""
+        if "amdgcn" in self.asm:
+            return self.asm["amdgcn"]
+        return _nvidia_tool("nvdisasm", self.asm["cubin"], "-c")
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        return loops(self.instructions)
+
+    @property
+    def loop_accesses(self) -> Counter[tuple[str, int]]:
+        """Instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes per thread)."""
+        return sum((loop.accesses for loop in self.loops), Counter())
 
 
 @dataclass(frozen=True)
@@ -102,14 +119,19 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_w
     if target.backend == "hip":
         read = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", asm["amdgcn"])[1])
         local = max(read("private_segment_fixed_size"), 4 * read("vgpr_spill_count"))
-        return MachineCode(asm, read("vgpr_count"), local, shared, _loop_accesses(asm["amdgcn"]))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return MachineCode(asm, read("vgpr_count"), local, shared)
+    usage = _nvidia_tool("cuobjdump", asm["cubin"], "-res-usage")
     registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
-    return MachineCode(asm, registers, stack + local, shared, _loop_accesses(asm["ptx"]))
+    return MachineCode(asm, registers, stack + local, shared)
+
+
+def _nvidia_tool(name: str, cubin: bytes, option: str) -> str:
+    """Output of a tool of triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = getattr(_triton().knobs.nvidia, name).path
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _triton() -> Any:
@@ -137,21 +159,3 @@ def _specialise(param: Any, value: Any) -> tuple[str, Any, bool]:
         return "constexpr", 1, False
     kind = "i32" if -(2**31) <= value < 2**31 else "i64"
     return kind, None, value % 16 == 0 and not param.do_not_specialize
-
-
-def _loop_accesses(code: str) -> Counter[tuple[str, int]]:
-    """Accesses to global memory between a label and a later branch back to it, in PTX or AMD assembly."""
-    lines = code.splitlines()
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\$?\.?L\w+):", line))}
-    looped = set()
-    for i, line in enumerate(lines):
-        target = re.search(r"\b(?:bra(?:\.uni)?|s_c?branch\w*)\s+(\$?\.?L\w+)", line)
-        if target and labels.get(target[1], i) < i:
-            looped.update(range(labels[target[1]], i))
-    found: Counter[tuple[str, int]] = Counter()
-    for i in looped:
-        if m := re.search(r"\b(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b", lines[i]):
-            found["load" if m[1] == "ld" else "store", int(m[2] or 1) * int(m[3]) // 8] += 1
-        elif m := re.search(r"\b(?:global|buffer|flat)_(load|store)_(?:dword(?:x(\d))?|[su]?(byte|short))", lines[i]):
-            found[m[1], {"byte": 1, "short": 2}.get(m[3]) or 4 * int(m[2] or 1)] += 1
-    return found

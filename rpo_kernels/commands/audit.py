@@ -1,0 +1,132 @@
+"""Compile every kernel for real chips, on a machine with no GPU, and read from the machine code what it costs.
+
+Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the widest access to
+global memory in a loop, in bytes per thread; exponentials and instructions per element of the loop that streams the most; and
+what that arithmetic allows, as a multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9
+times the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of it).
+
+Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves single elements in a loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from ..offline import Launch, MachineCode
+from .chips import CHIPS, Chip
+from .table import show
+from .variants import Variant, variants
+
+COLUMNS = {
+    "target": "target", "kernel": "kernel", "variant": "variant", "registers": "regs", "local_bytes": "stack",
+    "shared_bytes": "shared", "load": "load", "store": "store", "exponentials": "exp/el", "instructions": "instr/el",
+    "allows": "allows x bandwidth", "verdict": "verdict",
+}  # fmt: skip
+GROUP_PASS_BYTES = 64  # one program: ptxas keeps up to sixteen of its registers in local memory, which costs nothing there
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The loop that streams the most.
+
+    Attributes:
+        elements: that a thread takes per iteration.
+        exponentials, special, instructions, bytes: per element; bytes moved both ways.
+    """
+
+    elements: float
+    exponentials: float
+    special: float
+    instructions: float
+    bytes: float
+
+
+def inner_loop(code: MachineCode, element_size: int) -> Inner | None:
+    """None where no loop loads anything."""
+    loop = max(code.loops, key=lambda x: x.moved("load"), default=None)
+    if loop is None or not loop.moved("load"):
+        return None
+    n = loop.moved("load") / element_size
+    moved = element_size + loop.moved("store") / n
+    return Inner(n, loop.exponentials / n, loop.special / n, loop.issued / n, moved)
+
+
+def audited(target: str, variant: Variant, launch: Launch, **options: Any) -> dict[str, Any]:
+    """One row: a launch compiled for a chip."""
+    from triton.backends.compiler import GPUTarget
+
+    chip = CHIPS[target]
+    code = launch.compile(GPUTarget(*chip.target), **options)
+    row = {
+        "target": target, "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"), "variant": variant.name,
+        "registers": code.registers, "local_bytes": code.local_bytes, "shared_bytes": code.shared_bytes,
+    }  # fmt: skip
+    streams = variant.streams(launch)
+    if streams:
+        for kind in ("load", "store"):
+            row[kind] = max((width for what, width in code.loop_accesses if what == kind), default=None)
+        if inner := inner_loop(code, variant.dtype.itemsize):
+            row |= _throughput(chip, inner)
+    return row | {"verdict": _verdict(code, variant, streams)}
+
+
+def _throughput(chip: Chip, inner: Inner) -> dict[str, Any]:
+    rate, limit = chip.elements_of_arithmetic(inner.instructions, inner.special)
+    ratio = rate / chip.elements_of_bandwidth(inner.bytes)
+    return {
+        "elements": inner.elements, "exponentials": round(inner.exponentials, 3), "special": round(inner.special, 3),
+        "instructions": round(inner.instructions, 2), "bandwidth_ratio": round(ratio, 3), "limit": limit,
+        "allows": f"{ratio:.2f} {limit}",
+    }  # fmt: skip
+
+
+def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
+    if not streams:
+        return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
+    faults = ["spills"] if code.local_bytes else []
+    single = sorted({kind for kind, width in code.loop_accesses if width <= variant.dtype.itemsize})
+    if single:
+        faults.append(f"scalar {' and '.join(f'{kind}s' for kind in single)}")
+    return f"FAIL: {', '.join(faults)}" if faults else "ok"
+
+
+def _job(job: tuple[str, int, int, bool]) -> dict[str, Any]:
+    """Launches are made again in each process: kernels cannot travel."""
+    target, variant, launch, full = job
+    chosen = list(variants(full))[variant]
+    return audited(target, chosen, chosen.launches()[launch])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", action="append", choices=CHIPS, help="a chip; may be repeated (default: all)")
+    parser.add_argument("--kernel", default="", metavar="NAME", help="only kernels with this in their name, such as forward")
+    parser.add_argument("--full", action="store_true", help="every dtype, option and alignment, not the lightest and heaviest")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, with more figures")
+
+
+def run(args: argparse.Namespace) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported, which has not happened yet
+    names = {}  # of each launch
+    for i, variant in enumerate(variants(args.full)):
+        names |= {(i, j): launch.kernel.__name__ for j, launch in enumerate(variant.launches())}
+    wanted = [place for place, name in names.items() if args.kernel in name]
+    if not wanted:
+        print(
+            f"audit: no kernel has {args.kernel!r} in its name; there are {', '.join(sorted(set(names.values())))}", file=sys.stderr
+        )
+        return 2
+    jobs = [(target, *place, args.full) for target in args.target or CHIPS for place in wanted]
+    print(f"audit: compiling {len(jobs)} kernels for {', '.join(args.target or CHIPS)}", file=sys.stderr)
+    with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(_job, jobs))
+    print(show(rows, COLUMNS, "json" if args.json else "text"))
+    failed = [row for row in rows if row["verdict"].startswith("FAIL")]
+    print(f"audit: {len(rows)} kernels, {len(failed)} fail", file=sys.stderr)
+    return 1 if failed else 0

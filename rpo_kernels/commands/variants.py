@@ -1,0 +1,108 @@
+"""Kernels as users launch them, each with its name: what the audit compiles. Tensors are on the meta device; nothing runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..objectives import COMPARISONS, DISTANCES, RPOObjective
+from ..offline import Launch, recorded_launches
+
+# How rows of logits lie in memory. A row is aligned if each begins at a multiple of 16 bytes; triton sees that in a stride that is
+# a multiple of 16 elements.
+VOCABULARIES = {
+    "aligned": 151_936,  # Qwen 3
+    "multiple of 8": 50_280,  # GPT-NeoX, padded to 8: bf16 rows are aligned, their stride is no multiple of 16
+    "unaligned": 50_257,  # GPT-2
+}
+EVERYTHING = {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "tokens"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Attributes: name; run, which launches kernels; dtype of what they stream, V of its rows (0: no rows)."""
+
+    name: str
+    run: Any
+    dtype: torch.dtype | None = None
+    V: int = 0
+
+    def launches(self) -> list[Launch]:
+        with recorded_launches() as launches:
+            self.run()
+        return launches
+
+    def streams(self, launch: Launch) -> bool:
+        """Whether the kernel passes over rows of the vocabulary (or over a gradient), whose speed is that of the memory."""
+        shapes = [x.shape for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
+        return any(self.V and shape and shape[-1] == self.V for shape in shapes)
+
+
+def variants(full: bool = False) -> Iterator[Variant]:
+    """Those that need the fewest and the most registers, or every one."""
+    for dtype, options, (rows, V) in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2), VOCABULARIES.items()
+    ):
+        softcap, entropy = options
+        if full or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16)):
+            name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
+            yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
+    yield Variant("bfloat16, aligned", partial(launch_scale, torch.bfloat16), torch.bfloat16, 4096)
+    harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
+    passes = {"pairs": (RPOObjective(), {}), "harmonic": (harmonic, {})}
+    if full:
+        layouts = itertools.cycle([{}, {"packed": True, "K": 0}, {"K": 8, "tokens": 16}])
+        for (distance, comparison), layout in zip(itertools.product(DISTANCES, COMPARISONS), layouts):
+            passes[f"{distance} {comparison}"] = RPOObjective(distance, comparison=comparison), layout
+        passes["label"] = RPOObjective.robust_dpo(), {}
+        passes["softmax"] = RPOObjective.nca(), {"K": 0, "tokens": 4096, "per_token": False}
+        passes["packed ragged harmonic"] = harmonic, {"packed": True, "K": 0}
+        geometric = RPOObjective("forward_kl", reference="geometric", **EVERYTHING)
+        passes["sequences geometric"] = geometric, {"tokens": 0, "per_token": False, "K": 4}
+    for name, (objective, layout) in passes.items():
+        yield Variant(name, partial(launch_group_pass, objective, **layout))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) -> None:
+    """Forward and backward of three rows."""
+    from ..kernels.vocabulary import vocabulary_backward, vocabulary_forward
+
+    logits, labels = meta(1, 3, V, dtype=dtype), meta(3, dtype=torch.int64)
+    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0 if softcap else 0.0, "ignore_index": -100}
+    vocabulary_forward(logits, labels, entropy=entropy, **options)
+    entropies = meta(3) if entropy else None
+    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), entropies=entropies, entropy_coef=entropies,
+                        upstream=meta(), out=logits, **options)  # fmt: skip
+
+
+def launch_group_pass(
+    objective: RPOObjective, *, tokens: int = 512, packed: bool = False, K: int = 2, per_token: bool = True
+) -> None:
+    """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for ragged groups."""
+    from ..kernels.preference import preference_forward
+
+    S, N = 256, 256 * max(tokens, 1)
+    offsets = meta(S + 1, dtype=torch.int32)
+    R = 0 if objective.reference == "none" else 1 if objective.reference == "single" else 3
+    preference_forward(
+        meta(N), objective, labels=meta(N, dtype=torch.int64) if tokens else None, ignore_index=-100, sequences=S,
+        group_size=K or 2, lengths=None if tokens else offsets[1:], cu_seqlens=offsets if packed else None,
+        cu_groups=None if K else offsets[:101], ref_logps=meta(R, N if per_token else S) if R else None,
+        ref_per_token=per_token and R > 0, ref_weights=meta(R, S // K if K else 100) if R > 1 else None,
+        rewards=meta(S) if objective.uses_rewards else None, normalizer=meta() if packed else None, sft_share=None, mean=True,
+    )  # fmt: skip
+
+
+def launch_scale(dtype: torch.dtype) -> None:
+    from ..kernels.scaling import scale
+
+    scale(meta(151_936, 4096, dtype=dtype), meta())
