@@ -20,7 +20,8 @@ import triton.language as tl
 
 from rpo_kernels.kernels.preference import preference_forward
 from rpo_kernels.kernels.scaling import scale
-from rpo_kernels.kernels.vocabulary import _row_offset, vocabulary_backward, vocabulary_forward
+from rpo_kernels.kernels.rows import row_offset
+from rpo_kernels.kernels.vocabulary import vocabulary_backward, vocabulary_forward
 from rpo_kernels.traffic import ledger
 
 PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
@@ -282,7 +283,7 @@ def test_token_log_probs_take_one_launch_each_way():
 
 @triton.jit
 def _row_offset_kernel(out_ptr, row, inner, stride_outer, stride_inner):
-    tl.store(out_ptr, _row_offset(row, inner, stride_outer, stride_inner))
+    tl.store(out_ptr, row_offset(row, inner, stride_outer, stride_inner))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class LaunchSettings:
         num_warps: of a program.
         num_stages: tiles on their way while one is worked off (forward): 1 or 2.
         polynomial: elements of each vector whose exponential costs multiply-adds instead (forward, rows that are all aligned).
-        max_registers: of a thread, 0 for what the compiler likes; CUDA only.
+        max_registers: of a thread in a pass without softcap and entropy, 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
 
@@ -53,10 +53,9 @@ class LaunchSettings:
     def tile(self) -> int:
         return self.lanes * self.vec
 
-    @property
-    def compiler(self) -> dict[str, int]:
+    def compiler(self, plain: bool) -> dict[str, int]:
         """Options of the launch."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers else {})
+        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers and plain else {})
 
 
 @lru_cache

@@ -208,20 +208,21 @@ def _gradients(
 
 @triton.jit
 def _gradient_tiles(
-    ptr, dptr, column, vectors, label, at_label, shift, factor, entropy_factor, pre, scale2, ALIGNED: tl.constexpr,
+    ptr, dptr, head, vectors, label, at_label, shift, factor, entropy_factor, pre, scale2, ALIGNED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Whole vectors, written 16 bytes at a time, and read so if they are aligned alike."""
+    ptr += head
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
-    dptr = tl.multiple_of(dptr, 16)
+    dptr = tl.multiple_of(dptr + head, 16)
     lanes = tl.arange(0, LANES)[:, None]
     slots = lanes * VEC + tl.arange(0, VEC)[None, :]
     for lane in range(0, vectors, LANES):
         valid = lane + lanes < vectors  # constant over a vector
         at = lane * VEC + slots
         x = tl.load(ptr + at, mask=valid, other=0.0)
-        d = _gradients(x, column + at, label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
+        d = _gradients(x, head + at, label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
@@ -305,13 +306,13 @@ def _vocabulary_backward_kernel(
             d = _gradients(x, edge_cols, column, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)
             if IN_PLACE:
-                _gradient_tiles(ptr + head, dptr + head, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
+                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
                                 scale2, True, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
             elif to_boundary(ptr + head) == 0:
-                _gradient_tiles(ptr + head, dptr + head, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
+                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
                                 scale2, True, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
             else:
-                _gradient_tiles(ptr + head, dptr + head, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
+                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
                                 scale2, False, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
 
 
@@ -353,7 +354,8 @@ def vocabulary_forward(
         logits, labels, logps, lse, entropies, partial, *rows, width, pre, post, ignore_index,
         SPLIT=split, HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy,
         POLYNOMIAL=settings.polynomial if all_aligned(logits) else 0,
-        LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages, **settings.compiler,
+        LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages,
+        **settings.compiler(plain=softcap == 0 and not entropy),
     )  # fmt: skip
     if split:
         _vocabulary_merge_kernel[(N,)](
@@ -394,5 +396,6 @@ def vocabulary_backward(
         pre, post, ignore_index,
         IN_PLACE=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
         HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
-        LANES=settings.lanes, VEC=settings.vec, **settings.compiler,
+        LANES=settings.lanes, VEC=settings.vec,
+        **settings.compiler(plain=softcap == 0 and entropy_coef is None),
     )  # fmt: skip
