@@ -1,7 +1,7 @@
 """Compile every kernel for real chips, on a machine with no GPU, and read from the machine code what it costs.
 
-Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the narrowest access to
-global memory in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
+Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the access to global
+memory that moves the most in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
 what that arithmetic allows, as a multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9
 times the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of it).
 
@@ -81,7 +81,7 @@ def audited(target: str, variant: Variant, launch: Launch, **options: Any) -> di
     if streams:
         loop = streaming_loop(code)
         for kind in ("load", "store"):
-            row[kind] = min((width for what, width in loop.accesses if what == kind), default=None)
+            row[kind] = loop.widest(kind)
         if inner := inner_loop(code, variant.dtype.itemsize):
             row |= _throughput(chip, inner)
     return row | {"verdict": _verdict(code, variant, streams)}
@@ -101,7 +101,8 @@ def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
     if not streams:
         return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
     faults = ["spills"] if code.local_bytes else []
-    single = sorted({kind for kind, width in streaming_loop(code).accesses if width <= variant.dtype.itemsize})
+    widths = {kind: streaming_loop(code).widest(kind) for kind in ("load", "store")}
+    single = sorted(kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize)
     if single:
         faults.append(f"scalar {' and '.join(f'{kind}s' for kind in single)}")
     return f"FAIL: {', '.join(faults)}" if faults else "ok"

@@ -37,7 +37,7 @@ class LaunchSettings:
         num_warps: of a program.
         num_stages: tiles on their way while one is worked off (forward): 1 or 2.
         polynomial: elements of each vector whose exponential costs multiply-adds instead (forward, rows that are all aligned).
-        max_registers: of a thread in a pass without softcap and entropy, 0 for what the compiler likes; CUDA only.
+        max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
 
@@ -55,7 +55,8 @@ class LaunchSettings:
 
     def compiler(self, plain: bool) -> dict[str, int]:
         """Options of the launch."""
-        return {"num_warps": self.num_warps} | ({"maxnreg": self.max_registers} if self.max_registers and plain else {})
+        limit = self.max_registers if plain else 128
+        return {"num_warps": self.num_warps} | ({"maxnreg": limit} if self.max_registers else {})
 
 
 @lru_cache
