@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from rpo_kernels.kernels.preference import preference_forward
-from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.rows import row_offset
+from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.vocabulary import vocabulary_backward, vocabulary_forward
 from rpo_kernels.traffic import ledger
 

@@ -1,7 +1,7 @@
 """Compile every kernel for real chips, on a machine with no GPU, and read from the machine code what it costs.
 
-Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the access to global
-memory that moves the most in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
+Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the widest access to
+global memory in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
 what that arithmetic allows, as a multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9
 times the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of it).
 

@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .primitives import exp2_polynomial, tanh
 
+# Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
+RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width"]
 NOTHING = tl.constexpr(-200.0)  # an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN
 
 
