@@ -61,8 +61,6 @@ def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr):
     return tl.where(inside, label, -1).to(tl.int32), y
 
 
-
-
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["logits_ptr"])
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1

@@ -35,7 +35,7 @@ class LaunchSettings:
         lanes: vectors of a tile.
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
-        num_stages: tiles on their way while one is worked off (forward): 1 or 2.
+        num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
         polynomial: elements of each vector whose exponential costs multiply-adds instead (forward, rows that are all aligned).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
@@ -93,8 +93,8 @@ def _rows(path: Path) -> list[dict]:
                 raise ValueError(f"{OWN_TABLE}: `{name}` must be a power of two in {path}, got {row[name]}")
         if row["vec"] * row["element_size"] != 16:
             raise ValueError(f"{OWN_TABLE}: `vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
-        if row.get("num_stages", 1) not in (1, 2) or not 0 <= row.get("polynomial", 0) <= row["vec"]:
-            raise ValueError(f"{OWN_TABLE}: `num_stages` must be 1 or 2 and `polynomial` at most `vec` in {path}, got {row}")
+        if row.get("num_stages", 1) < 1 or not 0 <= row.get("polynomial", 0) <= row["vec"]:
+            raise ValueError(f"{OWN_TABLE}: `num_stages` must be >= 1 and `polynomial` in [0, `vec`] in {path}, got {row}")
     return rows
 
 

@@ -136,7 +136,7 @@ def sums_of_exponentials(
         until = full
         if (label >= tile * TILE) & (label < full * TILE):
             until = label // TILE
-        pairs = (until - tile) // 2 if STAGES == 2 else 0
+        pairs = (until - tile) // 2 if STAGES > 1 else 0
         if pairs > 0:  # two tiles are on their way while one is worked off
             at = words + tile * (LANES * 4)
             x = tl.load(at)

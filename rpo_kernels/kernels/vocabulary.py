@@ -1,7 +1,7 @@
 """The vocabulary pass: rows of logits to token log-probabilities, and coefficients back to gradients of logits.
 
-    z = post * y,   y = x                 (post = logit_scale / temperature)
-                    y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
+z = post * y,   y = x                 (post = logit_scale / temperature)
+                y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
 """
 
 from __future__ import annotations
