@@ -2,8 +2,8 @@
 
 Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's own exponent, rounded to an
 integer. It is known before the row is read: so there is no running maximum, the parts of a row that several programs read are
-put together by addition, and log p keeps its digits whether p is near 1 or near 0. A part whose sum nears fp32's range (a label
-70 nats below another) is read again, relative to its maximum.
+put together by addition, and log p keeps its digits whether p is near 1 or near 0. A part that is too large for that (where the
+label is 33 nats below another) is read again, twice: for its maximum, and relative to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _finish(shift, total, moment, y_label, scale2):
     rest = tl.where(odds > 0.0, log2_mantissa - log_p_not * LOG2E, t_label - logp * LOG2E)
     carry = _integer(rest)
     # H = H(label or not) + p(not) H(others), each term without cancellation.
-    h_others = LN2 * tl.where(total == 0.0, 0.0, exponent - moment / total + log2_mantissa)
+    rest_moment = tl.fma(-exponent, total, moment)  # relative to the sum itself, not to the label
+    h_others = LN2 * tl.where(total == 0.0, 0.0, log2_mantissa - rest_moment / total)
     p_not = -expm1(logp)
     h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
     h_not = tl.where(p_not == 0.0, 0.0, p_not * (h_others - log_p_not))

@@ -16,6 +16,8 @@ from .primitives import exp2_polynomial, tanh
 
 # Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
 RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width"]
+# log2 of the largest sum relative to the label: beyond it t, about as large, costs the entropy digits.
+LARGEST = tl.constexpr(48)
 NOTHING = tl.constexpr(-200.0)  # an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN
 
 
@@ -91,13 +93,13 @@ def _power_of_two(n):
 def _exact_sum(x):
     """Sum of a tile in fixed point, 40 bits below the largest: exact, so that the order of its terms does not matter.
 
-    NaN where the largest is beyond 2^100, infinite or NaN.
+    NaN where the largest is beyond 2^LARGEST, infinite or NaN.
     """
     magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     top = tl.maximum((tl.max(tl.max(magnitudes, axis=1), axis=0) >> 23) - 127, -80)
     fixed = (x * _power_of_two(40 - top)).to(tl.int64)
     total = tl.sum(tl.sum(fixed, axis=1), axis=0).to(tl.float32) * _power_of_two(top - 40)
-    return tl.where(top < 100, total, float("nan"))
+    return tl.where(top < LARGEST, total, float("nan"))
 
 
 @triton.jit
