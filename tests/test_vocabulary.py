@@ -232,6 +232,9 @@ def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, device):
     for dtype in (torch.float16, torch.float32):
         x = (torch.randn(6, V, device=device) * 2).to(dtype)
         labels = torch.tensor([V - 1, V // 2, 0, 1, V - 2, V // 3], device=device)
+        # Rows made of columns that share a sum and lie in edges: only there a rounding in another order would show.
+        tile = launch.launch_settings("forward", V, x.element_size(), "sm_90").tile
+        x[3:, torch.arange(V) % tile > 2] -= 60
         expected = with_gradient(at_offset(x, 0), labels, "triton")
         padded = torch.zeros(6, -(-V // 16) * 16, dtype=dtype, device=device)[:, :V].copy_(x)
         got = with_gradient(padded, labels, "triton")

@@ -109,8 +109,8 @@ def sums_of_exponentials(
 ):  # fmt: skip
     """(sum of 2^t, sum of 2^t t) over columns [first, stop) without the label's.
 
-    Each column of a tile has a sum of its own, and these are added in the order of columns: wherever the row lies in memory,
-    the result has the same bits. ``stop - first`` is a multiple of the tile, but in the last part of a row.
+    Columns a whole number of tiles apart share a sum, in their order, and these sums are put together exactly: wherever the row
+    lies in memory, the result has the same bits. ``stop - first`` is a multiple of the tile, but in the last part of a row.
     """
     TILE: tl.constexpr = LANES * VEC
     dtype: tl.constexpr = row_ptr.dtype.element_ty
