@@ -34,6 +34,14 @@ class Loop:
         """Bytes that a thread loads or stores in one iteration."""
         return sum(width * count for (what, width), count in self.accesses.items() if what == kind)
 
+    def narrowest(self, kind: str) -> int:
+        """Bytes of the narrowest access of a thread; 0 where there is none."""
+        return min((width for what, width in self.accesses if what == kind), default=0)
+
+    def widest(self, kind: str) -> int | None:
+        """Bytes of the widest access of a thread."""
+        return max((width for what, width in self.accesses if what == kind), default=None)
+
     @property
     def exponentials(self) -> int:
         return sum(x.startswith(("MUFU.EX2", "v_exp_")) for x in self.operations)

@@ -66,10 +66,11 @@ class Launch:
     kernel: Any
     arguments: Mapping[str, Any]
     num_warps: int
+    options: Mapping[str, Any]
 
     def compile(self, target: Any, **options: Any) -> MachineCode:
         """See :func:`compile_kernel`."""
-        return compile_kernel(self.kernel, self.arguments, target, self.num_warps, **options)
+        return compile_kernel(self.kernel, self.arguments, target, self.num_warps, **(self.options | options))
 
 
 @contextlib.contextmanager
@@ -80,7 +81,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     def record(kernel, *args, grid, warmup=False, num_warps=4, **kwargs):
         names = [p.name for p in kernel.params]
-        launches.append(Launch(kernel, dict(zip(names, args)) | kwargs, num_warps))
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        launches.append(Launch(kernel, dict(zip(names, args)) | kwargs, num_warps, options))
 
     with mock.patch.object(triton.JITFunction, "run", record):
         yield launches
@@ -149,7 +151,8 @@ def _specialise(param: Any, value: Any) -> tuple[str, Any, bool]:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
         family, bits = re.fullmatch(r"torch\.([a-z]+)(\d+)", str(value.dtype)).groups()
-        return f"*{_DTYPES[family]}{bits}", None, value.data_ptr() % 16 == 0
+        aligned = value.data_ptr() % 16 == 0 and not param.do_not_specialize_on_alignment
+        return f"*{_DTYPES[family]}{bits}", None, aligned
     if isinstance(value, float):
         return "fp32", None, False
     if value == 1 and not param.do_not_specialize:

@@ -69,11 +69,13 @@ class Launch:
         addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
         for region in self._regions.values():
-            inside = (addresses >= region.start) & (addresses < region.start + region.span * size)
-            if size == region.size and inside.any():
-                offsets = addresses[inside] - region.start
-                self._outside += int((offsets % size != 0).sum())
-                self.races += region.book(offsets // size, store, self._epoch, self._program)
+            inside = (addresses >= region.start) & (addresses < region.start + region.span * region.size)
+            if size % region.size == 0 and inside.any():
+                # a word may hold several elements
+                offsets = (addresses[inside, None] - region.start + np.arange(0, size, region.size)).flatten()
+                self._outside += int(((offsets % region.size != 0) | (offsets >= region.span * region.size)).sum())
+                offsets = offsets[offsets < region.span * region.size]
+                self.races += region.book(offsets // region.size, store, self._epoch, self._program)
                 addresses = addresses[~inside]
         self._outside += addresses.size
 

@@ -24,7 +24,7 @@ PACKAGE = ROOT / "rpo_kernels"
 ENGINE = {"backend", "checks", "objectives"}
 MAY_IMPORT = {
     "__main__": {"commands"},
-    "commands": {"face", "ops", "offline", "traffic", "kernels", "torch_engine", "reference", *ENGINE},
+    "commands": {"face", "ops", "offline", "disassembly", "traffic", "kernels", "torch_engine", "reference", *ENGINE},
     "adapters": {"face"},  # like any user
     "face": {"ops", "objectives"},
     "offline": {"kernels", "disassembly", *ENGINE},
@@ -198,7 +198,9 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_a_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    ours = {path.relative_to(ROOT).as_posix() for path in [*files(), PACKAGE / "py.typed"]}
+    ours = {
+        path.relative_to(ROOT).as_posix() for path in [*files(), PACKAGE / "py.typed", PACKAGE / "kernels" / "launch_table.json"]
+    }
     info = f"rpo_kernels-{rpo_kernels.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == ours
     assert info + "licenses/LICENSE" in names

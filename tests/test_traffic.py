@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
 
@@ -18,10 +20,13 @@ if HAS_GPU:
 import triton
 import triton.language as tl
 
+from rpo_kernels.kernels import launch as launch_settings_module
+from rpo_kernels.kernels import vocabulary
 from rpo_kernels.kernels.preference import preference_forward
+from rpo_kernels.kernels.rows import row_offset
 from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.shards import combine
-from rpo_kernels.kernels.vocabulary import _row_offset, shard_statistics, vocabulary_backward, vocabulary_forward
+from rpo_kernels.kernels.vocabulary import shard_statistics, vocabulary_backward, vocabulary_forward
 from rpo_kernels.traffic import ledger
 
 PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
@@ -89,7 +94,7 @@ def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_l
     shard, together = launches
     here = int(((labels != -100) & (labels != -1)).sum())
     assert shard.loaded_bytes["logits"] == 4 * (int((labels != -100).sum()) * V + here)
-    assert together.loaded_bytes["statistics"] == 4 * 12 * R * (4 + 1)  # the maxima twice
+    assert together.loaded_bytes["statistics"] == 4 * 12 * R * 4
     assert once(together.stores["logps"]) and once(together.stores["lse"]) and once(together.stores["entropy"])
     assert clean(shard) and clean(together)
 
@@ -299,7 +304,7 @@ def test_token_log_probs_take_one_launch_each_way():
 
 @triton.jit
 def _row_offset_kernel(out_ptr, row, inner, stride_outer, stride_inner):
-    tl.store(out_ptr, _row_offset(row, inner, stride_outer, stride_inner))
+    tl.store(out_ptr, row_offset(row, inner, stride_outer, stride_inner))
 
 
 @pytest.mark.parametrize(
@@ -352,3 +357,126 @@ def test_the_ledger_sees_what_lies_outside_and_between():
     assert [launch.stray for launch in launches] == [1, 4]
     assert launches[0].loads["x"].tolist() == [1] * 7 and launches[0].loaded_bytes["x"] == 28
     assert launches[1].stores["out"].tolist() == [1] * 4 + [0] * 4
+
+
+# ---- alignment and parts of rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [5, 257, 2048 + 777])
+def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V):
+    """At every address modulo 16 bytes, in place and beside logits that lie elsewhere; in 16-byte accesses but for two edges."""
+    for offset, dtype in itertools.product((0, 1, 7), (torch.float16, torch.float32)):
+        memory = torch.randn(3 * V + 48).to(dtype)
+        memory = memory[-memory.data_ptr() // memory.element_size() % (16 // memory.element_size()) :]
+        logits = memory[offset : offset + 3 * V].view(1, 3, V)
+        labels = torch.tensor([0, V // 2, V - 1])
+        with ledger() as launches:
+            logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+            for out in (torch.empty(1, 3, V, dtype=dtype), logits):
+                vocabulary_backward(logits, labels, logps, lse, torch.ones(3), entropies=None, entropy_coef=None, upstream=None,
+                                    out=out, **PLAIN)  # fmt: skip
+        forward, beside, inplace = launches
+        assert all(map(clean, launches))
+        assert forward.loads["logits"].sum() == 3 * (V + 1)
+        assert once(beside.loads["logits"]) and once(beside.stores["dlogits"])
+        assert once(inplace.loads["logits"]) and once(inplace.stores["dlogits"])
+
+
+def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
+    """Forward a second launch puts the parts together; it reads three numbers of each part and the label's logit."""
+    monkeypatch.setattr(launch_settings_module, "PART", 512)
+    monkeypatch.setattr(vocabulary, "splits_rows", lambda N, device: True)
+    V = 2048 + 777
+    logits, labels = torch.randn(1, 3, V).half(), torch.tensor([7, -100, V - 1])
+    with ledger() as launches:
+        logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+        vocabulary_backward(logits, labels, logps, lse, torch.ones(3), entropies=None, entropy_coef=None, upstream=None,
+                            out=logits, **PLAIN)  # fmt: skip
+    forward, merge, backward = launches
+    assert [x.kernel for x in launches] == ["_vocabulary_forward_kernel", "_vocabulary_merge_kernel", "_vocabulary_backward_kernel"]
+    assert all(map(clean, launches))
+    parts = forward.stores["parts"].shape[1]
+    assert parts > 1 and forward.loads["logits"].sum() == 2 * (V + parts)
+    assert merge.loads["logits"].sum() == 2 and merge.loads["parts"].sum() == 2 * parts * 3
+    assert once(merge.stores["logps"]) and once(merge.stores["lse"])
+    assert backward.loads["logits"].sum() == 2 * V and once(backward.stores["dlogits"])
+
+
+def test_only_a_part_far_above_its_label_is_read_again(monkeypatch):
+    """Once for its maximum, once relative to it; the other parts, and other rows, are read once."""
+    monkeypatch.setattr(launch_settings_module, "PART", 512)
+    V = 2048 + 777
+    logits, labels = torch.zeros(1, 2, V), torch.tensor([5, 5])
+    logits[0, 1, V - 3] = 200.0
+    with ledger() as launches:
+        logps, _, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+    loads = launches[0].loads["logits"][0].copy()
+    loads[:, 5] -= 1
+    assert (loads[0] == 1).all() and set(loads[1].tolist()) == {1, 3} and loads[1, V - 3] == 3 and loads[1, 0] == 1
+    assert abs(float(logps[1]) + 200) < 1e-4
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------------
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of new storages."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                self.bytes += x.untyped_storage().nbytes()
+        return out
+
+
+def test_an_in_place_step_allocates_a_few_numbers_per_token_beside_the_logits():
+    """Peak of forward and backward = logits + O(N): a bound on all that is ever allocated bounds it."""
+    S, T = 4, 6
+    for V in (300, 3000):
+        logits = torch.randn(S, T, V, requires_grad=True)
+        labels = torch.randint(0, V, (S, T))
+        x = logits * 1
+        with _Allocations() as allocations, ledger():
+            out = rpo_loss(x, labels, torch.randn(S), RPOObjective(), ref_logps=torch.zeros(S), inplace_backward=True,
+                           backend="triton")  # fmt: skip
+            (grad,) = torch.autograd.grad(out.loss, x)
+        assert grad.data_ptr() == x.data_ptr()
+        assert allocations.bytes <= 40 * S * T * 4 < x.numel() * 4, allocations.bytes
+
+
+class _Unlaunched:
+    """A kernel that is not run."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_logits_path_never_looks_at_its_device(monkeypatch, packed):
+    """Tensors without values go through what runs on a GPU, so any look at a value raises: no sync, and a graph may capture it."""
+    from rpo_kernels.kernels import preference
+    from rpo_kernels.ops import rpo_loss as op
+    from rpo_kernels.ops import token_logps as rows
+
+    for module, name in [
+        (vocabulary, "_vocabulary_forward_kernel"), (vocabulary, "_vocabulary_backward_kernel"), (preference, "_preference_kernel")
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, name, _Unlaunched())
+    S, T, V = 4, 5, 33
+    meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
+    logits, labels = (meta(S * T, V), meta(S * T, dtype=torch.int64)) if packed else (meta(S, T, V), meta(S, T, dtype=torch.int64))
+    offsets = meta(S + 1, dtype=torch.int32) if packed else None
+    spec = RPOObjective().spec
+    with pytest.raises(RuntimeError, match="meta"):
+        logits[0].sum().item()
+    loss, _, _, _, coef, logps, lse, _ = op._forward_op._init_fn(
+        logits, labels, offsets, meta(S), meta(1, S), None, None, None, 2, spec, True, "triton", 1.0, 1.0, 0.0, -100, True
+    )
+    for backward in (rows._backward_op, rows._backward_inplace_op):
+        backward._init_fn(logits, labels, logps, lse, coef, loss, None, None, 1.0, 1.0, 0.0, -100, "triton")

@@ -19,13 +19,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 # (family of cases that must fail, file, what it says, the error)
 PLANTED = {
-    "forward: lost rescale": ("vocabulary", "vocabulary", "total = total * decay + ", "total = total + "),
-    "forward: dropped mask": ("vocabulary", "vocabulary", 'mask=cols < V, other=float("-inf")).to(tl.float32)\n        if HAS_SOFTCAP:\n            y = tl.where', ').to(tl.float32)\n        if HAS_SOFTCAP:\n            y = tl.where'),
-    "forward: off-by-one tail": ("vocabulary", "vocabulary", "for start in range(0, V, LANES * VEC):\n        cols = start + in_tile\n        y = tl.load(row_ptr + cols, mask=cols < V", "for start in range(0, V, LANES * VEC):\n        cols = start + in_tile\n        y = tl.load(row_ptr + cols, mask=cols < V - 1"),
-    "entropy: lost rescale": ("entropy", "vocabulary", "moment = decay * (moment + total * lost)", "moment = moment + total * lost"),
-    "backward: wrong sign": ("vocabulary", "vocabulary", "at_label = -coef", "at_label = coef"),
-    "backward: dropped mask": ("vocabulary", "vocabulary", "d.to(dlogits_ptr.dtype.element_ty), mask=cols < V)", "d.to(dlogits_ptr.dtype.element_ty))"),
-    "backward: off-by-one tail": ("vocabulary", "vocabulary", "element_ty), mask=cols < V)", "element_ty), mask=cols < V - 1)"),
+    "forward: lost rescale": ("vocabulary", "rows", "* _power_of_two(top - 40)", "* _power_of_two(top * 0 - 40)"),
+    "forward: dropped mask": ("vocabulary", "rows", "t = tl.where(valid & (cols != label), t,", "t = tl.where((cols != label), t,"),
+    "forward: off-by-one tail": ("vocabulary", "rows", "if vectors * VEC < width - head:", "if vectors * VEC < width - head - 1:"),
+    "entropy: lost rescale": ("entropy", "forward", "log2_mantissa - rest_moment / total", "log2_mantissa - moment / total"),
+    "backward: wrong sign": ("vocabulary", "backward", "at_label = -coef", "at_label = coef"),
+    "backward: dropped mask": ("vocabulary", "backward", "d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)", "d.to(dlogits_ptr.dtype.element_ty), mask=edge_cols >= 0)"),
+    "backward: off-by-one tail": ("vocabulary", "backward", "tl.minimum(head, width), width))", "tl.minimum(head, width), width - 1))"),
     "sums: dropped mask": ("objectives", "sequences", "scored = scored & (label != ignore_index)", "scored = scored & (label != -101)"),
     "sums: off-by-one tail": ("objectives", "sequences", "scored = token < end[:, None]", "scored = token < end[:, None] - 1"),
     "groups: wrong sign": ("groups", "responses", "d = si[:, None] - s", "d = s - si[:, None]"),

@@ -1,9 +1,15 @@
 """The vocabulary pass against float64 truth, forward and gradient, on both engines."""
 
+import json
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from rpo_kernels import reference, token_logps, token_logps_and_entropy
+from rpo_kernels.kernels import launch, vocabulary
+from rpo_kernels.kernels.primitives import exp2_polynomial
 
 from .helpers import HAS_GPU, kernel_dtypes, poisoned_memory, worst
 
@@ -201,3 +207,153 @@ def test_a_label_outside_the_vocabulary_gives_nan_on_a_gpu():
     (grad,) = torch.autograd.grad(logps.sum(), x)
     assert logps.isnan().tolist() == [False, True, True]
     assert grad.isnan().any(-1).tolist() == [False, True, True]
+
+
+# ---- where rows lie, and how many programs read them ---------------------------------------------------------------------
+
+
+def at_offset(x, elements):
+    """A copy of rows ``[N, V]`` that begins so many elements after a multiple of 16 bytes."""
+    memory = torch.empty(x.numel() + 32, dtype=x.dtype, device=x.device)
+    start = -memory.data_ptr() // x.element_size() % (16 // x.element_size()) + elements
+    return memory[start : start + x.numel()].view(x.shape).copy_(x)
+
+
+def with_gradient(x, labels, backend, **options):
+    x = x.detach().requires_grad_()
+    logps, entropies = token_logps_and_entropy(x, labels, backend=backend, **options)
+    (grad,) = torch.autograd.grad((logps + 0.3 * entropies).sum(), x)
+    return logps.detach(), entropies.detach(), grad
+
+
+@pytest.mark.parametrize("V", [5, 8, 1029, 4096 + 3])
+def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, device):
+    """Rows begin at every offset from 16 bytes; with an odd V each row at another one. The kernel, not PyTorch, promises this."""
+    for dtype in (torch.float16, torch.float32):
+        x = (torch.randn(6, V, device=device) * 2).to(dtype)
+        labels = torch.tensor([V - 1, V // 2, 0, 1, V - 2, V // 3], device=device)
+        # Rows made of columns that share a sum and lie in edges: only there a rounding in another order would show.
+        tile = launch.launch_settings("forward", V, x.element_size(), "sm_90").tile
+        x[3:, torch.arange(V) % tile > 2] -= 60
+        expected = with_gradient(at_offset(x, 0), labels, "triton")
+        padded = torch.zeros(6, -(-V // 16) * 16, dtype=dtype, device=device)[:, :V].copy_(x)
+        got = with_gradient(padded, labels, "triton")
+        assert all(map(torch.equal, got, expected))
+        for offset in (1, 3, 16 // x.element_size() - 1):
+            got = with_gradient(at_offset(x, offset), labels, "triton")
+            assert all(map(torch.equal, got, expected)), (dtype, offset)
+
+
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Rows in parts of one tile or a few; yields a switch between one program per row and one per part."""
+    monkeypatch.setattr(launch, "PART", 512)
+    return lambda split: monkeypatch.setattr(vocabulary, "splits_rows", lambda N, device: split)
+
+
+def test_a_row_has_the_same_bits_whether_one_program_reads_it_or_several(many_parts, device):
+    V = 2048 + 777
+    x = torch.randn(5, V, device=device) * 6
+    x[1, 5], x[2, 2000] = 300.0, 1e30  # a part that is far above the label's, and one that is beyond all
+    x[3, 700:] = -float("inf")
+    labels = torch.tensor([2100, 1000, 3, 4, -100], device=device)
+    many_parts(False)
+    expected = with_gradient(x, labels, "triton")
+    assert worst(expected[0], reference.token_logps(x.double(), labels)) <= 1e-6 * 1e30
+    keep = [0, 1, 3, 4]
+    assert worst(expected[0][keep], reference.token_logps(x.double(), labels)[keep]) <= 1e-4
+    many_parts(True)
+    assert all(map(torch.equal, with_gradient(x, labels, "triton"), expected))
+    for i in keep:  # and alone
+        assert torch.equal(with_gradient(x[i : i + 1], labels[i : i + 1], "triton")[0][0], expected[0][i])
+
+
+def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatever_their_batches(many_parts, device):
+    V = 2048 + 777
+    x = (torch.randn(6, V, device=device) * 6).half()
+    labels = torch.randint(0, V, (6,), device=device)
+    many_parts(False)
+    policy = token_logps(x, labels, backend="triton")
+    many_parts(True)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        assert torch.equal(token_logps(x[part].clone(), labels[part], backend="triton"), policy[part])
+
+
+def test_more_rows_than_programs_are_all_done(monkeypatch, device):
+    x, labels = torch.randn(7, 33, device=device), torch.randint(0, 33, (7,), device=device)
+    expected = with_gradient(x, labels, "triton")
+    monkeypatch.setattr(vocabulary, "MAX_PROGRAMS", 3)
+    assert all(map(torch.equal, with_gradient(x, labels, "triton"), expected))
+
+
+def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
+    """Logits in padded rows, gradients in rows without padding: 16-byte writes, and reads as wide as the rows allow."""
+    V = 1029
+    plain = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
+    x = torch.randn(1, 4, V + 11, device=device).half()[..., 3 : V + 3]
+    labels = torch.tensor([0, -100, 517, V - 1], device=device)
+    logps, lse, _ = vocabulary.vocabulary_forward(x, labels, entropy=False, **plain)
+    coef = torch.tensor([1.0, 1.0, -2.0, 0.5], device=device)
+    out = torch.full((1, 4, V), float("nan"), dtype=torch.float16, device=device)
+    rest = {"entropies": None, "entropy_coef": None, "upstream": None, **plain}
+    vocabulary.vocabulary_backward(x, labels, logps, lse, coef, out=out, **rest)
+    inplace = x.clone()
+    vocabulary.vocabulary_backward(
+        inplace, labels, logps, lse, coef, entropies=None, entropy_coef=None, upstream=None, out=inplace, **plain
+    )
+    assert torch.equal(out, inplace)
+    _, _, truth64 = truth(x[0], labels, logp_weight=coef.double())
+    assert worst(out[0], truth64) <= torch.finfo(torch.float16).eps * float(truth64.abs().max())
+
+
+@triton.jit
+def _polynomial_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, exp2_polynomial(tl.load(x_ptr + at)))
+
+
+def test_the_polynomial_is_as_exact_as_the_chip_s_exponential(device):
+    """Relative error below 2^-22, which PTX promises of ex2.approx; NaN and what is beyond fp32 are seen as such."""
+    x = torch.cat([torch.linspace(-126, 126.9, 1 << 16), torch.linspace(-2, 2, 1 << 16)]).to(device)
+    out = torch.empty_like(x)
+    _polynomial_kernel[(len(x) // 4096,)](x, out, BLOCK=4096)
+    assert float((out.double() / x.double().exp2() - 1).abs().max()) < 2**-22
+    inf = float("inf")
+    x = torch.tensor([-127.0, -300.0, -inf, 128.0, 1e6, inf, float("nan"), 0.0], device=device)
+    out = torch.empty_like(x)
+    _polynomial_kernel[(1,)](x, out, BLOCK=8)
+    assert (out[:3] <= 2.0**-126).all() and not (out[3:7] < 2.0**100).any() and abs(float(out[7]) - 1) < 2**-22
+
+
+def test_the_share_of_the_polynomial_changes_nothing_but_last_digits(device):
+    V = 8 * 2048
+    x = (torch.randn(2, V, device=device) * 6).half()
+    labels = torch.tensor([3, V - 1], device=device)
+    assert (
+        launch.launch_settings("forward", V, 2, "sm_100").polynomial
+        and not launch.launch_settings("forward", V, 2, "sm_90").polynomial
+    )
+    with launch.assumed_arch("sm_100"):
+        with_polynomial = token_logps(x, labels, backend="triton")
+    expected = reference.token_logps(x.double(), labels)
+    assert worst(with_polynomial, expected) <= 2 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+
+
+def test_launch_settings_come_from_the_table_and_a_user_s_table_comes_first(monkeypatch, tmp_path):
+    own = tmp_path / "table.json"
+    row = {"arch": "sm_90", "op": "forward", "element_size": 2, "V_at_least": 1000, "lanes": 128, "vec": 8, "num_warps": 4,
+           "num_stages": 2, "evidence": "mine"}  # fmt: skip
+    own.write_text(json.dumps([row]))
+    launch.launch_settings.cache_clear()
+    package = launch.launch_settings("forward", 2000, 2, "sm_90")
+    assert package.evidence != "mine" and package.vec == 8
+    assert launch.launch_settings("forward", 2000, 2, "sm_103") == launch.launch_settings("forward", 2000, 2, "sm_100")
+    monkeypatch.setenv(launch.OWN_TABLE, str(own))
+    launch.launch_settings.cache_clear()
+    assert launch.launch_settings("forward", 2000, 2, "sm_90").evidence == "mine"
+    assert launch.launch_settings("forward", 10, 2, "sm_90").evidence != "mine"
+    own.write_text(json.dumps([row | {"lanes": 100}]))
+    launch.launch_settings.cache_clear(), launch._rows.cache_clear()
+    with pytest.raises(ValueError, match="`lanes` must be a power of two"):
+        launch.launch_settings("forward", 2000, 2, "sm_90")
+    launch.launch_settings.cache_clear(), launch._rows.cache_clear()

@@ -1,11 +1,11 @@
 """Compile every kernel for real chips, on a machine with no GPU, and read from the machine code what it costs.
 
 Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the widest access to
-global memory in a loop, in bytes per thread; exponentials and instructions per element of the loop that streams the most; and
+global memory in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
 what that arithmetic allows, as a multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9
 times the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of it).
 
-Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves single elements in a loop.
+Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves single elements in that loop.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
+from ..disassembly import Loop
+from ..kernels.launch import assumed_arch
 from ..offline import Launch, MachineCode
 from .chips import CHIPS, Chip
 from .table import show
@@ -47,10 +49,18 @@ class Inner:
     bytes: float
 
 
+def streaming_loop(code: MachineCode) -> Loop:
+    """The loop whose narrowest load is the widest, and of these the shortest of those that load the most.
+
+    The others handle the edges of rows, and what is rare.
+    """
+    return max(code.loops, key=lambda x: (x.narrowest("load"), x.moved("load"), -x.issued), default=Loop(()))
+
+
 def inner_loop(code: MachineCode, element_size: int) -> Inner | None:
     """None where no loop loads anything."""
-    loop = max(code.loops, key=lambda x: x.moved("load"), default=None)
-    if loop is None or not loop.moved("load"):
+    loop = streaming_loop(code)
+    if not loop.moved("load"):
         return None
     n = loop.moved("load") / element_size
     moved = element_size + loop.moved("store") / n
@@ -69,8 +79,9 @@ def audited(target: str, variant: Variant, launch: Launch, **options: Any) -> di
     }  # fmt: skip
     streams = variant.streams(launch)
     if streams:
+        loop = streaming_loop(code)
         for kind in ("load", "store"):
-            row[kind] = max((width for what, width in code.loop_accesses if what == kind), default=None)
+            row[kind] = loop.widest(kind)
         if inner := inner_loop(code, variant.dtype.itemsize):
             row |= _throughput(chip, inner)
     return row | {"verdict": _verdict(code, variant, streams)}
@@ -90,7 +101,8 @@ def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
     if not streams:
         return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
     faults = ["spills"] if code.local_bytes else []
-    single = sorted({kind for kind, width in code.loop_accesses if width <= variant.dtype.itemsize})
+    widths = {kind: streaming_loop(code).widest(kind) for kind in ("load", "store")}
+    single = sorted(kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize)
     if single:
         faults.append(f"scalar {' and '.join(f'{kind}s' for kind in single)}")
     return f"FAIL: {', '.join(faults)}" if faults else "ok"
@@ -100,7 +112,8 @@ def _job(job: tuple[str, int, int, bool]) -> dict[str, Any]:
     """Launches are made again in each process: kernels cannot travel."""
     target, variant, launch, full = job
     chosen = list(variants(full))[variant]
-    return audited(target, chosen, chosen.launches()[launch])
+    with assumed_arch(target):
+        return audited(target, chosen, chosen.launches()[launch])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

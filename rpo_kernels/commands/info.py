@@ -58,11 +58,15 @@ def _triton_runs(gpu: bool) -> str:
     return "interpreted" if interpreted else "interpreted, in a process that starts with TRITON_INTERPRET=1"
 
 
-def _launch_settings() -> dict[str, dict[str, int]]:
-    from ..kernels.vocabulary import launch_settings
+def _launch_settings() -> dict[str, dict[str, int | str]]:
+    from ..kernels.launch import arch_of, launch_settings
 
-    both = itertools.product(VOCABULARIES.values(), (torch.bfloat16, torch.float32))
-    return {f"V = {V}, {str(dtype)[6:]}": launch_settings(V, dtype.itemsize) for V, dtype in both}
+    arch = arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    all_of_them = itertools.product(("forward", "backward"), VOCABULARIES.values(), (torch.bfloat16, torch.float32))
+    return {
+        f"{op}, V = {V}, {str(dtype)[6:]}, {arch}": vars(launch_settings(op, V, dtype.itemsize, arch))
+        for op, V, dtype in all_of_them
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(value, dict):
             print(f"{name}:")
             for key, settings in value.items():
-                print(f"  {key:28}{', '.join(f'{k} {v}' for k, v in settings.items())}")
+                print(f"  {key:42}{', '.join(f'{k} {v}' for k, v in settings.items())}")
         else:
             print(f"{name:18}{', '.join(value) if isinstance(value, list) else value}")
     return 0

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .vocabulary import row_results, transform_factors
+from .forward import finish, merge
+from .primitives import LOG2E
+from .vocabulary import transform_factors
 
 BLOCK = 128
 
@@ -16,7 +18,7 @@ def _shards_combine_kernel(
     statistics_ptr,  # in   [R, 3 or 4, N] fp32, of ``vocabulary.shard_statistics``
     labels_ptr,  # in   [N] int
     logps_ptr,  # out  [N] fp32; 0 where ignored, NaN where two shards hold the label
-    lse_ptr,  # out  [2, N] fp32, (peak, rest)
+    lse_ptr,  # out  [2, N] fp32, (integer, fraction)
     entropy_ptr,  # out  [N] fp32, or unused
     N,
     R,
@@ -25,7 +27,7 @@ def _shards_combine_kernel(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cost: two reads of the statistics' maxima, one of the rest; about R x 16 bytes a row."""
+    """Cost: one read of the statistics, about R x 16 bytes a row."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < N
     label = tl.load(labels_ptr + rows, mask=valid, other=0)
@@ -33,28 +35,24 @@ def _shards_combine_kernel(
     if HAS_ENTROPY:
         fields = 4
     pitch = (tl.zeros([], tl.int64) + N) * fields
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    for r in range(R):
-        top = tl.maximum(top, tl.load(statistics_ptr + r * pitch + N + rows, mask=valid, other=0.0))
-    base = tl.where(top == float("-inf"), 0.0, top)
     y_label = tl.full([BLOCK], float("-inf"), tl.float32)
     owners = tl.zeros([BLOCK], tl.int32)
-    others = tl.zeros([BLOCK], tl.float32)
-    moment = tl.zeros([BLOCK], tl.float32)  # sum over shards of s (H - log s), s their share of others
+    top = tl.full([BLOCK], -1e30, tl.float32)  # less than any
+    total = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
     for r in range(R):
         shard_ptr = statistics_ptr + r * pitch + rows
         y = tl.load(shard_ptr, mask=valid, other=0.0)
         owners += tl.where(y == float("-inf"), 0, 1)
         y_label = tl.where(y == float("-inf"), y_label, y)
-        peak = tl.load(shard_ptr + N, mask=valid, other=0.0)
-        share = tl.load(shard_ptr + 2 * N, mask=valid, other=0.0) * tl.exp((peak - base) * post)
-        others += share
+        shard_top = tl.load(shard_ptr + N, mask=valid, other=0.0)
+        shard_total = tl.load(shard_ptr + 2 * N, mask=valid, other=0.0)
+        shard_moment = tl.zeros([BLOCK], tl.float32)
         if HAS_ENTROPY:
-            h = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
-            moment += tl.where(share == 0.0, 0.0, share * (h - tl.log(share)))
+            shard_moment = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
+        top, total, moment = merge(top, total, moment, shard_top, shard_total, shard_moment)
     y_label = tl.where(owners > 1, float("nan"), y_label)
-    h_others = tl.where(others == 0.0, 0.0, moment / others + tl.log(others))
-    logp, peak, rest, entropy = row_results(base, others, y_label, h_others, post)
+    logp, peak, rest, entropy = finish(top, total, moment, y_label, post * LOG2E)
     ignored = label == ignore_index
     tl.store(logps_ptr + rows, tl.where(ignored, 0.0, logp), mask=valid)
     tl.store(lse_ptr + rows, tl.where(ignored, 0.0, peak), mask=valid)

@@ -1,0 +1,208 @@
+"""The vocabulary pass forward: one program per row, or per part of a row.
+
+Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's own exponent, rounded to an
+integer. It is known before the row is read: so there is no running maximum, the parts of a row that several programs read are
+put together by addition, and log p keeps its digits whether p is near 1 or near 0. A part that is too large for that (where the
+label is 33 nats below another) is read again, twice: for its maximum, and relative to it.
+
+A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` puts them together, as it does parts. Where the
+label is elsewhere, shift is 0, and a part whose sum nears 0 is read again too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import LN2, LOG2E, expm1, softplus, split_exponent, tanh
+from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
+
+
+@triton.jit
+def _integer(t):
+    """The integer next to t; 0 where there is none."""
+    return tl.where(tl.abs(t) < float("inf"), tl.floor(t + 0.5), 0.0)
+
+
+@triton.jit
+def merge(shift, total, moment, shift_b, total_b, moment_b):
+    """Sums of two parts; their factors are powers of two, and 1 where both are relative to the label."""
+    top = tl.maximum(shift, shift_b)
+    a, b = tl.exp2(shift - top), tl.exp2(shift_b - top)
+    moment = a * tl.fma(shift - top, total, moment) + b * tl.fma(shift_b - top, total_b, moment_b)
+    return top, a * total + b * total_b, moment
+
+
+@triton.jit
+def finish(shift, total, moment, y_label, scale2):
+    """(log p, whole and fraction of log2 of the sum with the label's, entropy) of a row."""
+    t_label = tl.fma(y_label, scale2, -shift)
+    exponent, mantissa = split_exponent(total)
+    log2_mantissa = tl.log2(mantissa)
+    odds = LN2 * (exponent + log2_mantissa - t_label)  # lse of the others - z_label
+    odds = tl.where(y_label == float("inf"), float("nan"), odds)
+    logp = -softplus(odds)
+    log_p_not = -softplus(-odds)
+    whole = tl.where(odds > 0.0, exponent, 0.0)
+    rest = tl.where(odds > 0.0, log2_mantissa - log_p_not * LOG2E, t_label - logp * LOG2E)
+    carry = _integer(rest)
+    # H = H(label or not) + p(not) H(others), each term without cancellation.
+    rest_moment = tl.fma(-exponent, total, moment)  # relative to the sum itself, not to the label
+    h_others = LN2 * tl.where(total == 0.0, 0.0, log2_mantissa - rest_moment / total)
+    p_not = -expm1(logp)
+    h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
+    h_not = tl.where(p_not == 0.0, 0.0, p_not * (h_others - log_p_not))
+    return logp, shift + whole + carry, rest - carry, h_label + h_not
+
+
+@triton.jit
+def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr):
+    """(column or -1, y there or NaN)."""
+    inside = (label >= 0) & (label < V)
+    y = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
+    if HAS_SOFTCAP:
+        y = tanh(pre * y)
+    return tl.where(inside, label, -1).to(tl.int32), y
+
+
+@triton.jit
+def _nothing_yet(label, y_label, scale2, IS_SHARD: tl.constexpr):
+    """(shift, what no columns sum to is relative to): the label's exponent, or 0 and less than any if it is on another shard."""
+    shift = _integer(y_label * scale2)
+    if IS_SHARD:
+        return shift, tl.where(label == -1, -1e30, shift)
+    else:
+        return shift, shift
+
+
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["logits_ptr"])
+def _vocabulary_forward_kernel(
+    logits_ptr,  # in   [N, V] any float, last stride 1
+    labels_ptr,  # in   [N] int
+    logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
+    lse_ptr,  # out  [2, N] fp32, log2 of the sum of e^z as an integer and a fraction; 0 where ignored
+    entropy_ptr,  # out  [N] fp32, or unused; of a shard these three are y of the label (-inf: elsewhere), shift and sum, and moment
+    parts_ptr,  # out  [N, parts, 3] fp32, (shift, total, moment) of each part, in place of the outputs; or unused
+    N,
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    part_width,
+    pre,
+    post,
+    ignore_index,
+    SPLIT: tl.constexpr,
+    IS_SHARD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Cost: one read of each scored row, one exp2 per element; nothing for an ignored row."""
+    parts = (V + part_width - 1) // part_width
+    scale2 = post * LOG2E
+    for item in range(tl.program_id(0), N * parts if SPLIT else N, tl.num_programs(0)):
+        row = item // parts if SPLIT else item
+        label = tl.load(labels_ptr + row)
+        if label != ignore_index:
+            row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
+            column, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP)
+            shift, top = _nothing_yet(label, y_label, scale2, IS_SHARD)
+            total = 0.0
+            moment = 0.0
+            part = item - row * parts if SPLIT else 0
+            end = part + 1 if SPLIT else parts
+            part_shift = shift
+            retried = False
+            while part < end:
+                first = part * part_width
+                stop = tl.minimum(first + part_width, V)
+                part_total, part_moment = sums_of_exponentials(row_ptr, first, stop, column, part_shift, pre, scale2, HAS_SOFTCAP,
+                                                               HAS_ENTROPY, POLYNOMIAL, LANES, VEC, STAGES)  # fmt: skip
+                out_of_range = part_total != part_total
+                if IS_SHARD:
+                    out_of_range |= (label == -1) & (part_total < 2.0**-80)
+                if out_of_range & (not retried):
+                    peak = largest_exponent(row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC)
+                    part_shift = _integer(peak)
+                    retried = True
+                else:
+                    top, total, moment = merge(top, total, moment, part_shift, part_total, part_moment)
+                    part_shift = shift
+                    retried = False
+                    part += 1
+            if SPLIT:
+                tl.store(parts_ptr + item * 3, top)
+                tl.store(parts_ptr + item * 3 + 1, total)
+                tl.store(parts_ptr + item * 3 + 2, moment)
+            else:
+                _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+        elif not SPLIT:
+            _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
+
+
+@triton.jit
+def _store(
+    logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    if IS_SHARD:
+        logp, whole, fraction, entropy = tl.where(label == -1, float("-inf"), y_label), top, total, moment
+    else:
+        logp, whole, fraction, entropy = finish(top, total, moment, y_label, scale2)
+    tl.store(logps_ptr + row, logp)
+    tl.store(lse_ptr + row, whole)
+    tl.store(lse_ptr + N + row, fraction)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + row, entropy)
+
+
+@triton.jit
+def _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY: tl.constexpr):
+    tl.store(logps_ptr + row, 0.0)
+    tl.store(lse_ptr + row, 0.0)
+    tl.store(lse_ptr + N + row, 0.0)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + row, 0.0)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, "parts"], do_not_specialize_on_alignment=["logits_ptr"])
+def _vocabulary_merge_kernel(
+    logits_ptr,  # in   [N, V] any float, last stride 1: the label's column
+    labels_ptr,  # in   [N] int
+    parts_ptr,  # in   [N, parts, 3] fp32
+    logps_ptr,  # out  [N] fp32
+    lse_ptr,  # out  [2, N] fp32
+    entropy_ptr,  # out  [N] fp32, or unused
+    N,
+    V,
+    inner,
+    stride_outer,
+    stride_inner,
+    parts,
+    pre,
+    post,
+    ignore_index,
+    IS_SHARD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """What the forward kernel does after its row, where several programs have read it. Cost: a few numbers per row."""
+    row = tl.program_id(0)
+    label = tl.load(labels_ptr + row)
+    scale2 = post * LOG2E
+    if label != ignore_index:
+        row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
+        _, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP)
+        _, top = _nothing_yet(label, y_label, scale2, IS_SHARD)
+        total = 0.0
+        moment = 0.0
+        for item in range(row * parts, row * parts + parts):
+            part_ptr = parts_ptr + item * 3
+            top, total, moment = merge(top, total, moment, tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2))
+        _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+    else:
+        _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
