@@ -40,16 +40,25 @@ from rpo_kernels.ops import head
 TABLE = ROOT / "rpo_kernels" / "kernels" / "launch_table.json"
 LOGITS_BYTES = 2 << 30  # of one launch: several times any cache
 WITHIN = 0.01  # of the fastest, an earlier candidate is preferred
-WARPS, VECTORS, STAGES = (8, 4, 16), (2, 1, 4), (1, 3)
+SMALL_V = 4096  # rows below it keep what the table says
+WARPS, VECTORS = (8, 4, 16), (2, 1, 4)
+STAGES = {"forward": (2, 1), "backward": (1,)}
+REGISTERS = {"forward": (64, 0), "backward": (0,)}
 CHUNK_ROWS, WORKSPACES = (1024, 512, 2048, 4096), (1 << 30, 1 << 29, 1 << 31, 1 << 32)
 
 
-def candidates(element_size: int) -> list[dict[str, int]]:
-    """Lanes of one 16-byte vector; each thread owns some of them."""
+TUNED = ("lanes", "vec", "num_warps", "num_stages", "polynomial", "max_registers")
+
+
+def candidates(op: str, element_size: int, arch: str) -> list[dict[str, int]]:
+    """Lanes of one 16-byte vector; each thread owns some of them. Exponentials bind from Blackwell's bandwidth on, not before."""
     vec = 16 // element_size
+    polynomials = (2, 0) if op == "forward" and element_size == 2 and arch.startswith("sm_10") else (0,)
     return [
-        {"lanes": 32 * warps * vectors, "vec": vec, "num_warps": warps, "num_stages": stages}
-        for warps, vectors, stages in itertools.product(WARPS, VECTORS, STAGES)
+        dict(zip(TUNED, (32 * warps * vectors, vec, warps, stages, polynomial, registers)))
+        for warps, vectors, stages, polynomial, registers in itertools.product(
+            WARPS, VECTORS, STAGES[op], polynomials, REGISTERS[op]
+        )
     ]
 
 
@@ -57,14 +66,9 @@ def candidates(element_size: int) -> list[dict[str, int]]:
 def launching_with(settings: dict[str, int]) -> Iterator[None]:
     """Row passes launched with these settings, whatever their table says. The one place that knows how kernels take them."""
     from rpo_kernels.kernels import vocabulary
+    from rpo_kernels.kernels.launch import LaunchSettings
 
-    try:
-        from rpo_kernels.kernels.launch import LaunchSettings
-    except ImportError:
-        names = {"lanes": "LANES", "vec": "VEC"}
-        answer = {names.get(key, key): value for key, value in settings.items()}
-    else:
-        answer = LaunchSettings(**settings)
+    answer = LaunchSettings(**settings)
     with mock.patch.object(vocabulary, "launch_settings", lambda *_, **__: answer):
         yield
 
@@ -143,19 +147,19 @@ def table_rows(arch: str, op: str, element_size: int, winners: dict[int, tuple[d
     """Rows of the table from winners by vocabulary; a larger one with the same settings needs no row."""
     rows: list[dict] = []
     for V, (settings, evidence) in sorted(winners.items()):
-        chosen = {key: settings[key] for key in ("lanes", "vec", "num_warps", "num_stages")}
+        chosen = {key: settings[key] for key in TUNED}
         if not rows or any(rows[-1][key] != value for key, value in chosen.items()):
-            least = V if rows else 1
+            least = V if rows else SMALL_V
             rows.append({"arch": arch, "op": op, "element_size": element_size, "V_at_least": least, **chosen, "evidence": evidence})
     return rows
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """Replace what the table says of the same chip, kernel and element size."""
+    """Replace what the table says of the same chip, kernel and element size, but for small vocabularies."""
     key = lambda row: (row["arch"], row["op"], row["element_size"])
     new = set(map(key, rows))
     old = json.loads(path.read_text()) if path.exists() else []
-    kept = [row for row in old if key(row) not in new]
+    kept = [row for row in old if key(row) not in new or row["V_at_least"] < SMALL_V]
     lines = sorted((*kept, *rows), key=lambda row: (*key(row), row["V_at_least"]))
     path.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in lines) + "\n]\n")
 
@@ -170,7 +174,7 @@ def sweep_rows(sizes: dict, device: str, arch: str, name: str, copy_rate: float,
             work = RowPass(N, V, dtype, device)
             for op in winners:
                 timed = []
-                for settings in sizes["candidates"](dtype.itemsize):
+                for settings in sizes["candidates"](op, dtype.itemsize, arch):
                     if time.monotonic() > ends:
                         print("the time budget is spent")
                         break
@@ -220,7 +224,7 @@ FULL = {
     "case": (QWEN, 8192), "chunks": [(1024, w) for w in WORKSPACES] + [(c, 1 << 30) for c in CHUNK_ROWS[1:]],
 }  # fmt: skip
 DRY = {
-    "V": [50, 300], "N": 2, "rounds": 1, "candidates": lambda element_size: candidates(element_size)[:3],
+    "V": [50, 300], "N": 2, "rounds": 1, "candidates": lambda *a: candidates(*a)[:3],
     "case": (TINY, 4 * SEQUENCES), "chunks": [(8, 1 << 20), (16, 1 << 20)],
 }  # fmt: skip
 

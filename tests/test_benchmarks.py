@@ -207,11 +207,11 @@ def test_the_fastest_settings_win_and_ties_go_to_the_first():
 
 
 def test_the_table_keeps_other_chips_and_merges_equal_neighbours(tmp_path):
-    settings = [{"lanes": 256, "vec": 8, "num_warps": 8, "num_stages": n, "median_s": 1.0} for n in (1, 3)]
-    winners = {100: (settings[0], "e1"), 200: (settings[0], "e2"), 300: (settings[1], "e3")}
+    settings = [dict.fromkeys(sweep.TUNED, 8) | {"num_stages": n, "median_s": 1.0} for n in (1, 2)]
+    winners = {5000: (settings[0], "e1"), 6000: (settings[0], "e2"), 9000: (settings[1], "e3")}
     rows = sweep.table_rows("sm_90", "forward", 2, winners)
-    assert [(row["V_at_least"], row["num_stages"], row["evidence"]) for row in rows] == [(1, 1, "e1"), (300, 3, "e3")]
-    keys = {"arch", "op", "element_size", "V_at_least", "lanes", "vec", "num_warps", "num_stages", "evidence"}
+    assert [(row["V_at_least"], row["num_stages"], row["evidence"]) for row in rows] == [(4096, 1, "e1"), (9000, 2, "e3")]
+    keys = {"arch", "op", "element_size", "V_at_least", *sweep.TUNED, "evidence"}
     assert all(set(row) == keys for row in rows)
     file = tmp_path / "table.json"
     sweep.write_table(file, [{**rows[0], "arch": "sm_80"}, {**rows[0], "evidence": "old"}])

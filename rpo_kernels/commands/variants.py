@@ -53,7 +53,7 @@ def variants(full: bool = False) -> Iterator[Variant]:
             name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
             yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
     shard = VOCABULARIES["aligned"] // 8
-    yield Variant("bfloat16 shard, aligned", partial(launch_shards, torch.bfloat16, shard), torch.bfloat16, shard)
+    yield Variant("bfloat16 softcap entropy shard, aligned", partial(launch_shards, torch.bfloat16, shard), torch.bfloat16, shard)
     yield Variant("bfloat16, aligned", partial(launch_scale, torch.bfloat16), torch.bfloat16, 4096)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
     passes = {"pairs": (RPOObjective(), {}), "harmonic": (harmonic, {})}
