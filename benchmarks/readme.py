@@ -20,10 +20,13 @@ PEERS = ("bench.json", "bench-full-cuda.json", "bench-smoke-cpu.json")
 
 
 def cpu_table(folder: Path) -> str:
-    found = json.loads((folder / "cpu-1-thread.json").read_text())
+    return "\n\n".join(measured(json.loads(path.read_text())) for path in sorted(folder.glob("cpu-*.json")))
+
+
+def measured(found: dict) -> str:
     about = found["about"]
     return (
-        f"Measured on a CPU ({about['processor']}, {about['threads']} thread, torch {about['torch']}, commit {about['commit']}, "
+        f"Measured on a CPU ({about['processor']}, threads: {about['threads']}, torch {about['torch']}, commit {about['commit']}, "
         f"`{about['command']}`):\n\n{cpu.table(found['rows'])}"
     )
 
