@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
@@ -11,6 +12,7 @@ import torch
 BACKENDS = ("auto", "triton", "torch")
 
 
+@functools.cache
 def engine(op: str, backend: str, device: torch.device, module: str) -> ModuleType:
     """``kernels.<module>`` or ``torch_engine.<module>``; an explicit choice that cannot run raises."""
     if backend == "torch" or (backend == "auto" and device.type not in ("cuda", "xpu")):

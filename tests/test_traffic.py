@@ -475,8 +475,8 @@ def test_the_logits_path_never_looks_at_its_device(monkeypatch, packed):
     spec = RPOObjective().spec
     with pytest.raises(RuntimeError, match="meta"):
         logits[0].sum().item()
-    loss, _, _, _, coef, logps, lse, _ = op._forward_op._init_fn(
+    loss, _, _, _, coef, logps, lse, _ = op._forward_op.function(
         logits, labels, offsets, meta(S), meta(1, S), None, None, None, 2, spec, True, "triton", 1.0, 1.0, 0.0, -100, True
     )
     for backward in (rows._backward_op, rows._backward_inplace_op):
-        backward._init_fn(logits, labels, logps, lse, coef, loss, None, None, 1.0, 1.0, 0.0, -100, "triton")
+        backward.function(logits, labels, logps, lse, coef, loss, None, None, 1.0, 1.0, 0.0, -100, "triton")

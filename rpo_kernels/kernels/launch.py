@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import torch
@@ -109,6 +109,19 @@ def _age(arch: str, listed: str) -> int | None:
     return age if age >= 0 else None
 
 
+def on_its_device(function: Callable) -> Callable:
+    """Decorator of what launches: on the device of its first tensor, and on that one's stream, whichever device is current."""
+
+    @wraps(function)
+    def call(first: torch.Tensor, *args, **kwargs):
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return function(first, *args, **kwargs)
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return call
+
+
 _assumed: str | None = None
 
 
@@ -125,11 +138,13 @@ def assumed_arch(arch: str) -> Iterator[None]:
 
 def arch_of(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``, ...; ``"sm_90"`` where there is no GPU."""
-    return _assumed or (_arch_of(device) if device.type == "cuda" else "sm_90")
+    return _assumed or _arch_of(device)
 
 
 @lru_cache
 def _arch_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_90"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -15,12 +15,15 @@ coefficients cancel over a group by construction (u = s - t, p = softmax(s), q =
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from ..objectives import RPOObjective
 from .distances import MEAN, TOKENS
+from .launch import on_its_device
 from .responses import compare_responses
 from .sequences import bounds_of, spread_coefficients, sum_sequences
 
@@ -156,15 +159,32 @@ _COMPARISONS = {"listwise": 0, "pairwise": 1, "pointwise": 2}
 _SFT = {"sum": 0, "mean": 1, "tokens": 2}
 
 
-def _target_settings(objective: RPOObjective) -> dict[str, float]:
-    """The kind of target, its gap and the label of the first response."""
+@lru_cache
+def _settings(objective: RPOObjective) -> dict[str, float]:
+    """What the kernel takes of an objective."""
     if objective.label is not None:
-        return {"TARGET": 2, "target": objective.label_gap, "label_of_first": float(objective.label)}
-    if isinstance(objective.target, str):
-        return {"TARGET": 0 if objective.target == "rewards" else 3, "target": 0.0, "label_of_first": 0.0}
-    return {"TARGET": 1, "target": float(objective.target), "label_of_first": 0.0}
+        target = {"TARGET": 2, "target": objective.label_gap, "label_of_first": float(objective.label)}
+    elif isinstance(objective.target, str):
+        target = {"TARGET": 0 if objective.target == "rewards" else 3, "target": 0.0, "label_of_first": 0.0}
+    else:
+        target = {"TARGET": 1, "target": float(objective.target), "label_of_first": 0.0}
+    return target | {
+        "beta": objective.beta,
+        "eta": objective.eta,
+        "margin": objective.margin,
+        "scale": objective.scale,
+        "sft_weight": objective.sft_weight,
+        "DISTANCE": _DISTANCES[objective.distance],
+        "COMPARISON": _COMPARISONS[objective.comparison],
+        "CROSS_ENTROPY": objective.cross_entropy,
+        "LEAVE_ONE_OUT": objective.leave_one_out,
+        "AVERAGE": objective.average,
+        "HARMONIC": objective.reference == "harmonic",
+        "SFT": _SFT[objective.sft_normalizer] if objective.sft_weight > 0 else -1,
+    }
 
 
+@on_its_device
 def preference_forward(
     logps: torch.Tensor,
     objective: RPOObjective,
@@ -195,35 +215,22 @@ def preference_forward(
     S, has_tokens = sequences, labels is not None
     N = logps.numel() if has_tokens else 0
     G = S // group_size if cu_groups is None else cu_groups.numel() - 1
-    device = logps.device
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    losses = torch.empty(G, dtype=torch.float32, device=device)
-    by_sequence = torch.empty((5, S), dtype=torch.float32, device=device)
-    counts = torch.empty(S, dtype=torch.int32, device=device)
-    coef = torch.empty(N, dtype=torch.float32, device=device)
-    scratch = torch.empty((3, S), dtype=torch.float32, device=device)
+    loss, losses, coef = logps.new_empty(()), logps.new_empty(G), logps.new_empty(N)
+    by_sequence, scratch = logps.new_empty((5, S)), logps.new_empty((3, S))
+    counts = logps.new_empty(S, dtype=torch.int32)
 
     weight_strides = (0, 0)
     if ref_weights is not None:
         weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
-    block_t = min(1024, max(16, triton.next_power_of_2(triton.cdiv(N, S)))) if has_tokens else 1
-    block_j = 8 if cu_groups is not None else min(8, triton.next_power_of_2(group_size))
+    block_t = min(1024, max(16, _power_of_two(-(-N // S)))) if has_tokens else 1
+    block_j = 8 if cu_groups is not None else min(8, _power_of_two(group_size))
     _preference_kernel[(1,)](
         logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,
         loss, losses, by_sequence, counts, coef, scratch,
         N, S, G, N // S, group_size, 1 if ref_logps is None else ref_logps.shape[0],
         *weight_strides, G.bit_length(), ignore_index,
-        objective.beta, objective.eta, objective.margin, objective.scale,
-        sft_weight=objective.sft_weight,
-        **_target_settings(objective),
-        DISTANCE=_DISTANCES[objective.distance],
-        COMPARISON=_COMPARISONS[objective.comparison],
-        CROSS_ENTROPY=objective.cross_entropy,
-        LEAVE_ONE_OUT=objective.leave_one_out,
-        AVERAGE=objective.average,
+        **_settings(objective),
         REF=0 if ref_logps is None else 2 if ref_per_token else 1,
-        HARMONIC=objective.reference == "harmonic",
-        SFT=_SFT[objective.sft_normalizer] if objective.sft_weight > 0 else -1,
         HAS_TOKENS=has_tokens,
         HAS_LENGTHS=lengths is not None,
         PACKED=cu_seqlens is not None,
@@ -239,3 +246,8 @@ def preference_forward(
         num_warps=8,
     )  # fmt: skip
     return loss, losses, by_sequence, counts, coef
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest that is not below n."""
+    return 1 << (n - 1).bit_length()

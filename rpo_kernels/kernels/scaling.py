@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import on_its_device
+
 _BLOCK = 4096
 _PROGRAMS = 1024  # several per multiprocessor; a program that has nothing to do costs nanoseconds
 
@@ -27,7 +29,8 @@ def _scale_kernel(
             tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=offsets < size)
 
 
+@on_its_device
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor in place; x contiguous, factor fp32 ``[]``."""
     if x.numel():
-        _scale_kernel[(min(_PROGRAMS, triton.cdiv(x.numel(), _BLOCK)),)](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)
+        _scale_kernel[(min(_PROGRAMS, -(-x.numel() // _BLOCK)),)](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .forward import finish, merge
+from .launch import on_its_device
 from .primitives import LOG2E
 from .vocabulary import transform_factors
 
@@ -61,6 +62,7 @@ def _shards_combine_kernel(
         tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=valid)
 
 
+@on_its_device
 def combine(
     statistics: torch.Tensor,
     labels: torch.Tensor,
@@ -77,7 +79,7 @@ def combine(
     lse = torch.empty((2, N), dtype=torch.float32, device=statistics.device)
     entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=statistics.device)
     if N:
-        _shards_combine_kernel[(triton.cdiv(N, BLOCK),)](
+        _shards_combine_kernel[(-(-N // BLOCK),)](
             statistics, labels, logps, lse, entropies, N, R, transform_factors(temperature, logit_scale, softcap)[1], ignore_index,
             HAS_ENTROPY=entropy, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

@@ -7,11 +7,10 @@ z = post * y,   y = x                 (post = logit_scale / temperature)
 from __future__ import annotations
 
 import torch
-import triton
 
 from .backward import _vocabulary_backward_kernel
 from .forward import _vocabulary_forward_kernel, _vocabulary_merge_kernel
-from .launch import MAX_PROGRAMS, all_aligned, arch_of, launch_settings, part_width, splits_rows
+from .launch import MAX_PROGRAMS, all_aligned, arch_of, launch_settings, on_its_device, part_width, splits_rows
 
 
 def transform_factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
@@ -20,6 +19,7 @@ def transform_factors(temperature: float, logit_scale: float, softcap: float) ->
     return 0.0, logit_scale / temperature
 
 
+@on_its_device
 def vocabulary_forward(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -35,13 +35,13 @@ def vocabulary_forward(
     The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the digits of small logits away.
     """
     N = labels.numel()
-    logps = torch.empty(N, dtype=torch.float32, device=logits.device)
-    lse = torch.empty((2, N), dtype=torch.float32, device=logits.device)
-    entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=logits.device)
+    logps = logits.new_empty(N, dtype=torch.float32)
+    lse, entropies = logps.new_empty((2, N)), logps.new_empty(N if entropy else 0)
     _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, is_shard=False)
     return logps, lse, entropies
 
 
+@on_its_device
 def shard_statistics(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -74,7 +74,7 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
     pre, post = transform_factors(temperature, logit_scale, softcap)
     settings = launch_settings("forward", V, logits.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile)
-    parts = triton.cdiv(V, width)
+    parts = -(-V // width)
     split = parts > 1 and splits_rows(N, logits.device)
     partial = torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
     rows = (N, V, logits.shape[1], logits.stride(0), logits.stride(1))
@@ -92,6 +92,7 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
         )  # fmt: skip
 
 
+@on_its_device
 def vocabulary_backward(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -116,7 +117,7 @@ def vocabulary_backward(
     pre, post = transform_factors(temperature, logit_scale, softcap)
     settings = launch_settings("backward", V, out.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile) if splits_rows(N, logits.device) else V
-    pieces = triton.cdiv(V, width)
+    pieces = -(-V // width)
     _vocabulary_backward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
         logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner,
         logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), width, pieces,

@@ -1,9 +1,78 @@
-"""What the backward passes share."""
+"""Functions with a backward of their own: operators for whatever traces them, plain calls for everyone else."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
+    """Decorator: :class:`Operator` of a function, ``rpo_kernels::name`` in the traces of others."""
+    return lambda function: Operator(name, function, mutates_args)
+
+
+class Operator:
+    """An operator of torch.library, whose plain eager calls go around the dispatcher.
+
+    Compilers, function transforms, dispatch modes, subclasses of tensors and the meta device see an opaque operator. To bring it to
+    them costs the CPU several times what its kernels take to launch. So a call that none of them watches runs the same functions at
+    once: as they are, or as the forward and backward of a ``torch.autograd.Function``.
+    """
+
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]) -> None:
+        self.name, self.function, self._eager = name, function, function
+        self._mutated = [i for i, x in enumerate(inspect.signature(function).parameters) if x in mutates_args]
+        self._operator = torch.library.custom_op(f"rpo_kernels::{name}", function, mutates_args=mutates_args)
+
+    def register_fake(self, fake: Callable) -> None:
+        """What it returns, by shape: see ``torch.library.register_fake``."""
+        self._operator.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        """Its derivative in its first argument, the only one that has one: see ``torch.library.register_autograd``."""
+        self._operator.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, first: Tensor, others: tuple) -> Any:  # few arguments: each costs time, a setup_context more
+                output = function(first, *others)
+                setup_context(ctx, (first, *others), output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+                return backward(ctx, *gradients)[0], None
+
+        Eager.__name__ = self.name  # what profilers and grad_fn show
+        self._eager = lambda first, *others: Eager.apply(first, others)
+
+    def __call__(self, *args: Any) -> Any:
+        if is_watched(args):
+            return self._operator(*args)
+        results = self._eager(*args)
+        for i in self._mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return results
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def is_watched(args: Sequence[Any]) -> bool:
+    """Whether a call with these arguments, a tensor first, has to pass the dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or not _PLAIN.issuperset(map(type, args))
+        or args[0].is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    )
 
 
 def once_differentiable(gradient: Tensor, *sources: object) -> Tensor:

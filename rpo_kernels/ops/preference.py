@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from .. import checks, distributed
 from ..backend import engine
 from ..objectives import RPOObjective
-from .autograd import once_differentiable
+from .autograd import once_differentiable, operator
 from .gather import gather
 from .output import RPOOutput
 
@@ -167,18 +167,24 @@ def prepare(
     checks.check_normalizer(op, reduction, normalizer, device)
     checks.check_backend(op, backend)
     if rewards is not None:
-        rewards = rewards.detach().to(torch.float32).contiguous()
+        rewards = _constant(rewards)
     if ref_logps is not None:
         several = objective.reference in ("harmonic", "geometric")
-        ref_logps = ref_logps.detach().float().reshape(ref_logps.shape[0] if several else 1, -1).contiguous()
+        ref_logps = _constant(ref_logps).view(ref_logps.shape[0] if several else 1, -1)
         if several:
             R = ref_logps.shape[0]
             ref_weights = torch.full((R,), 1 / R, device=device) if ref_weights is None else ref_weights.detach().float()
-    if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), float(normalizer), dtype=torch.float32, device=device)
-    elif normalizer is not None:
-        normalizer = normalizer.detach().float().reshape(())
+    if normalizer is not None:
+        is_tensor = isinstance(normalizer, Tensor)
+        normalizer = _constant(normalizer).view(()) if is_tensor else torch.full((), normalizer, dtype=torch.float32, device=device)
     return (rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective.spec, reduction == "mean", backend)
+
+
+def _constant(x: Tensor) -> Tensor:
+    """In float32, contiguous and without a gradient; most are already."""
+    if x.dtype == torch.float32 and not x.requires_grad and x.is_contiguous():
+        return x
+    return x.detach().float().contiguous()
 
 
 def group_pass(
@@ -195,7 +201,7 @@ def group_pass(
 
 
 def output(reduction, loss, losses, by_sequence, lengths, cu_groups) -> RPOOutput:
-    rewards, logps, targets, *_ = by_sequence.detach().unbind()
+    rewards, logps, targets, *_ = by_sequence.unbind()
     return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
 
 
@@ -207,7 +213,7 @@ def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.d
     return torch.searchsorted(cu_groups[1:-1], sequence, right=True)
 
 
-@torch.library.custom_op("rpo_kernels::preference_loss", mutates_args=())
+@operator("preference_loss")
 def _forward_op(
     logps: Tensor,
     lengths: Tensor | None,

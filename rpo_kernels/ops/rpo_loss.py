@@ -8,9 +8,10 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..objectives import RPOObjective
+from .autograd import operator
 from .output import RPOOutput
 from .preference import Segments, group_pass, groups_of, output, prepare
-from .token_logps import dlogits_of, vocabulary_forward
+from .token_logps import dlogits_of, flat, vocabulary_forward
 
 
 @distributed.agreeing
@@ -75,7 +76,7 @@ def rpo_loss(
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
-@torch.library.custom_op("rpo_kernels::rpo_loss", mutates_args=())
+@operator("rpo_loss")
 def _forward_op(
     logits: Tensor,
     labels: Tensor,
@@ -102,13 +103,14 @@ def _forward_op(
         spec = RPOObjective.from_spec(objective)
         checks.check_group_values(op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer)
 
+    flat_labels = flat(labels)
     logps, lse, _, local_labels = vocabulary_forward(
-        op, logits, labels, temperature, logit_scale, softcap, ignore_index, False, backend, group, check, objective=objective
+        op, logits, flat_labels, temperature, logit_scale, softcap, ignore_index, False, backend, group, check, objective=objective
     )
     results = group_pass(
-        op, logps, labels.reshape(-1), ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
+        op, logps, flat_labels, ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
         normalizer, group_size, objective, mean, backend,
-        ref_per_token=ref_logps is not None and ref_logps.shape[1] == labels.numel(),
+        ref_per_token=ref_logps is not None and ref_logps.shape[1] == N,
     )  # fmt: skip
     return (*results, logps, lse, local_labels)
 

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..backend import engine
-from .autograd import once_differentiable
+from .autograd import once_differentiable, operator
 
 
 @distributed.agreeing
@@ -103,8 +103,11 @@ def _token_logps(
 
 def rows_of(op: str, logits: Tensor) -> Tensor:
     """Logits ``[..., V]`` as a view ``[outer, inner, V]``."""
-    if logits.dim() <= 2:
-        return logits.view(1, -1, logits.shape[-1]) if logits.dim() == 1 else logits[None]
+    dims = logits.dim()
+    if dims == 3:
+        return logits
+    if dims <= 2:
+        return logits.view(1, -1, logits.shape[-1]) if dims == 1 else logits[None]
     try:
         return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:])
     except RuntimeError:
@@ -112,6 +115,10 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
             f"{op}: the leading dimensions of `logits` must collapse to two without a copy, got shape "
             f"{checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         ) from None
+
+
+def flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 1 else x.reshape(-1)
 
 
 def shard_of(
@@ -130,26 +137,29 @@ def shard_of(
 def vocabulary_forward(
     op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group, check=lambda: None, **facts
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine; and labels that count from this
-    rank's first column, none without a group."""
+    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine, from flat labels; and labels that count
+    from this rank's first column, none without a group."""
     transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    if not group:
+        rows = rows_of(op, logits)
+        check()
+        checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
+        results = engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
+            rows, labels, ignore_index=ignore_index, entropy=entropy, **transform
+        )
+        return (*results, labels.new_empty(0))
 
     def check_all():
         rows_of(op, logits)
         check()
 
     shard = shard_of(op, group, logits.shape[-1], labels, ignore_index, check_all, **transform, entropy=entropy, **facts)
-    rows, choose = rows_of(op, logits), functools.partial(engine, op, backend, logits.device)
-    if shard is None:
-        results = choose("vocabulary").vocabulary_forward(
-            rows, labels.reshape(-1), ignore_index=ignore_index, entropy=entropy, **transform
-        )
-        return (*results, labels.new_empty(0))
     local = shard.labels(labels, ignore_index)
-    return (*shard.forward(choose, rows, local, entropy=entropy, **transform), local)
+    choose = functools.partial(engine, op, backend, logits.device)
+    return (*shard.forward(choose, rows_of(op, logits), local, entropy=entropy, **transform), local)
 
 
-@torch.library.custom_op("rpo_kernels::token_logps", mutates_args=())
+@operator("token_logps")
 def _forward_op(
     logits: Tensor,
     labels: Tensor,
@@ -164,7 +174,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "token_logps_and_entropy" if entropy else "token_logps"
     logps, lse, entropies, local_labels = vocabulary_forward(
-        op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group
+        op, logits, flat(labels), temperature, logit_scale, softcap, ignore_index, entropy, backend, group
     )
     return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,)), local_labels
 
@@ -204,13 +214,14 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 def dlogits_of(inplace: bool, logits: Tensor, *args) -> Tensor:
     """Gradient of the logits, in memory of its own or over the logits."""
-    with torch.no_grad():
-        if inplace:
-            _backward_inplace_op(logits, *args)
-            dlogits = logits.detach()
-        else:
-            dlogits = _backward_op(logits, *args)
-    return once_differentiable(dlogits, logits, *args)
+    if torch.is_grad_enabled():  # someone means to differentiate the gradient
+        with torch.no_grad():
+            dlogits = dlogits_of(inplace, logits, *args)
+        return once_differentiable(dlogits, logits, *args)
+    if not inplace:
+        return _backward_op(logits, *args)
+    _backward_inplace_op(logits, *args)
+    return logits.detach()
 
 
 def _backward_into(
@@ -218,15 +229,17 @@ def _backward_into(
     backend,
 ) -> None:  # fmt: skip
     op = "vocabulary_backward"
-    flat = [None if x is None else x.reshape(-1) for x in (entropies, entropy_coef)]
+    if entropy_coef is not None:
+        entropies, entropy_coef = flat(entropies), flat(entropy_coef)
+    rows = rows_of(op, logits)
     engine(op, backend, logits.device, "vocabulary").vocabulary_backward(
-        rows_of(op, logits), labels.reshape(-1), logps.reshape(-1), lse, coef.reshape(-1), entropies=flat[0], entropy_coef=flat[1],
-        upstream=upstream, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-        out=rows_of(op, out),
+        rows, flat(labels), flat(logps), lse, flat(coef), entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+        out=rows if out is logits else rows_of(op, out),
     )  # fmt: skip
 
 
-@torch.library.custom_op("rpo_kernels::vocabulary_backward", mutates_args=())
+@operator("vocabulary_backward")
 def _backward_op(
     logits: Tensor,
     labels: Tensor,
@@ -242,7 +255,7 @@ def _backward_op(
     ignore_index: int,
     backend: str,
 ) -> Tensor:
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = logits.new_empty(logits.shape)
     _backward_into(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale,
                    softcap, ignore_index, backend)  # fmt: skip
     return out
@@ -253,7 +266,7 @@ def _(logits, *args):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("rpo_kernels::vocabulary_backward_", mutates_args=("logits",))
+@operator("vocabulary_backward_", mutates_args=("logits",))
 def _backward_inplace_op(
     logits: Tensor,
     labels: Tensor,
