@@ -15,7 +15,7 @@ BACKENDS = ("auto", "triton", "torch")
 @functools.cache
 def engine(op: str, backend: str, device: torch.device, module: str) -> ModuleType:
     """``kernels.<module>`` or ``torch_engine.<module>``; an explicit choice that cannot run raises."""
-    if backend == "torch" or (backend == "auto" and device.type not in ("cuda", "xpu")):
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return importlib.import_module(f".torch_engine.{module}", __package__)
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(

@@ -82,6 +82,10 @@ def check_logits(
             f"{op}: the last dimension of `logits` must be contiguous, got strides {tuple(logits.stride())}; "
             "pass logits.contiguous()"
         )
+    if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: `inplace_backward` would write the gradient over `logits`, a leaf that requires one; pass what a model computed"
+        )
     if inplace_backward and _overlaps(logits):
         raise ValueError(
             f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "

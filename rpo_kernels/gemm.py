@@ -1,15 +1,15 @@
 """The GEMMs of an lm_head, as the libraries of each device run them best.
 
 Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for. Where a CPU lacks instructions
-for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of fp32: there the inputs are upcast, a block of the
-vocabulary at a time.
+for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of fp32: there, and wherever a GEMM of 16-bit inputs has
+no fp32 output, the inputs are upcast, a block of the vocabulary at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,9 +18,21 @@ from torch import Tensor
 _BLOCK_BYTES = 16 << 20
 
 
+def _as_given(function: Callable) -> Callable:
+    """Decorator: autocast, which would cast inputs once more, is off."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return call
+
+
+@_as_given
 def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the inputs' dtype or fp32."""
-    if hidden.device.type != "cpu" or (out.dtype == hidden.dtype and not is_emulated(hidden)):
+    if hidden.is_cuda or (out.dtype == hidden.dtype and not is_emulated(hidden)):
         return _multiply(out, hidden, weight.t(), accumulate)
     with _bf16_products() if hidden.dtype == torch.bfloat16 else contextlib.nullcontext():
         hidden = hidden.float()
@@ -28,6 +40,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
             _multiply(columns.t(), hidden, rows.float().t(), accumulate)
 
 
+@_as_given
 def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
     """dhidden ``[n, H]`` = dlogits ``[n, V]`` weight."""
     if not is_emulated(dlogits):
@@ -38,6 +51,7 @@ def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
     return total.to(dlogits.dtype)
 
 
+@_as_given
 def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None, factor: float = 1.0) -> Tensor:
     """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype; or that times factor, added to ``total`` of any float dtype."""
     accumulate = total is not None
@@ -74,21 +88,25 @@ def _blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def is_emulated(x: Tensor) -> bool:
     """Whether this machine has no instructions for GEMMs of a tensor of the CPU."""
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return not (_has_bf16() if x.dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
 
 
 @functools.cache
-def _has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Of this CPU for a 16-bit dtype, as far as PyTorch knows: some builds come without oneDNN."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is not None and supported()
 
 
 @contextlib.contextmanager
 def _bf16_products() -> Iterator[None]:
-    """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from bf16, and faster."""
+    """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from bf16, and faster.
+
+    The setting belongs to the process, so fp32 GEMMs that other threads start meanwhile are rounded too.
+    """
     settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
-    if settings is None or not _has_bf16():
+    if settings is None or not _has_instructions(torch.bfloat16):
         yield
         return
     before, settings.fp32_precision = settings.fp32_precision, "bf16"

@@ -219,6 +219,12 @@ def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
+def test_a_parameter_is_not_overwritten_by_its_gradient(op):
+    message = "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; pass what a model computed"
+    refuses(op, message, logits=torch.zeros(4, 3, 5, requires_grad=True), inplace_backward=True)
+
+
+@pytest.mark.parametrize("op", VOCABULARY_OPS)
 @pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap"])
 @pytest.mark.parametrize("value", [0, -1.0, INF, NAN])
 def test_factors_of_logits_that_are_not_positive_are_named(op, name, value):

@@ -92,6 +92,16 @@ class _Subclass(torch.Tensor):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.func.jvp itself
+def test_forward_mode_raises_where_it_would_give_zeros():
+    logits, labels, *_ = batch()
+    tangent = torch.randn_like(logits)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: token_logps(x, labels), (logits.detach(),), (tangent,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        token_logps(torch.autograd.forward_ad.make_dual(logits.detach(), tangent), labels)
+
+
 def test_over_written_logits_are_noticed_without_the_dispatcher():
     logits, labels, *_ = batch()
     z = logits * 1

@@ -263,6 +263,26 @@ def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(backend, de
     assert relative(weight.grad, w.grad) < 2**-9 and relative(hidden.grad, h.grad) < 2**-9
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["oneDNN", "no oneDNN"])
+def test_gemms_of_16_bits_are_what_they_are_whether_or_not_the_cpu_has_them(known, monkeypatch):
+    """Inside autocast, which casts what a GEMM gets, and in builds of PyTorch that do not know what the CPU has."""
+    if not known:
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+    gemm._has_instructions.cache_clear()
+    hidden, weight = torch.randn(5, 16).bfloat16(), torch.randn(24, 16).bfloat16()
+    dlogits, exact = torch.randn(5, 24).bfloat16(), torch.empty(5, 24)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gemm.project(hidden, weight, exact)
+            dhidden, total = gemm.backproject(dlogits, weight), torch.zeros(24, 16)
+            gemm.weight_gradient(dlogits, hidden, total)
+    finally:
+        gemm._has_instructions.cache_clear()
+    torch.testing.assert_close(exact.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), dlogits.double().t() @ hidden.double(), rtol=1e-5, atol=1e-5)
+    assert dhidden.dtype == torch.bfloat16
+
+
 def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(device):
     hidden = torch.randn(6, 4, 8, device=device, requires_grad=True)
     weight = torch.randn(5, 8, device=device, requires_grad=True)

@@ -126,11 +126,27 @@ def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
     labels = torch.zeros(len(x), dtype=torch.int64, device=device)
     expected = x.double().log_softmax(-1)[:, 0]
     torch.testing.assert_close(token_logps(x, labels, backend=backend).double(), expected, equal_nan=True, rtol=1e-6, atol=0)
+    whole = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(token_logps(whole, labels, backend=backend).sum(), whole)
+    assert grad[[3, 4, 5, 6]].isnan().all()
     finite = x[[0, 2, 7]].requires_grad_()
     (grad,) = torch.autograd.grad(token_logps(finite, labels[:3], backend=backend).sum(), finite)
     p = finite.detach().double().softmax(-1)
     onehot = torch.nn.functional.one_hot(labels[:3], 4)
     torch.testing.assert_close(grad.double(), onehot - p, rtol=1e-6, atol=1e-7)
+
+
+def test_a_default_dtype_of_float64_changes_nothing(backend, device):
+    x, labels = torch.randn(4, 9, device=device, requires_grad=True), torch.tensor([2, 0, -100, 8], device=device)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            logps, entropies = token_logps_and_entropy(x, labels, backend=backend)
+            results.append((logps, entropies, *torch.autograd.grad((logps * entropies).sum(), x)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*results))
 
 
 def test_ignored_rows_may_hold_anything(backend, device):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Operator]:
@@ -53,6 +54,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         if is_watched(args):
+            if not torch.compiler.is_compiling() and any(map(_has_tangent, args)):
+                raise NotImplementedError("rpo_kernels: forward-mode derivatives are not implemented")
             return self._operator(*args)
         results = self._eager(*args)
         for i in self._mutated:
@@ -73,6 +76,10 @@ def is_watched(args: Sequence[Any]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
     )
+
+
+def _has_tangent(x: object) -> bool:
+    return forward_ad._current_level >= 0 and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def once_differentiable(gradient: Tensor, *sources: object) -> Tensor:

@@ -81,7 +81,8 @@ def _read(logits, labels, temperature, logit_scale, softcap, ignore_index, entro
         z_label = z.gather(1, column)
         # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
         z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
-        z_label = torch.where(inside, z_label[:, 0], torch.where(label == -1, elsewhere, torch.nan))
+        z_label = z_label[:, 0]
+        z_label = torch.where(inside, z_label, torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere))
         blocks, block_lse = _log_softmax_blocks(z)
         others = torch.logsumexp(block_lse, 1)
         h_others = None
@@ -168,6 +169,8 @@ def vocabulary_backward(
         if (dead_blocks := block_lse == -torch.inf).any():
             blocks.masked_fill_(dead_blocks[..., None], 0)
         z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))  # -1: on another shard
+        if (nothing := ~(total > -torch.inf)).any():
+            z.masked_fill_(nothing, torch.nan)
         if slope is not None:
             z.mul_(slope)
         if (target := _view(out, rows)) is not None:
