@@ -29,6 +29,7 @@ from rpo_kernels import (
     RPOObjective,
     distributed,
     gather_responses,
+    gemm,
     linear_rpo_loss,
     linear_token_logps,
     linear_token_logps_and_entropy,
@@ -314,6 +315,35 @@ def the_gradient_of_hidden_states_is_left_in_parts_or_scattered_if_the_caller_sa
     gathered = all_gather_tensor_autograd(piece.transpose(0, 1).contiguous(), 0, group).transpose(0, 1)
     linear_rpo_loss(gathered, weight, **options, reduce_dhidden=False).loss.backward()
     close(piece.grad, whole["hidden"].grad[:, pieces])
+
+
+@case(2)
+def the_sum_of_a_chunks_hidden_gradients_begins_before_the_next_gemm_and_is_waited_for_at_the_end(group):
+    _, labels, rewards, layout = batch()
+    events = []
+
+    def noted(event, function):
+        return lambda *args, **kwargs: (events.append(event), function(*args, **kwargs))[1]
+
+    def start_sum(x, name, start=distributed.start_sum):
+        events.append("sum")
+        return noted("wait", start(x, name))
+
+    gemms = {name: noted(name, getattr(gemm, name)) for name in ("project", "backproject", "weight_gradient")}
+    for frozen in (False, True):
+        mine = of_this_rank({name: x for name, x in head(labels.shape).items() if "lora" not in name}, group, frozen)
+        shared = {"labels": labels, "process_group": group, "workspace_bytes": 4 * ROW, **mine}
+        for call in (
+            lambda **options: linear_rpo_loss(rewards=rewards, objective=RPOObjective(), **layout, **options).loss,
+            lambda **options: linear_token_logps(**options).sum(),
+        ):
+            events.clear()
+            with mock.patch.multiple(gemm, **gemms), mock.patch.object(distributed, "start_sum", start_sum):
+                call(**shared).backward()
+            assert events.count("sum") == events.count("wait") == events.count("backproject") > 2
+            assert all(after == "sum" for event, after in itertools.pairwise(events) if event == "backproject")
+            assert set(events[events.index("wait") :]) == {"wait"}
+            same_on_all_ranks(mine["hidden"].grad, group)
 
 
 @case()

@@ -19,7 +19,8 @@ from .. import checks
 from ..distributed import digest
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .gradients import Gradients, empty_gradients
+from .head import Chunks, Head, Leaves, Options, Scored
 from .linear_checks import shard_of_head
 from .preference import Segments, group_pass
 from .scaling import require_one, scale_
