@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from rpo_kernels import (
     RPOObjective,
+    checks,
     distributed,
     gather_responses,
     gemm,
@@ -509,6 +510,62 @@ def groups_whose_responses_lie_on_several_ranks_give_the_loss_and_gradients_of_o
            gather_responses, torch.randn(3 + group.rank()), process_group=group)  # fmt: skip
 
 
+OBJECTIVES = [
+    RPOObjective(distance, 0.3, comparison=comparison, average=distance == "squared", sft_weight=0.1)
+    for distance, comparison in itertools.product(("squared", "backward_kl", "forward_kl"), ("listwise", "pairwise", "pointwise"))
+]
+
+
+@case()
+def ragged_groups_whose_responses_lie_anywhere_give_the_loss_and_gradients_of_one_process(group):
+    """Ranks hold different numbers of responses of each group: none of some, and rank 1 none at all."""
+    R, rank = group.size(), group.rank()
+    held = torch.tensor([[3, 0, 1, 2], [0, 0, 0, 0], [1, 2, 0, 2], [0, 1, 4, 0]])[:R]  # [R, G]
+    S = int(held.sum())
+    owner = torch.cat([torch.arange(R).repeat_interleave(held[:, g]) for g in range(4)])
+    cu_groups = torch.nn.functional.pad(held.sum(0).cumsum(0), (1, 0)).int()
+    mine = torch.nn.functional.pad(held[rank].cumsum(0), (1, 0)).int()
+    logps, rewards, ref_logps = torch.randn(3, S).unbind()
+    lengths = torch.randint(0, 9, (S,))
+    for objective in OBJECTIVES:
+        whole = logps.clone().requires_grad_()
+        truth = preference_loss(whole, rewards, objective, ref_logps=ref_logps, lengths=lengths, cu_groups=cu_groups)
+        truth.loss.backward()
+        own = logps[owner == rank].requires_grad_()
+        (ours, everyone), *others = (gather_responses(x, cu_groups=mine, process_group=group)
+                                     for x in (own, *(x[owner == rank] for x in (rewards, ref_logps, lengths))))  # fmt: skip
+        assert torch.equal(everyone, cu_groups) and all(torch.equal(x, cu_groups) for _, x in others)
+        assert torch.equal(ours, logps) and torch.equal(others[2][0], lengths)
+        out = preference_loss(ours, others[0][0], objective, ref_logps=others[1][0], lengths=others[2][0], cu_groups=everyone)
+        out.loss.backward()
+        assert torch.equal(out.loss, truth.loss)
+        assert torch.equal(own.grad, whole.grad[owner == rank])
+    last = rank == R - 1
+    told = "" if last else f" (raised by rank {R - 1} of `process_group`)"
+    x = torch.randn(4)
+    raises(ValueError, f"gather_responses: `cu_groups` must begin at 0 and end at the number of responses, 4; got 0 and 5{told}",
+           gather_responses, x, cu_groups=torch.tensor([0, 2, 4 + last]).int(), process_group=group)  # fmt: skip
+    raises(TypeError, f"`cu_groups` must be int32 as in FlashAttention, got torch.int64; pass cu_groups.int(){told}",
+           gather_responses, x, cu_groups=torch.tensor([0, 2, 4], dtype=torch.int64 if last else torch.int32),
+           process_group=group)  # fmt: skip
+    raises(ValueError, "gather_responses: the ranks of `process_group` must agree on the number of groups, got [", gather_responses,
+           x, cu_groups=torch.tensor([0, 4] if last else [0, 2, 4]).int(), process_group=group)  # fmt: skip
+
+
+@case(2)
+def offsets_of_groups_that_no_check_has_seen_give_nan_and_nothing_outside_is_read(group):
+    """A GPU does not look at values."""
+    for bad in ([0, 3, 5_000_000], [0, 7, 4], [-9, 2, 4], [0, 2, 3], [1, 2, 4]):
+        with mock.patch.object(checks, "_readable", lambda x: False):
+            x = torch.randn(4, requires_grad=True)
+            logps, cu_groups = gather_responses(x, cu_groups=torch.tensor(bad).int(), process_group=group)
+            loss = preference_loss(
+                logps, logps.detach(), RPOObjective(reference="none"), cu_groups=cu_groups, backend="triton"
+            ).loss
+        assert loss.isnan()
+        loss.backward()
+
+
 @case()
 def a_normalizer_makes_unequal_numbers_of_groups_a_global_mean(group):
     """Data-parallel gradients are averaged over ranks; a local mean would weight the groups of short batches more."""
@@ -690,6 +747,10 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
         shared = {"ref_logps": ref_logps, "normalizer": 0.5 * len(rewards), "process_group": group}
         loss = rpo_loss(z, labels, rewards, objective, **shared).loss
         loss = loss + linear_rpo_loss(hidden, weight, labels, rewards, objective, **shared).loss
+        each = linear_rpo_loss(
+            hidden, weight, labels, rewards, objective, ref_logps=ref_logps, reduction="none", process_group=group
+        )
+        loss = loss + each.loss.square().mean()
         loss = loss + linear_token_logps(hidden, weight, labels, process_group=group).sum()
         lp, h = linear_token_logps_and_entropy(hidden, weight, labels, process_group=group)
         sums = gather_responses(sequence_logps(logps * entropies + lp * h, process_group=group), process_group=group)
@@ -704,6 +765,30 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
     labels = inputs[2].clone()
     labels[0, 0] = V if group.rank() else 0  # found when the graph runs
     raises(ValueError, "labels", compiled, inputs[0], weight, labels, *inputs[3:])
+
+
+@case(2)
+def graphs_hold_dtensors_and_gathers_whose_size_only_the_ranks_know(group):
+    mesh, objective = init_device_mesh("cpu", (2,)), RPOObjective(reference="none")
+    weight = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)]).requires_grad_()  # as FSDP2 shards it
+
+    def step(hidden, weight, logits, labels, rewards, cu_groups):
+        loss = linear_rpo_loss(hidden, weight, labels, rewards, objective).loss
+        logps = token_logps(logits, labels) + linear_token_logps(hidden, weight, labels)
+        gathered, everyone = gather_responses(sequence_logps(logps), cu_groups=cu_groups, process_group=group)
+        rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
+        torch._check(rewards.shape[0] == gathered.shape[0])
+        return loss + preference_loss(gathered, rewards, objective, cu_groups=everyone).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for S, T in ((4, 5), (8, 9), (10, 2)):
+            logits = distribute_tensor(torch.randn(S, T, V), mesh, [Shard(2)]).requires_grad_()
+            leaves = torch.randn(S, T, H, requires_grad=True), weight, logits
+            rest = torch.randint(0, V, (S, T)), torch.randn(S), torch.tensor([0, 2 + group.rank(), S], dtype=torch.int32)
+            for a, b in zip(*(torch.autograd.grad(f(*leaves, *rest), leaves) for f in (compiled, step))):
+                assert type(a) is type(b)
+                close(*(x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b)))
 
 
 @case(2)

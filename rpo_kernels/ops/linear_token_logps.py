@@ -64,8 +64,8 @@ def linear_token_logps(
             ranks. See :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the sequence, bring
             their group, and get a gradient laid out as they are.
         reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its dtype: scored rows alone, each
-            chunk's beside the GEMMs of the next. False leaves each rank its part, for layers that sum it themselves: Megatron's column-parallel ones, or an all-gather along the sequence,
-            whose backward is a reduce-scatter.
+            chunk's beside the GEMMs of the next. False leaves each rank its part, for layers that sum it themselves: Megatron's
+            column-parallel ones, or an all-gather along the sequence, whose backward is a reduce-scatter.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
