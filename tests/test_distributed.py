@@ -7,6 +7,7 @@ together with the others.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import re
@@ -475,6 +476,95 @@ def sequences_whose_tokens_lie_on_several_ranks_give_the_loss_and_gradients_of_o
         close(mine.grad, whole.grad[:, here])
         average = sequence_logps(token_logps(mine, labels[:, here]), average=True, labels=labels[:, here], process_group=group)
         close(average, sequence_logps(token_logps(whole, labels), average=True, labels=labels))
+
+
+def held_by(group, N: int, idle: bool = False) -> Tensor:
+    """Which of N packed tokens are this rank's: in no order; rank 1 has none of the second half, or none at all."""
+    owner = torch.randint(0, group.size(), (N,), generator=torch.Generator().manual_seed(7))
+    owner[0 if idle else N // 2 :][owner[0 if idle else N // 2 :] == 1] = 0
+    return owner == group.rank()
+
+
+def packed_batch():
+    """Ten sequences of 47 tokens in ragged groups, per-token references."""
+    cu_seqlens = torch.tensor([0, 6, 6, 13, 17, 22, 28, 33, 35, 41, 47], dtype=torch.int32)
+    labels = torch.randint(0, V, (47,))
+    labels[::5] = labels[13:17] = -100
+    layout = {"cu_groups": torch.tensor([0, 3, 5, 9, 10], dtype=torch.int32), "ref_logps": torch.randn(47)}
+    return labels, cu_seqlens, torch.randn(10), layout
+
+
+def own_offsets(mine: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.nn.functional.pad(mine.cumsum(0), (1, 0))[cu_seqlens.long()].int()
+
+
+@case()
+def sequences_of_several_ranks_keep_whole_groups_resident_and_equal_one_process(group):
+    """Context parallelism in three GEMMs, for every comparison, plan, kind of reference and set of trained leaves."""
+    plans = itertools.cycle(itertools.product(WORKSPACES, (False, True), ("token", "sequence", "live")))
+    for objective in [*OBJECTIVES, RPOObjective(reference="harmonic"), RPOObjective(sft_weight=0.1, sft_normalizer="tokens")]:
+        workspace, frozen, kind = next(plans)
+        labels, cu_seqlens, rewards, layout = packed_batch()
+        mine = held_by(group, 47, idle=objective.distance == "squared")
+        everything = head(labels.shape)
+        own_layout = dict(layout)
+        if objective.reference == "harmonic":
+            layout["ref_logps"] = torch.randn(2, 47)
+            own_layout["ref_logps"] = layout["ref_logps"][:, mine]
+        elif kind == "token":
+            own_layout["ref_logps"] = layout["ref_logps"][mine]
+        elif kind == "sequence":
+            layout["ref_logps"] = own_layout["ref_logps"] = torch.randn(10)
+        else:
+            del layout["ref_logps"], own_layout["ref_logps"]
+            layout["ref_hidden"] = torch.randn(47, H)
+            own_layout["ref_hidden"] = layout["ref_hidden"][mine]
+        trained = ("hidden", "lora_hidden") if frozen else everything
+        whole = {name: x.clone().requires_grad_(name in trained) for name, x in everything.items()}
+        own = {name: (x[mine] if "hidden" in name else x).clone().requires_grad_(name in trained) for name, x in everything.items()}
+        shared = {"rewards": rewards, "objective": objective, "reduction": "none" if workspace is None and frozen else "mean"}
+        truth = linear_rpo_loss(labels=labels, cu_seqlens=cu_seqlens, **whole, **shared, **layout)
+        ours = linear_rpo_loss(labels=labels[mine], cu_seqlens=own_offsets(mine, cu_seqlens), workspace_bytes=workspace,
+                               context_group=group, **own, **shared, **own_layout)  # fmt: skip
+        for a, b in zip(ours[:6], truth[:6]):
+            close(a.float(), b.float())
+        same_on_all_ranks(ours.losses, group)
+        upstream = torch.rand_like(truth.loss) + 0.5
+        truth.loss.backward(upstream), ours.loss.backward(upstream)
+        for name, x in own.items():
+            if "hidden" in name:
+                close(x.grad, whole[name].grad[mine])
+            elif not frozen:
+                dist.all_reduce(x.grad, group=group)
+                close(x.grad, whole[name].grad)
+
+
+@case()
+def ranks_of_one_sequence_work_off_the_same_groups_and_learn_of_each_others_errors(group):
+    labels, cu_seqlens, rewards, layout = packed_batch()
+    mine, rank, R = held_by(group, 47), group.rank(), group.size()
+    hidden, weight = torch.randn(47, H)[mine], torch.randn(V, H, requires_grad=True)
+    objective = RPOObjective()
+    own = {"cu_groups": layout["cu_groups"], "ref_logps": layout["ref_logps"][mine], "cu_seqlens": own_offsets(mine, cu_seqlens)}
+    call = functools.partial(linear_rpo_loss, hidden, weight, labels[mine], context_group=group, workspace_bytes=16 * ROW)
+    calls = {}
+    for name in ("project", "weight_gradient"):
+        calls[name] = mock.patch.object(gemm, name, wraps=getattr(gemm, name)).start()
+    call(rewards, objective, **own).loss.backward()
+    rows = int((labels[mine] != -100).sum())
+    assert sum(len(x.args[0]) for x in calls["project"].call_args_list) == rows  # none of them twice
+    mock.patch.stopall()
+    last = rank == R - 1
+    told = "" if last else f" (raised by rank {R - 1} of `context_group`)"
+    raises(ValueError, "linear_rpo_loss: `ref_logps` are missing: this objective compares", call, rewards, objective,
+           **own | ({"ref_logps": None} if last else {}))  # fmt: skip
+    bad = rewards.clone()
+    bad[0] = float("nan") if last else 0
+    raises(ValueError, f"linear_rpo_loss: `rewards` must be numbers, got NaN at 0{told}", call, bad, objective, **own)
+    raises(ValueError, "the ranks of `context_group` must agree on the values of what belongs to sequences and groups", call,
+           rewards + rank, objective, **own)  # fmt: skip
+    raises(ValueError, "`context_group` must be another group than `process_group`", call, rewards, objective,
+           process_group=group, **own)  # fmt: skip
 
 
 @case()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from .autograd import once_differentiable
+from .merged import Merged
 
 
 @distributed.agreeing
@@ -90,37 +89,6 @@ def _backward(ctx, grad):
 
 
 _gather_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class Merged(NamedTuple):
-    """Segments of which each rank has a part, put together: in each segment the entries of rank 0 first."""
-
-    group: ProcessGroup
-    widest: int  # entries of the rank that has most
-    order: Tensor  # [n] int64: where merged entries lie among R times ``widest`` gathered ones
-    offsets: Tensor  # [S+1] int32, of merged segments
-    mine: Tensor  # [n_r] int64: where this rank's entries lie among the merged
-
-    @staticmethod
-    def of(offsets: Tensor, sizes: list[int], group: ProcessGroup) -> Merged:
-        """From all ranks' offsets ``[R, S+1]`` and how many entries each has. Offsets that do not partition them stay unusable."""
-        widest, S = max(sizes), offsets.shape[1] - 1
-        entry = torch.arange(widest, device=offsets.device, dtype=offsets.dtype).expand(len(sizes), widest).contiguous()
-        total = torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)[:, None]
-        segment = torch.searchsorted(offsets[:, 1:].contiguous(), entry, right=True).clamp(max=S - 1)
-        order = torch.where(entry < total, segment, S).view(-1).argsort(stable=True)  # what fills up goes last
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=order.device)
-        rank = group.rank()
-        broken = (offsets.diff() < 0).any() | (offsets[:, :1] != 0).any() | (offsets[:, -1:] != total).any()
-        merged = torch.where(broken, -1, offsets.sum(0, dtype=torch.int32))
-        return Merged(group, widest, order[: sum(sizes)], merged, place.view(-1, widest)[rank, : sizes[rank]])
-
-    def merge(self, x: Tensor) -> Tensor:
-        """``[..., n]`` of all ranks' ``[..., n_r]``."""
-        padded = x.new_zeros((*x.shape[:-1], self.widest))
-        padded[..., : x.shape[-1]] = x
-        return distributed.gather(padded, self.group).movedim(0, -2).flatten(-2)[..., self.order]
 
 
 @torch.library.custom_op("rpo_kernels::gather_ragged", mutates_args=())
