@@ -567,6 +567,34 @@ def ranks_of_one_sequence_work_off_the_same_groups_and_learn_of_each_others_erro
            process_group=group, **own)  # fmt: skip
 
 
+@case(4)
+def a_vocabulary_may_be_sharded_over_two_ranks_and_sequences_over_two_others(group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    cp, tp = mesh["cp"].get_group(), mesh["tp"].get_group()
+    labels, cu_seqlens, rewards, layout = packed_batch()
+    mine = held_by(cp, 47)
+    everything = head(labels.shape)
+    whole = {name: x.clone().requires_grad_() for name, x in everything.items()}
+    truth = linear_rpo_loss(labels=labels, cu_seqlens=cu_seqlens, rewards=rewards, objective=RPOObjective(), **whole, **layout)
+    own = of_this_rank({name: x[mine] if "hidden" in name else x for name, x in everything.items()}, tp)
+    shared = {"rewards": rewards, "objective": RPOObjective(), "process_group": tp, "context_group": cp}
+    layout |= {"ref_logps": layout["ref_logps"][mine], "cu_seqlens": own_offsets(mine, cu_seqlens)}
+    ours = linear_rpo_loss(labels=labels[mine], workspace_bytes=12 * ROW, **own, **shared, **layout)
+    close(ours.loss, truth.loss)
+    same_on_all_ranks(ours.losses, group)
+    truth.loss.backward(), ours.loss.backward()
+    for name, x in own.items():
+        if "hidden" in name:
+            close(x.grad, whole[name].grad[mine])
+        else:
+            dist.all_reduce(x.grad, group=cp)
+            close(x.grad, whole[name].grad[columns(tp)])
+    bad = rewards.clone()
+    bad[0] = float("nan") if group.rank() == 3 else 0
+    raises(ValueError, "linear_rpo_loss: `rewards` must be numbers, got NaN at 0", linear_rpo_loss, labels=labels[mine], **own,
+           **shared | {"rewards": bad}, **layout)  # fmt: skip
+
+
 @case()
 def a_rank_without_a_scored_token_of_a_sequence_does_not_hang(group):
     labels = torch.full((4, 3), -100)
@@ -858,12 +886,13 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
 
 
 @case(2)
-def graphs_hold_dtensors_and_gathers_whose_size_only_the_ranks_know(group):
+def graphs_hold_dtensors_contexts_and_gathers_whose_size_only_the_ranks_know(group):
     mesh, objective = init_device_mesh("cpu", (2,)), RPOObjective(reference="none")
     weight = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)]).requires_grad_()  # as FSDP2 shards it
 
-    def step(hidden, weight, logits, labels, rewards, cu_groups):
+    def step(hidden, weight, logits, labels, rewards, equal, cu_groups):
         loss = linear_rpo_loss(hidden, weight, labels, rewards, objective).loss
+        loss = loss + linear_rpo_loss(hidden, weight, labels, equal, objective, context_group=group).loss
         logps = token_logps(logits, labels) + linear_token_logps(hidden, weight, labels)
         gathered, everyone = gather_responses(sequence_logps(logps), cu_groups=cu_groups, process_group=group)
         rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
@@ -875,7 +904,7 @@ def graphs_hold_dtensors_and_gathers_whose_size_only_the_ranks_know(group):
         for S, T in ((4, 5), (8, 9), (10, 2)):
             logits = distribute_tensor(torch.randn(S, T, V), mesh, [Shard(2)]).requires_grad_()
             leaves = torch.randn(S, T, H, requires_grad=True), weight, logits
-            rest = torch.randint(0, V, (S, T)), torch.randn(S), torch.tensor([0, 2 + group.rank(), S], dtype=torch.int32)
+            rest = torch.randint(0, V, (S, T)), *torch.randn(2, S), torch.tensor([0, 2 + group.rank(), S], dtype=torch.int32)
             for a, b in zip(*(torch.autograd.grad(f(*leaves, *rest), leaves) for f in (compiled, step))):
                 assert type(a) is type(b)
                 close(*(x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b)))
