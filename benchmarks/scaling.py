@@ -165,8 +165,8 @@ Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the byt
 
 Each rank holds N/R of the tokens and the whole head. `linear_rpo_loss(context_group=)` gathers two numbers per token (its
 log-probability and reference) unit by unit and stays at 3 GEMMs; `linear_token_logps`, `sequence_logps(process_group=)` and
-`preference_loss` need 4, because the coefficients come when the logits are gone. The gradient of the weight is each rank's part; its
-sum belongs to data parallelism and is not counted. V = {VOCABULARY:,}, one node:
+`preference_loss` need 4, because the coefficients come when the logits are gone. The gradient of the weight is each rank's part;
+its sum belongs to data parallelism and is not counted. V = {VOCABULARY:,}, one node:
 
 {contexts}
 
