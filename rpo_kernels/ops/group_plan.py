@@ -243,13 +243,14 @@ def with_gradients(
     ``taken`` if a buffer has taken in that of the weight, which fixes the upstream gradient to 1.
     """
     wanted = [(leaf, gradient) for leaf, gradient, need in zip(leaves, gradients, needs) if need]
-    return _attach_op(loss, *(list(x) for x in zip(*wanted)), taken, scale, backend)
+    return _attach_op(loss, *(list(x) for x in zip(*wanted)), int(needs[0]) if taken else -1, scale, backend)
 
 
 @torch.library.custom_op("rpo_kernels::with_gradients", mutates_args=())
 def _attach_op(
-    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: bool, scale: float, backend: str
+    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: int, scale: float, backend: str
 ) -> Tensor:
+    """``taken``: which leaf a buffer has taken in the gradient of, or -1."""
     return loss.clone()
 
 
@@ -267,13 +268,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dloss):
     saved = ctx.saved_tensors  # once: checkpoints refuse a second look
     leaves, gradients = saved[: ctx.count], saved[ctx.count :]
-    if ctx.taken:
+    if ctx.taken >= 0:
         dloss = require_one(dloss)
     if ctx.scale != 1:
         dloss = dloss / ctx.scale
     results = []
-    for leaf, gradient in zip(leaves, gradients):
-        if gradient.shape != leaf.shape:  # the weight's, taken
+    for i, gradient in enumerate(gradients):  # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
+        if i == ctx.taken:
             results.append(None)
             continue
         scale_(gradient, dloss, ctx.backend)

@@ -130,6 +130,11 @@ def linear_rpo_loss(
     inputs = prepare(op, objective, hidden.device, S, [(S,), tuple(labels.shape)], rewards, placeholder, ref_weights, cu_seqlens,
                      group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
     if reduction == "none":
+        if context and ref_logps is not None and tuple(ref_logps.shape[-labels.dim() :]) == tuple(labels.shape) == (S,):
+            raise ValueError(
+                f"{op}: `ref_logps` {checks.shape_of(ref_logps)} may be per token or per sequence where a rank of `context_group` "
+                f"has S = {S} positions; pass `reduction` 'mean' or 'sum', or compose linear_token_logps and preference_loss"
+            )
         return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
                          cu_seqlens, counts, weight_grad, on_logits, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
