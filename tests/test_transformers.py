@@ -284,6 +284,12 @@ def test_hooks_of_the_head_fire_also_those_of_accelerate():
     assert detach(model).forward is before
 
 
+def test_parts_of_sequences_come_with_labels_that_were_shifted_before():
+    model = attach(text_model("Llama"))
+    with pytest.raises(ValueError, match="`context_group` needs `shift_labels`"):
+        model(**text_batch(), objective=OBJECTIVE, context_group=object())
+
+
 class Noted(torch.autograd.Function):
     """What ZeRO-3 puts behind a module, to gather its weights before a backward."""
 

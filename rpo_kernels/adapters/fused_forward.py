@@ -96,6 +96,10 @@ class Call:
                 f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no `attention_mask`: these tell a "
                 "model to keep packed sequences apart"
             )
+        if "context_group" in given and labels is not None:
+            raise ValueError(
+                f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part predicts lies on another rank"
+            )
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
 
     def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
