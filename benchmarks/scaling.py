@@ -45,13 +45,15 @@ def cost(N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainab
     sums = (8 * flushes + 2) * H * columns / MEMORY if flushes > 1 else 0.0
     statistics = gathers * LATENCY + 3 * 4 * N * (tp - 1) / link if tp > 1 else 0.0
     dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # a ring's all-reduce, bf16
-    last = N - (flushes - 1) * chunks.waiting if trainable else 0  # rows of the last dweight GEMM, beside which it runs
-    hidden_by = gemms / 3 * last / N
+    # A chunk's sum runs beside the next chunk's logits GEMM, whose statistics wait for it; the last one's beside a dweight GEMM.
+    chunk, share = min(1.0, chunks.logits / N), gemms / (3 if trainable else 2)
+    last = N - (flushes - 1) * chunks.waiting if trainable else 0  # rows of that GEMM
+    exposed = max(0.0, dhidden - share) * (1 - chunk) + max(0.0, dhidden * chunk - share * last / N)
     weights = columns * H * (2 + (2 if trainable else 0) + (4 if flushes > 1 else 0))  # bf16 weight and gradient, fp32 sum
     return {
         "gemms": gemms, "rows": rows, "sums": sums, "statistics": statistics, "dhidden": dhidden,
-        "time": gemms + rows + sums + statistics + max(0.0, dhidden - hidden_by),
-        "weights": weights, "hidden": 2 * 2 * N * H,
+        "time": gemms + rows + sums + statistics + exposed,
+        "exposed": exposed, "weights": weights, "hidden": 2 * 2 * N * H,
         "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
         "naive": NAIVE * N * columns, "gathers": gathers, "flushes": flushes,
     }  # fmt: skip
@@ -65,6 +67,19 @@ def crossing(V: int, link: float, gemms: int) -> float:
 def latency_crossing(H: int, V: int, gemms: int) -> float:
     """Degree at which gathering the statistics of a chunk takes as long as its GEMMs, for chunks of narrow shards."""
     return gemms * 2 * plan(1 << 20, 1).logits * H * V / (GEMM * LATENCY)
+
+
+def hiding(V: int, link: float) -> float:
+    """Degree up to which a chunk's dhidden all-reduce hides behind one GEMM of the next."""
+    return crossing(V, link, 1)
+
+
+def context(N: int, H: int, V: int, cp: int) -> dict[str, float]:
+    """Seconds on one of ``cp`` ranks that share N tokens, each with the whole head: in one call, and composed (one GEMM more)."""
+    c = cost(N // cp, H, V, 1)
+    units = -(-N // (cp * plan(N // cp, V).logits))
+    travel = units * 2 * LATENCY + 2 * 4 * N * (cp - 1) / cp / LINKS["NVLink"]  # log-probabilities and references of tokens
+    return {"call": c["time"] + travel, "composed": c["time"] + c["gemms"] / 3, "travel": travel}
 
 
 def table(V: int) -> str:
@@ -94,6 +109,14 @@ def page() -> str:
     )  # fmt: skip
     latencies = ", ".join(f"{latency_crossing(H, VOCABULARY, 3):.0f} for {model}" for model, H in MODELS.items())
     small, large = (cost(TOKENS[0], MODELS["8B"], V, 1) for V in (VOCABULARY, LARGE_VOCABULARY))
+    contexts = tabulate(
+        [
+            [model, f"{N // 1024}k", cp, *(f"{1e3 * context(N, H, VOCABULARY, cp)[x]:.1f}" for x in ("travel", "call", "composed"))]
+            for model, H in MODELS.items() for N in TOKENS for cp in DEGREES[1:]
+        ],
+        ["model", "tokens", "CP", "log-probs travel ms", "linear_rpo_loss(context_group=) ms", "composed ms"],
+        tablefmt="github", disable_numparse=True,
+    )  # fmt: skip
     eighth = cost(TOKENS[0], MODELS["8B"], LARGE_VOCABULARY, 8)
     return f"""# The loss head on many GPUs, on paper
 
@@ -115,7 +138,8 @@ workspace of {GPU_WORKSPACE >> 30} GiB; all tokens scored; a trainable head. Wit
     row passes    10 N V/R / {MEMORY / 1e12:.1f}e12                   fp32 logits read twice, bf16 dlogits written once
     dweight sums  8 H V/R per flush / {MEMORY / 1e12:.1f}e12          where dlogits of all tokens exceed the workspace
     statistics    one all-gather per chunk of logits, 12 N (R-1) bytes
-    dhidden       4 N H (R-1)/R bytes / link            summed beside the last dweight GEMM: "in all" counts what outlasts it
+    dhidden       4 N H (R-1)/R bytes / link            a chunk's sum runs beside the logits GEMM of the next, the last one's beside
+                                                        that of dweight (trained heads): "in all" counts what outlasts it
     naive logits  {NAIVE} N V/R bytes                       what PyTorch would hold in place of the workspace
 
 "weight + gradient" counts bf16 weight and gradient, and the fp32 sum while there are several flushes.
@@ -131,10 +155,20 @@ R = 1 + 3 V link / (2 x {GEMM / 1e12:.0f}e12).
 
 {crossings}
 
-So within a node it never does. It runs beside the last GEMM of dweight; a frozen head has none to hide it, and across nodes the
-link binds such a head from {crossing(VOCABULARY, LINKS["InfiniBand"], 2):.0f} ranks on. The statistics cost latency, not bandwidth:
+So within a node it never does. Each chunk's sum is hidden by one GEMM, the next chunk's logits, whether the head is trained or
+frozen, up to R = {hiding(VOCABULARY, LINKS["NVLink"]):.0f} over NVLink and {hiding(VOCABULARY, LINKS["InfiniBand"]):.0f} over
+InfiniBand; a frozen head has nothing to hide that of the last chunk. The statistics cost latency, not bandwidth:
 one gather per chunk of {plan(1 << 20, 1).logits} rows takes as long as the chunk's GEMMs at R = {latencies}.
 Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the bytes of dhidden elsewhere.
+
+## Context parallelism
+
+Each rank holds N/R of the tokens and the whole head. `linear_rpo_loss(context_group=)` gathers two numbers per token (its
+log-probability and reference) unit by unit and stays at 3 GEMMs; `linear_token_logps`, `sequence_logps(process_group=)` and
+`preference_loss` need 4, because the coefficients come when the logits are gone. The gradient of the weight is each rank's part;
+its sum belongs to data parallelism and is not counted. V = {VOCABULARY:,}, one node:
+
+{contexts}
 
 ## What changes at V = {LARGE_VOCABULARY:,}
 

@@ -8,12 +8,17 @@ Every such call begins with an agreement: the ranks tell each other their shards
 their arguments are good. A rank that raises makes all raise. The agreement goes over the group's CPU backend where it has one
 (``init_process_group()`` without a backend makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
 captured no rank may look: the widths of the last agreement stand, so run a step before, as for any capture.
+
+Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of `process_group` alone. A DTensor weight
+without a group (FSDP2) is gathered by DTensor, whose ranks learn of each other's errors when its collectives time out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
-_agreements = 0  # made so far in this process
-_widths: dict[tuple[str, int], list[int]] = {}  # of all ranks' shards, by group and this rank's own, as last agreed
+_agreements: Counter[str] = Counter()  # made so far in this process, by group
+_widths: dict[tuple[str, int], list[int]] = {}  # of all ranks' shares, by group and this rank's own, as last agreed
 
 
 class Shard(NamedTuple):
@@ -34,6 +39,12 @@ class Shard(NamedTuple):
     columns: int
     vocabulary: int
     widest: int  # columns of the largest shard: plans made from it are the same on all ranks
+
+    @staticmethod
+    def of(name: str, widths: list[int]) -> Shard:
+        """From the columns of each rank of the named group."""
+        group = resolve(name)
+        return Shard(group, sum(widths[: group.rank()]), widths[group.rank()], sum(widths), max(widths))
 
     def labels(self, labels: Tensor, ignore_index: int) -> Tensor:
         """Flat labels that count from this shard's first column; those of other kinds have the names above."""
@@ -66,13 +77,13 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
-def group_name(op: str, process_group: object) -> str:
+def group_name(op: str, process_group: object, argument: str = "process_group") -> str:
     """A group's name, which an operator can take; "" for None."""
     if process_group is None:
         return ""
     if not isinstance(process_group, dist.ProcessGroup):
         hint = "; pass mesh.get_group()" if hasattr(process_group, "get_group") else ""
-        raise TypeError(f"{op}: `process_group` must be a torch.distributed.ProcessGroup, got {process_group!r}{hint}")
+        raise TypeError(f"{op}: `{argument}` must be a torch.distributed.ProcessGroup, got {process_group!r}{hint}")
     return process_group.group_name
 
 
@@ -83,49 +94,57 @@ def resolve(name: str) -> dist.ProcessGroup:
 # ---- agreement -------------------------------------------------------------------------------------------------------
 
 
+ARGUMENTS = ("process_group", "context_group")  # of public functions; agreements follow this order
+
+
 def agreeing(function: Callable) -> Callable:
-    """A public function that takes ``process_group=``: what it raises before its agreement, it raises on all ranks."""
+    """A public function that takes groups of ranks: what it raises before its agreement with one, it raises on all ranks of it."""
 
     @functools.wraps(function)
-    def call(*args, process_group=None, **kwargs):
-        if process_group is None or torch.compiler.is_compiling():
-            return function(*args, process_group=process_group, **kwargs)
-        before = _agreements
+    def call(*args, **kwargs):
+        groups = {argument: kwargs.get(argument) for argument in ARGUMENTS}
+        groups = {argument: group for argument, group in groups.items() if isinstance(group, dist.ProcessGroup)}
+        if not groups or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        before = _agreements.copy()
         try:
-            return function(*args, process_group=process_group, **kwargs)
+            return function(*args, **kwargs)
         except Exception as error:
-            if _agreements == before and isinstance(process_group, dist.ProcessGroup):
-                _exchange(process_group, function.__name__, 0, {}, error)
+            for argument, group in groups.items():
+                if _agreements[group.group_name] == before[group.group_name]:
+                    with contextlib.suppress(Exception):  # the error itself, which is raised below
+                        _exchange(group, function.__name__, 0, {}, error, argument)
             raise
 
     return call
 
 
-def agree(op: str, name: str, columns: int, facts: Mapping[str, object], check: Callable[[], None]) -> Shard | None:
-    """Run the checks, and settle with the other ranks of the named group how the vocabulary is sharded; None without a group.
+def agree(
+    op: str, name: str, share: int, facts: Mapping[str, object], check: Callable[[], None], argument: str = "process_group"
+) -> list[int]:
+    """Run the checks, and settle with the other ranks of the named group how much (columns, tokens) each of them has.
+
+    Returns:
+        The shares of all ranks; nothing without a group.
 
     Raises:
         The error of the checks, or of another rank's; ValueError where the facts of the ranks differ.
     """
     if not name:
         check()
-        return None
+        return []
     group, error = resolve(name), None
     if _capturing():
         check()
-        if (name, columns) not in _widths:
+        if (name, share) not in _widths:
             raise RuntimeError(f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before")
-        return _shard(group, columns, _widths[name, columns])
+        return _widths[name, share]
     try:
         check()
     except Exception as raised:
         error = raised
-    _widths[name, columns] = _exchange(group, op, columns, facts, error)
-    return _shard(group, columns, _widths[name, columns])
-
-
-def _shard(group: dist.ProcessGroup, columns: int, widths: list[int]) -> Shard:
-    return Shard(group, sum(widths[: group.rank()]), columns, sum(widths), max(widths))
+    _widths[name, share] = _exchange(group, op, share, facts, error, argument)
+    return _widths[name, share]
 
 
 def _capturing() -> bool:
@@ -142,18 +161,23 @@ def digest(*tensors: Tensor | None) -> int:
     return total
 
 
-def _exchange(group: dist.ProcessGroup, op: str, columns: int, facts: Mapping[str, object], error: Exception | None) -> list[int]:
-    """Widths of the ranks' shards, after all of them said that they are ready."""
-    global _agreements
-    _agreements += 1
-    facts = {"operation": op, **facts}
+def tell(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """The numbers of all ranks, as many on each; over the group's CPU backend where it has one."""
     on_cpu = "cpu" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_cpu else group._device_types[0]
-    header = torch.tensor([error is not None, columns, zlib.crc32(repr(facts).encode())], dtype=torch.int64, device=device)
-    headers = gather(header, group).tolist()
+    return gather(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
+
+
+def _exchange(
+    group: dist.ProcessGroup, op: str, share: int, facts: Mapping[str, object], error: Exception | None, argument: str
+) -> list[int]:
+    """Shares of the ranks, after all of them said that they are ready."""
+    _agreements[group.group_name] += 1
+    facts = {"operation": op, **facts}
+    headers = tell([error is not None, share, zlib.crc32(repr(facts).encode())], group)
     failed = any(status for status, *_ in headers)
     if not failed and len({told for *_, told in headers}) == 1:
-        return [columns for _, columns, _ in headers]
+        return [share for _, share, _ in headers]
     # Every rank sees the same headers, so every rank comes here.
     words: list[Any] = [None] * group.size()
     dist.all_gather_object(words, (type(error).__name__, str(error)) if error is not None else facts, group=group)
@@ -162,16 +186,12 @@ def _exchange(group: dist.ProcessGroup, op: str, columns: int, facts: Mapping[st
     for rank, word in enumerate(words):
         if isinstance(word, tuple):
             kind = {"ValueError": ValueError, "TypeError": TypeError}.get(word[0], RuntimeError)
-            raise kind(f"{word[1]} (raised by rank {rank} of `process_group`)")
+            raise kind(f"{word[1]} (raised by rank {rank} of `{argument}`)")
     for fact in sorted(set().union(*words)):
         told = [word.get(fact) for word in words]
         if any(x != told[0] for x in told):
-            hint = (
-                "; they work on the same rows, did you pass the data-parallel group?"
-                if sum(width for _, width, _ in headers)
-                else ""
-            )
-            raise ValueError(f"{op}: the ranks of `process_group` must agree on {fact}, got {told}{hint}")
+            hint = "; they work on the same rows, did you pass the data-parallel group?" if "`labels`" in fact else ""
+            raise ValueError(f"{op}: the ranks of `{argument}` must agree on {fact}, got {told}{hint}")
     raise AssertionError("unreachable: digests differ, so facts do")
 
 

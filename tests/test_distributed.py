@@ -7,6 +7,7 @@ together with the others.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import os
 import re
@@ -22,13 +23,15 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from rpo_kernels import (
     RPOObjective,
+    checks,
     distributed,
     gather_responses,
+    gemm,
     linear_rpo_loss,
     linear_token_logps,
     linear_token_logps_and_entropy,
@@ -316,6 +319,35 @@ def the_gradient_of_hidden_states_is_left_in_parts_or_scattered_if_the_caller_sa
     close(piece.grad, whole["hidden"].grad[:, pieces])
 
 
+@case(2)
+def the_sum_of_a_chunks_hidden_gradients_begins_before_the_next_gemm_and_is_waited_for_at_the_end(group):
+    _, labels, rewards, layout = batch()
+    events = []
+
+    def noted(event, function):
+        return lambda *args, **kwargs: (events.append(event), function(*args, **kwargs))[1]
+
+    def start_sum(x, name, start=distributed.start_sum):
+        events.append("sum")
+        return noted("wait", start(x, name))
+
+    gemms = {name: noted(name, getattr(gemm, name)) for name in ("project", "backproject", "weight_gradient")}
+    for frozen in (False, True):
+        mine = of_this_rank({name: x for name, x in head(labels.shape).items() if "lora" not in name}, group, frozen)
+        shared = {"labels": labels, "process_group": group, "workspace_bytes": 4 * ROW, **mine}
+        for call in (
+            lambda **options: linear_rpo_loss(rewards=rewards, objective=RPOObjective(), **layout, **options).loss,
+            lambda **options: linear_token_logps(**options).sum(),
+        ):
+            events.clear()
+            with mock.patch.multiple(gemm, **gemms), mock.patch.object(distributed, "start_sum", start_sum):
+                call(**shared).backward()
+            assert events.count("sum") == events.count("wait") == events.count("backproject") > 2
+            assert all(after == "sum" for event, after in itertools.pairwise(events) if event == "backproject")
+            assert set(events[events.index("wait") :]) == {"wait"}
+            same_on_all_ranks(mine["hidden"].grad, group)
+
+
 @case()
 def a_buffer_takes_in_the_gradient_of_a_shard_of_the_weight(group):
     _, labels, rewards, layout = batch()
@@ -446,6 +478,126 @@ def sequences_whose_tokens_lie_on_several_ranks_give_the_loss_and_gradients_of_o
         close(average, sequence_logps(token_logps(whole, labels), average=True, labels=labels))
 
 
+def held_by(group, N: int, idle: bool = False) -> Tensor:
+    """Which of N packed tokens are this rank's: in no order; rank 1 has none of the second half, or none at all."""
+    owner = torch.randint(0, group.size(), (N,), generator=torch.Generator().manual_seed(7))
+    owner[0 if idle else N // 2 :][owner[0 if idle else N // 2 :] == 1] = 0
+    return owner == group.rank()
+
+
+def packed_batch():
+    """Ten sequences of 47 tokens in ragged groups, per-token references."""
+    cu_seqlens = torch.tensor([0, 6, 6, 13, 17, 22, 28, 33, 35, 41, 47], dtype=torch.int32)
+    labels = torch.randint(0, V, (47,))
+    labels[::5] = labels[13:17] = -100
+    layout = {"cu_groups": torch.tensor([0, 3, 5, 9, 10], dtype=torch.int32), "ref_logps": torch.randn(47)}
+    return labels, cu_seqlens, torch.randn(10), layout
+
+
+def own_offsets(mine: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.nn.functional.pad(mine.cumsum(0), (1, 0))[cu_seqlens.long()].int()
+
+
+@case()
+def sequences_of_several_ranks_keep_whole_groups_resident_and_equal_one_process(group):
+    """Context parallelism in three GEMMs, for every comparison, plan, kind of reference and set of trained leaves."""
+    plans = itertools.cycle(itertools.product(WORKSPACES, (False, True), ("token", "sequence", "live")))
+    for objective in [*OBJECTIVES, RPOObjective(reference="harmonic"), RPOObjective(sft_weight=0.1, sft_normalizer="tokens")]:
+        workspace, frozen, kind = next(plans)
+        labels, cu_seqlens, rewards, layout = packed_batch()
+        mine = held_by(group, 47, idle=objective.distance == "squared")
+        everything = head(labels.shape)
+        own_layout = dict(layout)
+        if objective.reference == "harmonic":
+            layout["ref_logps"] = torch.randn(2, 47)
+            own_layout["ref_logps"] = layout["ref_logps"][:, mine]
+        elif kind == "token":
+            own_layout["ref_logps"] = layout["ref_logps"][mine]
+        elif kind == "sequence":
+            layout["ref_logps"] = own_layout["ref_logps"] = torch.randn(10)
+        else:
+            del layout["ref_logps"], own_layout["ref_logps"]
+            layout["ref_hidden"] = torch.randn(47, H)
+            own_layout["ref_hidden"] = layout["ref_hidden"][mine]
+        trained = ("hidden", "lora_hidden") if frozen else everything
+        whole = {name: x.clone().requires_grad_(name in trained) for name, x in everything.items()}
+        own = {name: (x[mine] if "hidden" in name else x).clone().requires_grad_(name in trained) for name, x in everything.items()}
+        shared = {"rewards": rewards, "objective": objective, "reduction": "none" if workspace is None and frozen else "mean"}
+        truth = linear_rpo_loss(labels=labels, cu_seqlens=cu_seqlens, **whole, **shared, **layout)
+        ours = linear_rpo_loss(labels=labels[mine], cu_seqlens=own_offsets(mine, cu_seqlens), workspace_bytes=workspace,
+                               context_group=group, **own, **shared, **own_layout)  # fmt: skip
+        for a, b in zip(ours[:6], truth[:6]):
+            close(a.float(), b.float())
+        same_on_all_ranks(ours.losses, group)
+        upstream = torch.rand_like(truth.loss) + 0.5
+        truth.loss.backward(upstream), ours.loss.backward(upstream)
+        for name, x in own.items():
+            if "hidden" in name:
+                close(x.grad, whole[name].grad[mine])
+            elif not frozen:
+                dist.all_reduce(x.grad, group=group)
+                close(x.grad, whole[name].grad)
+
+
+@case()
+def ranks_of_one_sequence_work_off_the_same_groups_and_learn_of_each_others_errors(group):
+    labels, cu_seqlens, rewards, layout = packed_batch()
+    mine, rank, R = held_by(group, 47), group.rank(), group.size()
+    hidden, weight = torch.randn(47, H)[mine], torch.randn(V, H, requires_grad=True)
+    objective = RPOObjective()
+    own = {"cu_groups": layout["cu_groups"], "ref_logps": layout["ref_logps"][mine], "cu_seqlens": own_offsets(mine, cu_seqlens)}
+    call = functools.partial(linear_rpo_loss, hidden, weight, labels[mine], context_group=group, workspace_bytes=16 * ROW)
+    calls = {}
+    for name in ("project", "weight_gradient"):
+        calls[name] = mock.patch.object(gemm, name, wraps=getattr(gemm, name)).start()
+    call(rewards, objective, **own).loss.backward()
+    rows = int((labels[mine] != -100).sum())
+    assert sum(len(x.args[0]) for x in calls["project"].call_args_list) == rows  # none of them twice
+    mock.patch.stopall()
+    last = rank == R - 1
+    told = "" if last else f" (raised by rank {R - 1} of `context_group`)"
+    raises(ValueError, "linear_rpo_loss: `ref_logps` are missing: this objective compares", call, rewards, objective,
+           **own | ({"ref_logps": None} if last else {}))  # fmt: skip
+    bad = rewards.clone()
+    bad[0] = float("nan") if last else 0
+    raises(ValueError, f"linear_rpo_loss: `rewards` must be numbers, got NaN at 0{told}", call, bad, objective, **own)
+    raises(ValueError, "the ranks of `context_group` must agree on the values of what belongs to sequences and groups", call,
+           rewards + rank, objective, **own)  # fmt: skip
+    raises(ValueError, "`context_group` must be another group than `process_group`", call, rewards, objective,
+           process_group=group, **own)  # fmt: skip
+    one_each = {"labels": torch.zeros(10).long(), "cu_seqlens": torch.arange(11).int(), "ref_logps": torch.randn(10)}
+    raises(ValueError, "`ref_logps` [10] may be per token or per sequence", linear_rpo_loss, torch.randn(10, H), weight,
+           rewards=rewards, objective=objective, reduction="none", context_group=group, **one_each)  # fmt: skip
+
+
+@case(4)
+def a_vocabulary_may_be_sharded_over_two_ranks_and_sequences_over_two_others(group):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    cp, tp = mesh["cp"].get_group(), mesh["tp"].get_group()
+    labels, cu_seqlens, rewards, layout = packed_batch()
+    mine = held_by(cp, 47)
+    everything = head(labels.shape)
+    whole = {name: x.clone().requires_grad_() for name, x in everything.items()}
+    truth = linear_rpo_loss(labels=labels, cu_seqlens=cu_seqlens, rewards=rewards, objective=RPOObjective(), **whole, **layout)
+    own = of_this_rank({name: x[mine] if "hidden" in name else x for name, x in everything.items()}, tp)
+    shared = {"rewards": rewards, "objective": RPOObjective(), "process_group": tp, "context_group": cp}
+    layout |= {"ref_logps": layout["ref_logps"][mine], "cu_seqlens": own_offsets(mine, cu_seqlens)}
+    ours = linear_rpo_loss(labels=labels[mine], workspace_bytes=12 * ROW, **own, **shared, **layout)
+    close(ours.loss, truth.loss)
+    same_on_all_ranks(ours.losses, group)
+    truth.loss.backward(), ours.loss.backward()
+    for name, x in own.items():
+        if "hidden" in name:
+            close(x.grad, whole[name].grad[mine])
+        else:
+            dist.all_reduce(x.grad, group=cp)
+            close(x.grad, whole[name].grad[columns(tp)])
+    bad = rewards.clone()
+    bad[0] = float("nan") if group.rank() == 3 else 0
+    raises(ValueError, "linear_rpo_loss: `rewards` must be numbers, got NaN at 0", linear_rpo_loss, labels=labels[mine], **own,
+           **shared | {"rewards": bad}, **layout)  # fmt: skip
+
+
 @case()
 def a_rank_without_a_scored_token_of_a_sequence_does_not_hang(group):
     labels = torch.full((4, 3), -100)
@@ -477,6 +629,62 @@ def groups_whose_responses_lie_on_several_ranks_give_the_loss_and_gradients_of_o
     close(mine.grad, whole.grad[:, group.rank()].flatten())
     raises(ValueError, "gather_responses: the ranks of `process_group` must agree on the shape of what is gathered",
            gather_responses, torch.randn(3 + group.rank()), process_group=group)  # fmt: skip
+
+
+OBJECTIVES = [
+    RPOObjective(distance, 0.3, comparison=comparison, average=distance == "squared", sft_weight=0.1)
+    for distance, comparison in itertools.product(("squared", "backward_kl", "forward_kl"), ("listwise", "pairwise", "pointwise"))
+]
+
+
+@case()
+def ragged_groups_whose_responses_lie_anywhere_give_the_loss_and_gradients_of_one_process(group):
+    """Ranks hold different numbers of responses of each group: none of some, and rank 1 none at all."""
+    R, rank = group.size(), group.rank()
+    held = torch.tensor([[3, 0, 1, 2], [0, 0, 0, 0], [1, 2, 0, 2], [0, 1, 4, 0]])[:R]  # [R, G]
+    S = int(held.sum())
+    owner = torch.cat([torch.arange(R).repeat_interleave(held[:, g]) for g in range(4)])
+    cu_groups = torch.nn.functional.pad(held.sum(0).cumsum(0), (1, 0)).int()
+    mine = torch.nn.functional.pad(held[rank].cumsum(0), (1, 0)).int()
+    logps, rewards, ref_logps = torch.randn(3, S).unbind()
+    lengths = torch.randint(0, 9, (S,))
+    for objective in OBJECTIVES:
+        whole = logps.clone().requires_grad_()
+        truth = preference_loss(whole, rewards, objective, ref_logps=ref_logps, lengths=lengths, cu_groups=cu_groups)
+        truth.loss.backward()
+        own = logps[owner == rank].requires_grad_()
+        (ours, everyone), *others = (gather_responses(x, cu_groups=mine, process_group=group)
+                                     for x in (own, *(x[owner == rank] for x in (rewards, ref_logps, lengths))))  # fmt: skip
+        assert torch.equal(everyone, cu_groups) and all(torch.equal(x, cu_groups) for _, x in others)
+        assert torch.equal(ours, logps) and torch.equal(others[2][0], lengths)
+        out = preference_loss(ours, others[0][0], objective, ref_logps=others[1][0], lengths=others[2][0], cu_groups=everyone)
+        out.loss.backward()
+        assert torch.equal(out.loss, truth.loss)
+        assert torch.equal(own.grad, whole.grad[owner == rank])
+    last = rank == R - 1
+    told = "" if last else f" (raised by rank {R - 1} of `process_group`)"
+    x = torch.randn(4)
+    raises(ValueError, f"gather_responses: `cu_groups` must begin at 0 and end at the number of responses, 4; got 0 and 5{told}",
+           gather_responses, x, cu_groups=torch.tensor([0, 2, 4 + last]).int(), process_group=group)  # fmt: skip
+    raises(TypeError, f"`cu_groups` must be int32 as in FlashAttention, got torch.int64; pass cu_groups.int(){told}",
+           gather_responses, x, cu_groups=torch.tensor([0, 2, 4], dtype=torch.int64 if last else torch.int32),
+           process_group=group)  # fmt: skip
+    raises(ValueError, "gather_responses: the ranks of `process_group` must agree on the number of groups, got [", gather_responses,
+           x, cu_groups=torch.tensor([0, 4] if last else [0, 2, 4]).int(), process_group=group)  # fmt: skip
+
+
+@case(2)
+def offsets_of_groups_that_no_check_has_seen_give_nan_and_nothing_outside_is_read(group):
+    """A GPU does not look at values."""
+    for bad in ([0, 3, 5_000_000], [0, 7, 4], [-9, 2, 4], [0, 2, 3], [1, 2, 4]):
+        with mock.patch.object(checks, "_readable", lambda x: False):
+            x = torch.randn(4, requires_grad=True)
+            logps, cu_groups = gather_responses(x, cu_groups=torch.tensor(bad).int(), process_group=group)
+            loss = preference_loss(
+                logps, logps.detach(), RPOObjective(reference="none"), cu_groups=cu_groups, backend="triton"
+            ).loss
+        assert loss.isnan()
+        loss.backward()
 
 
 @case()
@@ -660,6 +868,10 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
         shared = {"ref_logps": ref_logps, "normalizer": 0.5 * len(rewards), "process_group": group}
         loss = rpo_loss(z, labels, rewards, objective, **shared).loss
         loss = loss + linear_rpo_loss(hidden, weight, labels, rewards, objective, **shared).loss
+        each = linear_rpo_loss(
+            hidden, weight, labels, rewards, objective, ref_logps=ref_logps, reduction="none", process_group=group
+        )
+        loss = loss + each.loss.square().mean()
         loss = loss + linear_token_logps(hidden, weight, labels, process_group=group).sum()
         lp, h = linear_token_logps_and_entropy(hidden, weight, labels, process_group=group)
         sums = gather_responses(sequence_logps(logps * entropies + lp * h, process_group=group), process_group=group)
@@ -674,6 +886,31 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
     labels = inputs[2].clone()
     labels[0, 0] = V if group.rank() else 0  # found when the graph runs
     raises(ValueError, "labels", compiled, inputs[0], weight, labels, *inputs[3:])
+
+
+@case(2)
+def graphs_hold_dtensors_contexts_and_gathers_whose_size_only_the_ranks_know(group):
+    mesh, objective = init_device_mesh("cpu", (2,)), RPOObjective(reference="none")
+    weight = distribute_tensor(torch.randn(V, H), mesh, [Shard(0)]).requires_grad_()  # as FSDP2 shards it
+
+    def step(hidden, weight, logits, labels, rewards, equal, cu_groups):
+        loss = linear_rpo_loss(hidden, weight, labels, rewards, objective).loss
+        loss = loss + linear_rpo_loss(hidden, weight, labels, equal, objective, context_group=group).loss
+        logps = token_logps(logits, labels) + linear_token_logps(hidden, weight, labels)
+        gathered, everyone = gather_responses(sequence_logps(logps), cu_groups=cu_groups, process_group=group)
+        rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
+        torch._check(rewards.shape[0] == gathered.shape[0])
+        return loss + preference_loss(gathered, rewards, objective, cu_groups=everyone).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for S, T in ((4, 5), (8, 9), (10, 2)):
+            logits = distribute_tensor(torch.randn(S, T, V), mesh, [Shard(2)]).requires_grad_()
+            leaves = torch.randn(S, T, H, requires_grad=True), weight, logits
+            rest = torch.randint(0, V, (S, T)), *torch.randn(2, S), torch.tensor([0, 2 + group.rank(), S], dtype=torch.int32)
+            for a, b in zip(*(torch.autograd.grad(f(*leaves, *rest), leaves) for f in (compiled, step))):
+                assert type(a) is type(b)
+                close(*(x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b)))
 
 
 @case(2)

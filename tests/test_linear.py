@@ -335,6 +335,20 @@ def test_a_second_backward_raises_and_results_repeat_bit_for_bit(backend, device
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+def test_a_weight_that_is_emptied_after_the_forward_still_gets_its_gradient(device):
+    """As ZeRO-3 does with parameters, whose shape is [0] then until they are gathered again."""
+    leaf, hidden = torch.randn(5, H, device=device, requires_grad=True), torch.randn(4, 3, H, device=device)
+    labels, objective = torch.randint(5, (4, 3), device=device), RPOObjective(reference="none")
+    grads = []
+    for emptied in (False, True):
+        weight = leaf * 1.0
+        loss = linear_rpo_loss(hidden, weight, labels, torch.arange(4.0, device=device), objective).loss
+        if emptied:
+            weight.data = weight.new_empty(0)
+        grads += torch.autograd.grad(loss, weight)
+    assert torch.equal(*grads)
+
+
 def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
     objective = RPOObjective("squared", 0.5, reference="none")
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))

@@ -284,6 +284,35 @@ def test_hooks_of_the_head_fire_also_those_of_accelerate():
     assert detach(model).forward is before
 
 
+def test_parts_of_sequences_come_with_labels_that_were_shifted_before():
+    model = attach(text_model("Llama"))
+    with pytest.raises(ValueError, match="`context_group` needs `shift_labels`"):
+        model(**text_batch(), objective=OBJECTIVE, context_group=object())
+
+
+class Noted(torch.autograd.Function):
+    """What ZeRO-3 puts behind a module, to gather its weights before a backward."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append("gathered")
+        return grad, None
+
+
+def test_a_function_behind_the_head_runs_before_the_heads_gradient_arrives():
+    model, batch, seen = attach(text_model("Llama")), text_batch(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: Noted.apply(out, seen))
+    model.lm_head.weight.register_hook(lambda grad: seen.append("gradient"))
+    model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss.backward()
+    assert seen == ["gathered", "gradient"]
+    assert not [hook for hook in model.lm_head._forward_hooks.values() if "after_head" in repr(hook)]
+
+
 def test_an_auxiliary_loss_is_added_as_the_models_own_forward_does():
     model, batch = attach(text_model("Mixtral")), text_batch()
     inputs = {name: x for name, x in batch.items() if name != "rewards"}

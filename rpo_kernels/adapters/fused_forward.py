@@ -54,7 +54,7 @@ def fused(unfused: Callable) -> Callable:
             kwargs["use_cache"] = False
         if not kwargs.pop("return_dict", self.config.return_dict):
             kwargs["return_dict"] = True
-        with head_as(self, functools.partial(call.at_head, self._rpo_transform)):
+        with head_as(self, functools.partial(call.at_head, self._rpo_transform), call.after_head):
             output = original(*args, **kwargs)
         return call.finish(auxiliary_loss(self, output))
 
@@ -96,6 +96,10 @@ class Call:
                 f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no `attention_mask`: these tell a "
                 "model to keep packed sequences apart"
             )
+        if "context_group" in given and labels is not None:
+            raise ValueError(
+                f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part predicts lies on another rank"
+            )
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
 
     def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -112,19 +116,24 @@ class Call:
         head = head_weights(layer, hidden, transform.vocabulary)
         head |= {"labels": labels, "logit_scale": transform.logit_scale, "softcap": transform.softcap}
         if "objective" in options:
-            out = linear_rpo_loss(hidden, **head, **({"rewards": None} | options))
-            goes_on, loss = through(out.loss)
-            self.result = out._replace(loss=loss)
-            return goes_on
+            self.result = linear_rpo_loss(hidden, **head, **({"rewards": None} | options))
+            return self.result.loss.reshape(1, 1, -1).clone()
         del options["output_token_logps"]
         options.pop("cu_seqlens", None)
         if options.pop("output_entropies", False):
             logps, entropies = linear_token_logps_and_entropy(hidden, **head, **options)
         else:
             logps, entropies = linear_token_logps(hidden, **head, **options), None
-        goes_on, logps = through(logps)
         self.result = TokenLogps(logps, entropies)
-        return goes_on
+        return logps.reshape(1, 1, -1).clone()
+
+    def after_head(self, layer: nn.Module, inputs: tuple, goes_on: Tensor) -> None:
+        """The last of the head's hooks: the result is made of what the others leave, ``[1, 1, n]``, so that they see its backward.
+
+        FSDP2 puts a hook on that tensor, ZeRO-3 a function behind it; both gather the weights before. No view: FSDP2 needs a copy.
+        """
+        name = "logps" if isinstance(self.result, TokenLogps) else "loss"
+        self.result = self.result._replace(**{name: goes_on.view(getattr(self.result, name).shape).clone()})
 
     def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
         """The result, with the model's auxiliary loss."""
@@ -140,15 +149,6 @@ class Call:
                 "`normalizer`); pass output_router_logits=False, or make a loss of output_token_logps=True"
             )
         return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
-
-
-def through(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[1, 1, n]`` for the model to go on with, and x computed from it, so that hooks on the first see a backward of the second.
-
-    Neither is a view: FSDP2 puts a hook on both.
-    """
-    goes_on = x.reshape(1, 1, -1).clone()
-    return goes_on, goes_on.view(x.shape).clone()
 
 
 def auxiliary_loss(host: nn.Module, output) -> Tensor | None:

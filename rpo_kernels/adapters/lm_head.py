@@ -45,20 +45,33 @@ def head_layers(host: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def head_as(host: nn.Module, function) -> Iterator[None]:
-    """Inside, the head's forward is ``function(layer, hidden)``. Its hooks fire as ever."""
-    changed = []
+def head_as(host: nn.Module, function, after=None) -> Iterator[None]:
+    """Inside, the head's forward is ``function(layer, hidden)``. Its hooks fire as ever, and ``after`` as the last of them."""
+    changed, handles = [], []
+    if torch.compiler.is_compiling():  # a graph cannot add a hook
+        function, after = functools.partial(_then, function, after), None
     for layer in head_layers(host):
         name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"  # accelerate's hooks are inside their forward
         changed.append((vars(layer), name, vars(layer).get(name)))
         vars(layer)[name] = functools.partial(function, layer)
+        if after is not None:
+            handles.append(layer.register_forward_hook(after))
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for attributes, name, before in changed:
             del attributes[name]
             if before is not None:
                 attributes[name] = before
+
+
+def _then(function, after, layer: nn.Module, hidden: Tensor) -> Tensor:
+    out = function(layer, hidden)
+    if after is not None:
+        after(layer, (hidden,), out)
+    return out
 
 
 def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor | None]:

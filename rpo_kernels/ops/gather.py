@@ -8,26 +8,37 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from .autograd import once_differentiable
+from .merged import Merged
 
 
 @distributed.agreeing
-def gather_responses(x: Tensor, *, process_group: ProcessGroup | None = None, group_size: int = 1) -> Tensor:
+def gather_responses(
+    x: Tensor, *, process_group: ProcessGroup | None = None, group_size: int = 1, cu_groups: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """One number per response from all ranks, where each group's responses lie on several: what the group pass needs.
 
-    Each rank holds ``group_size`` responses of every group, in the same order of groups. What comes back has ``R group_size``
-    neighbouring responses per group, those of rank 0 first, and is equal on all R ranks. Of a group only these numbers travel.
+    Each rank holds ``group_size`` responses of every group, or ragged numbers of them between its own ``cu_groups``, perhaps none;
+    in the same order of groups. What comes back has the responses of one group side by side, those of rank 0 first, and is equal
+    on all R ranks. Of a group only these numbers travel.
 
         logps = gather_responses(sequence_logps(token_logps(...)), process_group=group)
         loss = preference_loss(logps, gather_responses(rewards, process_group=group), objective, group_size=R).loss
 
+        logps, everyone = gather_responses(logps, cu_groups=cu_groups, process_group=group)
+        rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
+        loss = preference_loss(logps, rewards, objective, cu_groups=everyone).loss
+
     Args:
-        x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); the same S_r on all ranks.
+        x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); without cu_groups the same S_r on all ranks.
         process_group: the ranks (needed).
         group_size: responses of each group on this rank.
+        cu_groups: ``[G+1]`` int32 boundaries of this rank's part of each group, in place of group_size; the same G on all ranks.
 
     Returns:
-        ``[R S_r]``. Each rank is to compute the same loss from it; this rank's x then gets the gradient of that one loss, so
-        gradients of parameters are sums over the ranks, not means. Second derivatives raise.
+        ``[S]``, S the sum of S_r over the ranks; with cu_groups a pair of that and the boundaries ``[G+1]`` int32 of whole groups.
+        Each rank is to compute the same loss from it; this rank's x then gets the gradient of that one loss, so gradients of
+        parameters are sums over the ranks, not means. Second derivatives raise. Under ``torch.compile`` the S of ragged groups is
+        known when the graph runs: say ``torch._check(rewards.shape[0] == logps.shape[0])`` of two of them.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, on all ranks.
@@ -41,6 +52,11 @@ def gather_responses(x: Tensor, *, process_group: ProcessGroup | None = None, gr
         raise ValueError(f"{op}: `x` must be one number per response, [S]; got {checks.shape_of(x)}")
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
+    if cu_groups is not None:
+        if group_size != 1:
+            raise ValueError(f"{op}: `group_size` and `cu_groups` are two ways to say the same; got {group_size} and offsets")
+        checks.check_offsets(op, "cu_groups", cu_groups, x.device)
+        return _gather_ragged_op(x, cu_groups, process_group.group_name)[:2]
     if group_size < 1 or x.shape[0] % group_size:
         raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of responses, {x.shape[0]}")
     return gather(op, x, process_group).view(-1, x.shape[0] // group_size, group_size).transpose(0, 1).reshape(-1)
@@ -73,3 +89,34 @@ def _backward(ctx, grad):
 
 
 _gather_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("rpo_kernels::gather_ragged", mutates_args=())
+def _gather_ragged_op(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    op, ranks = "gather_responses", distributed.resolve(group)
+    facts = {"the number of groups": cu_groups.shape[0] - 1, "the dtype of what is gathered": x.dtype}
+    check = lambda: checks.check_offset_values(op, "cu_groups", cu_groups, x.shape[0], "responses")
+    sizes = distributed.agree(op, group, x.shape[0], facts, check)
+    merged = Merged.of(distributed.gather(cu_groups, ranks), sizes, ranks)
+    return merged.merge(x), merged.offsets, merged.mine
+
+
+@_gather_ragged_op.register_fake
+def _(x, cu_groups, group):
+    total = torch.library.get_ctx().new_dynamic_size(min=1)
+    return x.new_empty(total), torch.empty_like(cu_groups), x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+def _setup_ragged(ctx, inputs, output):
+    _, offsets, mine = output
+    ctx.save_for_backward(mine)
+    ctx.mark_non_differentiable(offsets, mine)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_ragged(ctx, grad, *_):
+    (mine,) = ctx.saved_tensors
+    return None if grad is None else once_differentiable(grad[mine], grad), None, None
+
+
+_gather_ragged_op.register_autograd(_backward_ragged, setup_context=_setup_ragged)

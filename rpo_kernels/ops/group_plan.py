@@ -19,8 +19,10 @@ from .. import checks
 from ..distributed import digest
 from ..objectives import RPOObjective
 from .autograd import once_differentiable
-from .head import Chunks, Gradients, Head, Leaves, Options, Scored, empty_gradients
+from .gradients import Gradients, empty_gradients
+from .head import Chunks, Head, Leaves, Options, Scored
 from .linear_checks import shard_of_head
+from .merged import Context
 from .preference import Segments, group_pass
 from .scaling import require_one, scale_
 from .units import Unit, pack_groups
@@ -59,6 +61,7 @@ def forward_op(
     workspace_bytes: int,
     group: str = "",
     reduce_dhidden: bool = True,
+    context_group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, losses, [5, S] as of the group pass, lengths, and the gradients of the leaves for an upstream gradient of 1)."""
     op = "linear_rpo_loss"
@@ -91,6 +94,15 @@ def forward_op(
         if device.type == "cpu" and not torch.equal(lengths, true_lengths):
             true = true_lengths.tolist()[:16]
             raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true}; got {counts[:16]}")
+    context = None
+    if context_group:
+        facts = {"gradients": needs, "`objective`": objective, "`reduction`": mean, "`group_size`": group_size}
+        facts |= {"whether `ref_hidden` is given": ref_hidden is not None, "how logits are made": str((*options[:-3], head.widest))}
+        facts |= {"the values of what belongs to sequences and groups (their checksum)": digest(
+            cu_groups, rewards, normalizer, ref_weights)}  # fmt: skip
+        context = Context(op, context_group, counts, N, ref_logps, device, facts)
+    # Units are the same on all ranks that hold tokens of the sequences.
+    most_counts, whole_lengths = (counts, true_lengths) if context is None else (context.most, context.lengths)
     n = sum(counts)
     rows = head.labelled(Scored.of(hidden, labels, options, n, lora_hidden))
     ref_rows = None if ref_hidden is None else Scored.of(ref_hidden, labels, options, n)
@@ -98,17 +110,17 @@ def forward_op(
     ref_per_token = ref_rows is not None
     if ref_rows is not None:
         ref_logps = torch.empty((1, n), dtype=torch.float32, device=device)
-    elif ref_logps is not None and ref_logps.shape[1] == N:
+    elif ref_logps is not None and (ref_logps.shape[1] == N if context is None else context.ref_per_token):
         ref_logps, ref_per_token = ref_logps[:, rows.index], True
 
     # Which groups count does not depend on the log-probabilities: one group pass over zeros settles the normalisers.
     _, _, (*_, role), _, _ = group_pass(
-        op, torch.zeros(S, device=device), None, 0, S, lengths, None, rewards, None, None, cu_groups, None, group_size,
-        _dry(spec).spec, False, backend,
+        op, torch.zeros(S, device=device), None, 0, S, whole_lengths, None, rewards, None, None, cu_groups, None,
+        group_size, _dry(spec).spec, False, backend,
     )  # fmt: skip
     chosen = role == 2
     counted = chosen.sum()
-    sft_share = (counted / torch.where(chosen, lengths, 0).sum().clamp(min=1)).float()
+    sft_share = (counted / torch.where(chosen, whole_lengths, 0).sum().clamp(min=1)).float()
     if normalizer is None and mean:
         normalizer = counted.clamp(min=1).float()
     if counts is not None and device.type != "cpu":
@@ -117,10 +129,12 @@ def forward_op(
 
     training = any(needs)
     most = Chunks.capacity(options, head.widest)
-    sizes = [sum(counts[a:b]) for a, b in itertools.pairwise(bounds)]
+    sizes = [sum(most_counts[a:b]) for a, b in itertools.pairwise(bounds)]
     largest = max((size for size in sizes if size <= most), default=0) if training else 0
-    chunks = Chunks.plan(head, n, largest, Gradients.keep_dlogits(needs))
-    units = pack_groups(counts, bounds, chunks.logits) if training else [Unit(slice(0, len(sizes)), slice(0, S), slice(0, n))]
+    chunks = Chunks.plan(head, sum(most_counts), largest, Gradients.keep_dlogits(needs))
+    units = [Unit(slice(0, len(sizes)), slice(0, S), slice(0, n))]
+    if training:
+        units = pack_groups(counts, bounds, chunks.logits, most_counts)
     scale = gradient_scale(spec, len(sizes), compute_dtype)
     unit_scale = None if scale == 1 else torch.full((), scale, device=device)
     gradients = Gradients(head, leaves, needs, chunks, n, weight_grad, scale) if training else None
@@ -143,7 +157,7 @@ def forward_op(
             lses.append(lse)
         *results, coef = _group_pass_of(
             unit, op, logps, rows.labels, head.transform["ignore_index"], cu_tokens, rewards, ref_logps, ref_per_token,
-            ref_weights, cu_groups, normalizer, group_size, objective, backend, sft_share,
+            ref_weights, cu_groups, normalizer, group_size, objective, backend, sft_share, context,
         )  # fmt: skip
         outputs.append(results)
         for part, lse in zip(parts, lses) if training else ():
@@ -161,7 +175,7 @@ def forward_op(
         torch.stack(loss).sum(),
         torch.cat(losses),
         torch.cat(by_sequence, 1),
-        true_lengths,
+        whole_lengths,
         *(gradients.finish() if training else empty_gradients(leaves, needs, weight_grad)),
     )
 
@@ -182,21 +196,28 @@ def _dry(objective: RPOObjective) -> RPOObjective:
 
 
 def _group_pass_of(unit, op, logps, labels, ignore_index, cu_tokens, rewards, ref_logps, ref_per_token, ref_weights, cu_groups,
-                   normalizer, group_size, objective, backend, sft_share):  # fmt: skip
-    """The group pass over the tokens of one unit: loss, losses, [5, S], and dL/dlogps of its tokens."""
+                   normalizer, group_size, objective, backend, sft_share, context):  # fmt: skip
+    """The group pass over the tokens of one unit: loss, losses, [5, S], and dL/dlogps of its tokens (on this rank)."""
     s, g, t = unit.sequences, unit.groups, unit.tokens
+    logps, labels, cu_seqlens = logps[t], labels[t], cu_tokens[s.start : s.stop + 1] - t.start
     if ref_logps is not None:
         ref_logps = ref_logps[:, t if ref_per_token else s].contiguous()
+    if context is not None:
+        merged = context.merged(s)
+        logps, cu_seqlens = merged.merge(logps), merged.offsets
+        labels = torch.full_like(logps, ignore_index + 1, dtype=torch.int64)  # all are scored
+        if ref_logps is not None and ref_per_token:
+            ref_logps = merged.merge(ref_logps)
     if ref_weights is not None and ref_weights.dim() == 2:
         ref_weights = ref_weights[:, g]
     if cu_groups is not None:
         cu_groups = cu_groups[g.start : g.stop + 1] - s.start
     loss, losses, by_sequence, _, coef = group_pass(
-        op, logps[t], labels[t], ignore_index, s.stop - s.start, None, cu_tokens[s.start : s.stop + 1] - t.start,
+        op, logps, labels, ignore_index, s.stop - s.start, None, cu_seqlens,
         None if rewards is None else rewards[s], ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, False,
         backend, sft_share, ref_per_token,
     )  # fmt: skip
-    return loss, losses, by_sequence, coef
+    return loss, losses, by_sequence, coef if context is None else coef[merged.mine]
 
 
 @forward_op.register_fake
@@ -222,13 +243,14 @@ def with_gradients(
     ``taken`` if a buffer has taken in that of the weight, which fixes the upstream gradient to 1.
     """
     wanted = [(leaf, gradient) for leaf, gradient, need in zip(leaves, gradients, needs) if need]
-    return _attach_op(loss, *(list(x) for x in zip(*wanted)), taken, scale, backend)
+    return _attach_op(loss, *(list(x) for x in zip(*wanted)), int(needs[0]) if taken else -1, scale, backend)
 
 
 @torch.library.custom_op("rpo_kernels::with_gradients", mutates_args=())
 def _attach_op(
-    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: bool, scale: float, backend: str
+    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: int, scale: float, backend: str
 ) -> Tensor:
+    """``taken``: which leaf a buffer has taken in the gradient of, or -1."""
     return loss.clone()
 
 
@@ -246,13 +268,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dloss):
     saved = ctx.saved_tensors  # once: checkpoints refuse a second look
     leaves, gradients = saved[: ctx.count], saved[ctx.count :]
-    if ctx.taken:
+    if ctx.taken >= 0:
         dloss = require_one(dloss)
     if ctx.scale != 1:
         dloss = dloss / ctx.scale
     results = []
-    for leaf, gradient in zip(leaves, gradients):
-        if gradient.shape != leaf.shape:  # the weight's, taken
+    for i, gradient in enumerate(gradients):  # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
+        if i == ctx.taken:
             results.append(None)
             continue
         scale_(gradient, dloss, ctx.backend)

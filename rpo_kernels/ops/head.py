@@ -1,14 +1,14 @@
 """An lm_head worked off in chunks of rows: what both linear operations are made of.
 
 Only scored rows take part. A chunk's logits are computed, read by the vocabulary pass, and turned into dlogits, in place
-where the dtypes agree; dlogits wait in a buffer until it is full, so that few large GEMMs make the weight's gradient.
+where the dtypes agree; `gradients` holds what becomes of these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -120,26 +120,23 @@ class Head:
 
     def __init__(
         self, op: str, weight: Tensor, bias: Tensor | None, options: Options, lora_weight: Tensor | None = None,
-        shard: distributed.Shard | None = None,
+        shard: distributed.Shard | None = None, widest: int | None = None,
     ):  # fmt: skip
-        """With a shard, its columns alone; labels count from its first one."""
+        """With a shard, its columns alone; labels count from its first one. ``widest``: columns of the largest shard,
+        without one: plans are made for it, so that they are the same on all ranks, which gather and sum chunk by chunk."""
         self.op, self.options, self.shard = op, options, shard
         self.weight = weight.to(options.compute_dtype)
         self.lora_weight = None if lora_weight is None else lora_weight.to(options.compute_dtype)
         self.bias = bias
         self.engine = functools.partial(engine, op, options.backend, weight.device)
         self.transform = {name: getattr(options, name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")}
+        self.widest = max(1, shard.widest if shard is not None else widest or self.V)
         if shard is not None:
             self.transform["ignore_index"] = distributed.IGNORED
 
     @property
     def V(self) -> int:
         return self.weight.shape[0]
-
-    @property
-    def widest(self) -> int:
-        """Columns that plans are made for: the same on all ranks, which gather statistics chunk by chunk."""
-        return max(1, self.V if self.shard is None else self.shard.widest)
 
     def labelled(self, rows: Scored) -> Scored:
         """Rows with labels as :meth:`forward` and :meth:`backward` take them."""
@@ -213,112 +210,3 @@ class Chunks(NamedTuple):
         """Rows whose logits and dlogits fit the workspace together."""
         logit, dlogit = options.logits_dtype, options.compute_dtype
         return options.workspace_bytes // (max(V, 1) * (logit.itemsize + (0 if logit == dlogit else dlogit.itemsize)))
-
-
-class Gradients:
-    """Gradients of :class:`Leaves`, gathered chunk by chunk."""
-
-    def __init__(
-        self, head: Head, leaves: Leaves, needs: Sequence[bool], chunks: Chunks, rows: int, weight_grad: Tensor | None = None,
-        scale: float = 1.0, buffer: Tensor | None = None,
-    ):  # fmt: skip
-        """``rows`` will come in all, times ``scale``. ``weight_grad`` takes in dweight without that factor, if it is given;
-        ``buffer`` ``[rows, V]`` holds all dlogits."""
-        self.head, self.leaves = head, leaves
-        needs = Leaves(*needs)
-        flat = lambda x: x.new_zeros((x.shape[:-1].numel(), x.shape[-1]))
-        self.dhidden = flat(leaves.hidden) if needs.hidden else None
-        self.dlora_hidden = flat(leaves.lora_hidden) if needs.lora_hidden else None
-        self.dbias = torch.zeros(head.V, dtype=torch.float32, device=head.weight.device) if needs.bias else None
-        once = rows <= chunks.waiting or buffer is not None
-        self.dweight = _WeightGradient(leaves.weight, once, weight_grad, scale) if needs.weight else None
-        self.dlora_weight = _WeightGradient(leaves.lora_weight, once) if needs.lora_weight else None
-        self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype) if buffer is None else buffer
-        self.waiting: list[Scored] = []
-        self.filled = 0
-
-    @staticmethod
-    def keep_dlogits(needs: Sequence[bool]) -> bool:
-        """Whether dlogits wait for others: for the GEMMs over tokens."""
-        return Leaves(*needs).weight or Leaves(*needs).lora_weight
-
-    def slot(self, rows: int) -> Tensor:
-        """Where the next ``rows`` rows of dlogits go; logits too, where they share a dtype."""
-        if self.filled + rows > self.buffer.shape[0]:
-            self._flush()
-        return self.buffer[self.filled : self.filled + rows]
-
-    def add(self, rows: Scored, dlogits: Tensor) -> None:
-        """Take in the dlogits of a slot."""
-        if self.dhidden is not None:
-            self.dhidden[rows.index] = gemm.backproject(dlogits, self.head.weight).to(self.dhidden.dtype)
-        if self.dlora_hidden is not None:
-            self.dlora_hidden[rows.index] = gemm.backproject(dlogits, self.head.lora_weight).to(self.dlora_hidden.dtype)
-        if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=torch.float32)
-        if self.dweight or self.dlora_weight:
-            self.waiting.append(rows)
-            self.filled += rows.size
-
-    def _flush(self) -> None:
-        if not self.filled:
-            return
-        dlogits = self.buffer[: self.filled]
-        if self.dweight:
-            self.dweight.add(dlogits, _joined([rows.hidden for rows in self.waiting]))
-        if self.dlora_weight:
-            self.dlora_weight.add(dlogits, _joined([rows.lora for rows in self.waiting]))
-        self.waiting, self.filled = [], 0
-
-    def finish(self) -> list[Tensor]:
-        """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none.
-
-        Those of hidden states, of which each rank has a part, are summed while the GEMMs over tokens run.
-        """
-        options, sums = self.head.options, []
-        if options.group and options.reduce_dhidden:
-            sums = [distributed.start_sum(x, options.group) for x in (self.dhidden, self.dlora_hidden) if x is not None]
-        self._flush()
-        for wait in sums:
-            wait()
-        del self.buffer
-        gradients = [
-            self.dhidden, self.dweight and self.dweight.finish(), self.dbias, self.dlora_hidden,
-            self.dlora_weight and self.dlora_weight.finish(),
-        ]  # fmt: skip
-        return [
-            self.leaves.hidden.new_empty(0) if gradient is None else gradient.to(leaf.dtype).view(leaf.shape)
-            for gradient, leaf in zip(gradients, self.leaves)
-        ]
-
-
-def empty_gradients(leaves: Leaves, needs: Sequence[bool], weight_grad: Tensor | None) -> tuple[Tensor, ...]:
-    """What :meth:`Gradients.finish` returns, without values."""
-    wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
-    return tuple(leaf.new_empty(leaf.shape) if want else leaves.hidden.new_empty(0) for leaf, want in zip(leaves, wanted))
-
-
-class _WeightGradient:
-    """dlogits^T x, summed over flushes in fp32 and rounded once, or added to a buffer of the caller's."""
-
-    def __init__(self, weight: Tensor, once: bool, into: Tensor | None = None, scale: float = 1.0):
-        """``once`` if there is one flush at most; ``into`` ``[V, H]`` takes in the gradient over ``scale``."""
-        self.weight, self.once, self.into = weight, once, into
-        self.factor = 1.0 if into is None else 1 / scale
-        self.total = into if into is not None and (once or into.dtype == torch.float32) else None
-
-    def add(self, dlogits: Tensor, x: Tensor) -> None:
-        if self.total is None and not self.once:
-            self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=x.device)
-        self.total = gemm.weight_gradient(dlogits, x, self.total, self.factor)
-
-    def finish(self) -> Tensor | None:
-        if self.into is None:
-            return torch.zeros_like(self.weight) if self.total is None else self.total
-        if self.total is not None and self.total is not self.into:
-            self.into.add_(self.total)
-        return None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -58,6 +59,7 @@ def linear_rpo_loss(
     counts: Sequence[int] | None = None,
     on_logits: OnLogits = None,
     process_group: ProcessGroup | None = None,
+    context_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> RPOOutput:
@@ -92,6 +94,11 @@ def linear_rpo_loss(
             a GPU one remains). Wrong counts give a NaN loss.
         process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias sharded alike. The ranks hold the
             same batch and return the same loss.
+        context_group: ranks that hold parts of the same sequences (context parallelism): each passes its own tokens of every
+            sequence, perhaps none (hidden, labels, cu_seqlens, counts and per-token references); what belongs to sequences and
+            groups is the same on all. A few numbers per token travel, for the group pass; all return the same loss. Gradients are
+            those of the rank's own tokens: the gradient of a parameter is the sum over the ranks, not their mean. Another group
+            than process_group; with both, its ranks hold the same columns.
 
     Returns:
         :class:`RPOOutput`; float32. Gradients flow to hidden, weight, bias, lora_hidden and lora_weight; sums over chunks are
@@ -107,7 +114,9 @@ def linear_rpo_loss(
     check_on_logits(op, on_logits, process_group)
     hidden, weight, bias, *_ = leaves
     ref_hidden, ref_weight, ref_bias = _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group)
-    group = distributed.group_name(op, process_group)
+    group, context = distributed.group_name(op, process_group), distributed.group_name(op, context_group, "context_group")
+    if context and context == group:
+        raise ValueError(f"{op}: `context_group` must be another group than `process_group`, got {context_group!r} twice")
     check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
     check_weight_grad(op, weight_grad, weight)
     options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
@@ -121,18 +130,23 @@ def linear_rpo_loss(
     inputs = prepare(op, objective, hidden.device, S, [(S,), tuple(labels.shape)], rewards, placeholder, ref_weights, cu_seqlens,
                      group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
     if reduction == "none":
+        if context and ref_logps is not None and tuple(ref_logps.shape[-labels.dim() :]) == tuple(labels.shape) == (S,):
+            raise ValueError(
+                f"{op}: `ref_logps` {checks.shape_of(ref_logps)} may be per token or per sequence where a rank of `context_group` "
+                f"has S = {S} positions; pass `reduction` 'mean' or 'sum', or compose linear_token_logps and preference_loss"
+            )
         return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
                          cu_seqlens, counts, weight_grad, on_logits, dict(
                              temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
                              logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
-                             reduce_dhidden=reduce_dhidden, backend=backend))  # fmt: skip
+                             reduce_dhidden=reduce_dhidden, backend=backend), context_group)  # fmt: skip
     if ref_weight is None and ref_bias is None:  # the policy's head serves both
         live_reference = (live_reference[0], None, None)
     needs = leaves.needs()
     with shown_to(op, on_logits):
         loss, losses, by_sequence, lengths, *gradients = forward_op(
             *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs,
-            counts, needs, *options[:-1], group, reduce_dhidden,
+            counts, needs, *options[:-1], group, reduce_dhidden, context,
         )  # fmt: skip
     if any(needs):
         scale = gradient_scale(objective, losses.shape[0], options[4])
@@ -152,7 +166,7 @@ def _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group
 
 
 def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens, counts,
-              weight_grad, on_logits, options) -> RPOOutput:  # fmt: skip
+              weight_grad, on_logits, options, context_group) -> RPOOutput:  # fmt: skip
     """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
     if counts is not None:
         options["count"] = sum(counts)
@@ -164,15 +178,14 @@ def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, 
     if live[0] is not None:
         with torch.no_grad():
             ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)
-    scored = (labels != options["ignore_index"]).double()
-    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    lengths = Segments(S, cu_seqlens).sum(scored).int()
+    sums = functools.partial(sequence_logps, cu_seqlens=cu_seqlens, process_group=context_group)
+    lengths = sums((labels != options["ignore_index"]).float()).int()
     per_token = ref_logps is not None and ref_logps.shape[-labels.dim() :] == labels.shape
     if per_token:
         references = ref_logps.reshape(-1, *labels.shape)
-        ref_logps = torch.stack([sequence_logps(r, cu_seqlens=cu_seqlens, labels=labels) for r in references])
+        ref_logps = torch.stack([sums(r, labels=labels, ignore_index=options["ignore_index"]) for r in references])
         ref_logps = ref_logps if objective.reference in ("harmonic", "geometric") else ref_logps[0]
     return preference_loss(
-        sequence_logps(logps, cu_seqlens=cu_seqlens), rewards, objective, ref_logps=ref_logps, ref_weights=ref_weights,
+        sums(logps), rewards, objective, ref_logps=ref_logps, ref_weights=ref_weights,
         lengths=lengths, group_size=group_size, cu_groups=cu_groups, reduction="none", backend=options["backend"],
     )  # fmt: skip

@@ -129,7 +129,8 @@ def shard_of(
         facts["the number of `labels`"] = labels.numel()
         facts["`ignore_index`"] = ignore_index
         facts["the values of `labels` (their checksum)"] = distributed.digest(labels)
-    shard = distributed.agree(op, group, columns, facts, check)
+    widths = distributed.agree(op, group, columns, facts, check)
+    shard = distributed.Shard.of(group, widths) if group else None
     checks.check_label_values(op, labels, columns if shard is None else shard.vocabulary, ignore_index)
     return shard
 

@@ -18,15 +18,16 @@ class Unit(NamedTuple):
         return self.tokens.stop - self.tokens.start
 
 
-def pack_groups(counts: list[int], bounds: list[int], rows: int) -> list[Unit]:
+def pack_groups(counts: list[int], bounds: list[int], rows: int, most: list[int] | None = None) -> list[Unit]:
     """Whole groups in units of at most ``rows`` tokens; a larger group is a unit of its own.
 
-    ``counts`` are the scored tokens of each sequence, ``bounds`` ``[G+1]`` the groups' boundaries among the sequences.
+    ``counts`` are the scored tokens of each sequence, ``bounds`` ``[G+1]`` the groups' boundaries among the sequences. Ranks that
+    share sequences make the same units from ``most``, the most tokens of each that one of them has.
     """
-    token = [0, *itertools.accumulate(counts)]
+    token, packed = [0, *itertools.accumulate(counts)], [0, *itertools.accumulate(most or counts)]
     starts, held = [0], 0
     for g, (a, b) in enumerate(itertools.pairwise(bounds)):
-        size = token[b] - token[a]
+        size = packed[b] - packed[a]
         if held and size and held + size > rows:  # groups without tokens never make a unit
             starts.append(g)
             held = 0
