@@ -36,7 +36,7 @@ class LaunchSettings:
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
         num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
-        polynomial: elements of each vector whose exponential costs multiply-adds instead (forward, rows that are all aligned).
+        polynomial: of every so many columns two get their exponentials from multiply-adds instead; 2, 4 or 8; 0: none (forward).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
@@ -93,8 +93,10 @@ def _rows(path: Path) -> list[dict]:
                 raise ValueError(f"{OWN_TABLE}: `{name}` must be a power of two in {path}, got {row[name]}")
         if row["vec"] * row["element_size"] != 16:
             raise ValueError(f"{OWN_TABLE}: `vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
-        if row.get("num_stages", 1) < 1 or not 0 <= row.get("polynomial", 0) <= row["vec"]:
-            raise ValueError(f"{OWN_TABLE}: `num_stages` must be >= 1 and `polynomial` in [0, `vec`] in {path}, got {row}")
+        if row.get("num_stages", 1) < 1:
+            raise ValueError(f"{OWN_TABLE}: `num_stages` must be >= 1 in {path}, got {row}")
+        if row.get("polynomial", 0) not in (allowed := [0, *(n for n in (2, 4, 8) if n <= row["vec"])]):
+            raise ValueError(f"{OWN_TABLE}: `polynomial` must be one of {allowed} in {path}, got {row}")
     return rows
 
 
@@ -150,9 +152,3 @@ def part_width(V: int, tile: int) -> int:
 def splits_rows(N: int, device: torch.device) -> bool:
     """Whether each part of a row gets a program of its own: with fewer than two rows per multiprocessor some would idle."""
     return N < 2 * multiprocessors(device)
-
-
-def all_aligned(x: torch.Tensor) -> bool:
-    """Whether every row of ``[outer, inner, V]`` begins at a multiple of 16 bytes."""
-    strides = x.stride(1) | (x.stride(0) if x.shape[0] > 1 else 0)
-    return (x.data_ptr() | strides * x.element_size()) % 16 == 0
