@@ -14,8 +14,10 @@ import time
 
 import pytest
 import torch
-from measure import Step, check, clock, peak_bytes, quartiles, seconds
+from measure import Step, check, peak_bytes, quartiles
 from providers import Ours
+
+from rpo_kernels.commands.timing import clock, seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS, ROUNDS = (1.0, (5, 30)) if DEVICE == "cuda" else (0.1, (3, 10))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, the benchmark table, and the sweep of
-# launch settings, which writes rpo_kernels/kernels/launch_table.json. Needs torch, triton and pytest; nothing is installed.
+# An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, the benchmark table, launch settings
+# (rpo_kernels tune: writes rpo_kernels/kernels/launch_table.json), chunks of the linear path. Needs torch, triton and pytest.
 #
-#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [sweep]       (all three by default)
+#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [tune] [chunks]       (all by default)
 #
-# Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 SWEEP_S=540. A stage that is cut short keeps what it has measured,
-# and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
+# Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 TUNE_S=540 CHUNKS_S=200. A stage that is cut short keeps what it has
+# measured, and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
 # TESTS names test files, BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192"). The exit code is the first that was not 0.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -14,12 +14,12 @@ while (($#)); do
   case $1 in
     --dry-run) dry=yes ;;
     --out) out=$2; shift ;;
-    tests | bench | sweep) stages+=("$1") ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    tests | bench | tune | chunks) stages+=("$1") ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
-((${#stages[@]})) || stages=(tests bench sweep)
+((${#stages[@]})) || stages=(tests bench tune chunks)
 mkdir -p "$out"
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
@@ -55,9 +55,18 @@ bench() {
   eval "limited $((seconds + 60)) \"\$PYTHON\" -m pytest benchmarks/bench.py \"\${options[@]}\" --budget $seconds ${BENCH_ARGS:-}"
 }
 
-sweep() {
-  local seconds=${SWEEP_S:-540}
-  limited $((seconds + 60)) "$PYTHON" benchmarks/sweep.py --budget "$seconds" --results "$out/sweep.json" ${dry:+--dry-run}
+tune() {
+  local seconds=${TUNE_S:-540} table=rpo_kernels/kernels/launch_table.json
+  local options=(--vocab 49152 128256 151936 262144 --dtype bfloat16 float32 --seconds "$seconds")
+  # Dry, settings are chosen by machine code for another table: no GPU is needed for that.
+  [[ -n $dry ]] && table=$out/launch_table.json options=(--vocab 151936 --dtype bfloat16 --op backward --audit sm_90)
+  limited $((seconds + 60)) "$PYTHON" -m rpo_kernels tune "${options[@]}" --output "$table" | tee "$out/tune.txt"
+  return "${PIPESTATUS[0]}"
+}
+
+chunks() {
+  local seconds=${CHUNKS_S:-200}
+  limited $((seconds + 60)) "$PYTHON" benchmarks/chunks.py --budget "$seconds" --results "$out/chunks.json" ${dry:+--dry-run}
 }
 
 status=0

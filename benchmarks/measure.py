@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from cases import Case, Inputs
 from providers import Provider
 from torch import Tensor
 from truth import Truth
+
+from rpo_kernels.commands.timing import flush_cache, seconds
 
 
 class Step:
@@ -115,44 +116,6 @@ def check(step: Step, truth: Truth) -> Errors:
 
 
 # ---- time and memory ------------------------------------------------------------------------------------------------
-
-
-class Tick:
-    """A moment on the device's own clock; ``b - a`` are seconds."""
-
-    def __init__(self):
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: Tick) -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1e3
-
-
-def clock(device: str) -> Callable[[], Tick | float]:
-    return Tick if device == "cuda" else time.perf_counter
-
-
-_cache: dict[torch.device, Tensor] = {}
-
-
-def flush_cache(device: torch.device) -> None:
-    """Write more than the last cache holds. On a CPU the working sets of full cases do that themselves."""
-    if device.type == "cuda":
-        if device not in _cache:
-            _cache[device] = torch.empty(256 << 20, dtype=torch.int8, device=device)
-        _cache[device].zero_()
-
-
-def seconds(step: Callable[[], None], prepare: Callable[[], None], device: str, rounds: int) -> list[float]:
-    """Times of single steps, each prepared."""
-    now, times = clock(device), []
-    for _ in range(rounds):
-        prepare()
-        start = now()
-        step()
-        times.append(now() - start)
-    return times
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:

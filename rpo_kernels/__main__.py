@@ -1,4 +1,4 @@
-"""`python -m rpo_kernels audit | verify | traffic | info`: instruments to check the kernels with, on your own machine."""
+"""`python -m rpo_kernels audit | verify | traffic | tune | info`: instruments to check the kernels with, on your own machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "audit": "compile every kernel for real chips, with no GPU: registers, accesses, instructions per element",
     "verify": "run every kernel here against the float64 reference, beside PyTorch's own error",
     "traffic": "bytes that each kernel reads and writes, counted, against the cost model and naive PyTorch",
+    "tune": "choose launch settings for your vocabularies: on a GPU by the clock, without by machine code",
     "info": "versions, devices, engines, launch settings",
 }
 

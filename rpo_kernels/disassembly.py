@@ -24,6 +24,7 @@ class Loop:
     """Instructions that one iteration passes, without those of loops inside it."""
 
     operations: tuple[str, ...]
+    innermost: bool = True
 
     @cached_property
     def accesses(self) -> Counter[tuple[str, int]]:
@@ -76,18 +77,18 @@ def loops(code: str) -> list[Loop]:
         if block.falls_through and i + 1 < len(blocks):
             graph.add_edge(i, i + 1)
     bodies = _bodies(graph, set(graph), networkx.strongly_connected_components)
-    return [Loop(tuple(x for i in sorted(body) for x in blocks[i].operations)) for body in bodies]
+    return [Loop(tuple(x for i in sorted(body) for x in blocks[i].operations), innermost) for body, innermost in bodies]
 
 
-def _bodies(graph, nodes: set[int], components) -> Iterator[set[int]]:
-    """Blocks of each loop among the nodes, less those of loops inside it."""
+def _bodies(graph, nodes: set[int], components) -> Iterator[tuple[set[int], bool]]:
+    """Blocks of each loop among the nodes, less those of loops inside it, and whether there are none."""
     view = graph.subgraph(nodes)
     for cycle in list(components(view)):
         if len(cycle) == 1 and not view.has_edge(*2 * tuple(cycle)):
             continue
         entries = {v for v in cycle for u in graph.predecessors(v) if u not in cycle} or {min(cycle)}
         inner = list(_bodies(graph, cycle - entries, components))
-        yield cycle.difference(*inner)
+        yield cycle.difference(*(body for body, _ in inner)), not inner
         yield from inner
 
 
@@ -97,7 +98,8 @@ def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
     instruction = _SASS if "/*0000*/" in code else _GCN
     for line in code.splitlines():
         if label := _LABEL.match(line):
-            blocks.append(_Block())
+            if blocks[-1].operations:  # an empty one behind a branch would be a way into this label that nothing takes
+                blocks.append(_Block())
             place[label[1]] = len(blocks) - 1
         elif found := instruction.match(line):
             operation, block = found["operation"], blocks[-1]

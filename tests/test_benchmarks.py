@@ -16,7 +16,6 @@ import measure  # noqa: E402
 import providers  # noqa: E402
 import readme as fill  # noqa: E402
 import results  # noqa: E402
-import sweep  # noqa: E402
 from cases import MODELS, PARTS, QWEN, TINY, Case  # noqa: E402
 from truth import truth_of  # noqa: E402
 
@@ -201,43 +200,13 @@ def test_the_readme_is_filled_from_results_and_says_which_device(tmp_path, file,
 # ---- the hour on a GPU --------------------------------------------------------------------------------------------------
 
 
-def test_the_fastest_settings_win_and_ties_go_to_the_first():
-    timed = [{"status": "ok", "median_s": s} for s in (1.3, 1.005, 1.0)] + [{"status": "wrong", "error": 2.0}]
-    assert sweep.winner(timed) is timed[1]
-    assert sweep.winner(timed[3:]) is None
-
-
-def test_the_table_keeps_other_chips_and_merges_equal_neighbours(tmp_path):
-    settings = [dict.fromkeys(sweep.TUNED, 8) | {"num_stages": n, "median_s": 1.0} for n in (1, 2)]
-    winners = {5000: (settings[0], "e1"), 6000: (settings[0], "e2"), 9000: (settings[1], "e3")}
-    rows = sweep.table_rows("sm_90", "forward", 2, winners)
-    assert [(row["V_at_least"], row["num_stages"], row["evidence"]) for row in rows] == [(4096, 1, "e1"), (9000, 2, "e3")]
-    keys = {"arch", "op", "element_size", "V_at_least", *sweep.TUNED, "evidence"}
-    assert all(set(row) == keys for row in rows)
-    file = tmp_path / "table.json"
-    sweep.write_table(file, [{**rows[0], "arch": "sm_80"}, {**rows[0], "evidence": "old"}])
-    sweep.write_table(file, rows)
-    assert [(row["arch"], row["evidence"]) for row in json.loads(file.read_text())] == [
-        ("sm_80", "e1"),
-        ("sm_90", "e1"),
-        ("sm_90", "e3"),
-    ]
-
-
 def test_the_script_parses_and_its_stages_run_dry(tmp_path):
-    """Tests are only collected; bench and sweep go through all their motions, the sweep's kernels in the interpreter."""
+    """Tests are only collected; bench and chunks go through the motions at tiny sizes, settings are chosen by machine code."""
     run("bash", "-n", "benchmarks/gpu.sh")
     environment = {"BENCH_ARGS": "-k '128 and pair and naive'", "TESTS": "tests/test_architecture.py"}
     text = run("benchmarks/gpu.sh", "--dry-run", "--out", tmp_path, **environment)
-    assert all(f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "sweep")), text
+    assert all(f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "tune", "chunks")), text
     assert "tests collected" in (tmp_path / "tests.txt").read_text()
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["status"] == "ok"
-    found = json.loads((tmp_path / "sweep.json").read_text())
-    assert {row["status"] for row in found["rows"]} == {"ok"} == {row["status"] for row in found["chunks"]}
-    assert {(row["op"], row["element_size"]) for row in found["table"]} == {
-        (op, s) for op in ("forward", "backward") for s in (2, 4)
-    }
-    if not torch.cuda.is_available():
-        assert not (ROOT / "rpo_kernels" / "kernels" / "launch_table.json").exists() or all(
-            row["arch"] != "interpreter" for row in json.loads((ROOT / "rpo_kernels/kernels/launch_table.json").read_text())
-        )
+    assert {row["status"] for row in json.loads((tmp_path / "chunks.json").read_text())["chunks"]} == {"ok"}
+    assert [(row["arch"], row["op"]) for row in json.loads((tmp_path / "launch_table.json").read_text())] == [("sm_90", "backward")]

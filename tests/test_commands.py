@@ -80,8 +80,9 @@ SASS = """
 .L_x_3:
         /*0090*/                   BRA `(.L_x_3);
 """
-# The body lies before the header that the loop is entered by; one load is in no loop.
+# The inner loop's body lies before the header that it is entered by, behind a branch from which nothing falls into it.
 GCN = """
+.LBB0_0:
 \tglobal_load_ushort v2, v[2:3], off
 \ts_branch .LBB0_2
 .LBB0_1:
@@ -93,6 +94,7 @@ GCN = """
 \ts_branch .LBB0_1
 .LBB0_3:
 \tglobal_store_byte v[2:3], v4, off
+\ts_cbranch_scc1 .LBB0_0
 \ts_endpgm
 """
 
@@ -101,5 +103,7 @@ def test_loops_are_read_from_branches_and_inner_loops_are_taken_apart():
     outer, inner, trap = loops(SASS)
     assert outer.accesses == {("load", 16): 1, ("store", 8): 1} and outer.exponentials == outer.special == 1 and outer.issued == 4
     assert inner.accesses == {("load", 2): 1} and inner.issued == 2 and not trap.accesses
-    (loop,) = loops(GCN)
+    assert (outer.innermost, inner.innermost) == (False, True)
+    outer, loop = loops(GCN)
+    assert outer.accesses == {("load", 2): 1, ("store", 1): 1}
     assert loop.accesses == {("load", 16): 1, ("store", 8): 1} and loop.exponentials == 1 and loop.issued == 1

@@ -50,11 +50,11 @@ class Inner:
 
 
 def streaming_loop(code: MachineCode) -> Loop:
-    """The loop whose narrowest load is the widest, and of these the shortest of those that load the most.
+    """Of the loops with none inside, that whose narrowest load is the widest; of these the longest of those that load the most.
 
-    The others handle the edges of rows, and what is rare.
+    The others handle the edges of rows, and what is rare. Where there is one for each place of a row in memory, the longest counts.
     """
-    return max(code.loops, key=lambda x: (x.narrowest("load"), x.moved("load"), -x.issued), default=Loop(()))
+    return max(code.loops, key=lambda x: (x.innermost, x.narrowest("load"), x.moved("load"), x.issued), default=Loop(()))
 
 
 def inner_loop(code: MachineCode, element_size: int) -> Inner | None:

@@ -11,12 +11,12 @@ from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
 @triton.jit
 def _gradients(
-    x, cols, label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
+    x, is_label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
 ):
     y, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
     if HAS_ENTROPY:
         factor = tl.fma(entropy_factor, tl.maximum(t, NOTHING), factor)
-    d = tl.where(cols == label, at_label, factor * tl.exp2(t))
+    d = tl.where(is_label, at_label, factor * tl.exp2(t))
     if HAS_SOFTCAP:
         d *= 1.0 - y * y
     return d
@@ -33,12 +33,15 @@ def _gradient_tiles(
         ptr = tl.multiple_of(ptr, 16)
     dptr = tl.multiple_of(dptr + head, 16)
     lanes = tl.arange(0, LANES)[:, None]
-    slots = lanes * VEC + tl.arange(0, VEC)[None, :]
+    in_vector = tl.arange(0, VEC)[None, :]
+    slots = lanes * VEC + in_vector
+    label -= head
     for lane in range(0, vectors, LANES):
         valid = lane + lanes < vectors  # constant over a vector
         at = lane * VEC + slots
         x = tl.load(ptr + at, mask=valid, other=0.0)
-        d = _gradients(x, head + at, label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
+        is_label = in_vector == label - (lane + lanes) * VEC  # a comparison with a constant for each register
+        d = _gradients(x, is_label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
@@ -119,7 +122,7 @@ def _vocabulary_backward_kernel(
                 at_label += tl.where(logp == float("-inf"), 0.0, slope * tl.exp(logp) * (logp + entropy))
             column = tl.where((label >= first) & (label < first + width), label - first, -1).to(tl.int32)
             x = tl.load(ptr + edge_cols, mask=at_edge, other=0.0)
-            d = _gradients(x, edge_cols, column, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
+            d = _gradients(x, edge_cols == column, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)
             if IN_PLACE:
                 _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,

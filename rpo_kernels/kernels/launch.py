@@ -36,7 +36,7 @@ class LaunchSettings:
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
         num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
-        polynomial: elements of each vector whose exponential costs multiply-adds instead (forward, rows that are all aligned).
+        polynomial: of every so many columns two get their exponentials from multiply-adds instead; 2, 4 or 8; 0: none (forward).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
@@ -76,26 +76,38 @@ def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSett
     raise RuntimeError(f"launch_settings: no row for {op!r}, {element_size} bytes, V = {V} on {arch!r}")
 
 
-@lru_cache
-def _rows(path: Path) -> list[dict]:
+def read_table(path: Path) -> list[dict]:
+    """Rows of a table, each checked; a ValueError says what is wrong with which."""
     try:
         rows = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{OWN_TABLE}: expected a JSON list of launch settings at {path}; {error}") from None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"got {type(rows).__name__}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a JSON list of launch settings in {path}; {error}") from None
     known = {f.name for f in fields(LaunchSettings)} | {"arch", "op", "element_size", "V_at_least"}
     needed = known - {"num_stages", "polynomial", "max_registers"}
     for row in rows:
         if not needed <= set(row) <= known:
             wrong = sorted(needed - set(row)) or sorted(set(row) - known)
-            raise ValueError(f"{OWN_TABLE}: a row of {path} lacks or does not know {', '.join(wrong)}; got {row}")
+            raise ValueError(f"a row of {path} lacks or does not know {', '.join(wrong)}; got {row}")
         for name in ("lanes", "num_warps"):
             if row[name] < 1 or row[name] & (row[name] - 1):
-                raise ValueError(f"{OWN_TABLE}: `{name}` must be a power of two in {path}, got {row[name]}")
+                raise ValueError(f"`{name}` must be a power of two in {path}, got {row[name]}")
         if row["vec"] * row["element_size"] != 16:
-            raise ValueError(f"{OWN_TABLE}: `vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
-        if row.get("num_stages", 1) < 1 or not 0 <= row.get("polynomial", 0) <= row["vec"]:
-            raise ValueError(f"{OWN_TABLE}: `num_stages` must be >= 1 and `polynomial` in [0, `vec`] in {path}, got {row}")
+            raise ValueError(f"`vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
+        if row.get("num_stages", 1) < 1:
+            raise ValueError(f"`num_stages` must be >= 1 in {path}, got {row}")
+        if row.get("polynomial", 0) not in (allowed := [0, *(n for n in (2, 4, 8) if n <= row["vec"])]):
+            raise ValueError(f"`polynomial` must be one of {allowed} in {path}, got {row}")
     return rows
+
+
+@lru_cache
+def _rows(path: Path) -> list[dict]:
+    try:
+        return read_table(path)
+    except ValueError as error:
+        raise ValueError(f"{OWN_TABLE}: {error}") from None
 
 
 def _age(arch: str, listed: str) -> int | None:
@@ -165,9 +177,3 @@ def part_width(V: int, tile: int) -> int:
 def splits_rows(N: int, device: torch.device) -> bool:
     """Whether each part of a row gets a program of its own: with fewer than two rows per multiprocessor some would idle."""
     return N < 2 * multiprocessors(device)
-
-
-def all_aligned(x: torch.Tensor) -> bool:
-    """Whether every row of ``[outer, inner, V]`` begins at a multiple of 16 bytes."""
-    strides = x.stride(1) | (x.stride(0) if x.shape[0] > 1 else 0)
-    return (x.data_ptr() | strides * x.element_size()) % 16 == 0

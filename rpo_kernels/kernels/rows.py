@@ -59,12 +59,15 @@ def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFT
 
 
 @triton.jit
-def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """Add the powers 2^t of one tile, slot by slot, and 2^t t."""
-    if POLYNOMIAL > 0:  # known at compile time for each register: an element costs one or the other
-        weights = tl.where(tl.arange(0, t.shape[1])[None, :] < POLYNOMIAL, exp2_polynomial(t), tl.exp2(t))
-    else:
-        weights = tl.exp2(t)
+def _add(sums, moments, t, cols, HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr):
+    """Add the powers 2^t of one tile, slot by slot, and 2^t t; cols ``[1, VEC]`` are those of its first vector.
+
+    Two adjacent of every POLYNOMIAL columns (0: none) cost multiply-adds, in pairs where the chip has such: which ones depends on
+    nothing but the column. Where cols are not constants, every element costs both ways.
+    """
+    weights = tl.exp2(t)
+    if POLYNOMIAL > 0:
+        weights = tl.where((cols & (POLYNOMIAL - 2)) == 0, exp2_polynomial(t), weights)
     if HAS_ENTROPY:
         moments = tl.fma(weights, tl.maximum(t, NOTHING), moments)
     return sums + weights, moments
@@ -72,16 +75,64 @@ def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def _add_edge(
-    sums, moments, ptr, column, lane, label, width, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
-):
+    sums, moments, ptr, column, lane, label, width, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr,
+):  # fmt: skip
     """Add the vector from ``column`` on, as far as it lies in [0, width), to one lane."""
-    in_vector = tl.arange(0, sums.shape[1])
-    cols = column + in_vector
+    cols = column + tl.arange(0, sums.shape[1])[None, :]
     valid = (cols >= 0) & (cols < width)
-    _, t = exponents(tl.load((ptr + column) + in_vector, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
-    t = tl.where(valid & (cols != label), t, float("-inf"))
-    here = tl.arange(0, sums.shape[0])[:, None] == lane
-    return _add(sums, moments, tl.where(here, t[None, :], float("-inf")), HAS_ENTROPY, 0)
+    _, t = exponents(tl.load(ptr + cols, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
+    here = valid & (cols != label) & (tl.arange(0, sums.shape[0])[:, None] == lane)
+    return _add(sums, moments, tl.where(here, t, float("-inf")), cols, HAS_ENTROPY, POLYNOMIAL)
+
+
+@triton.jit
+def _add_tiles(
+    sums, moments, body, vectors, label, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    POLYNOMIAL: tl.constexpr, PHASE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Add whole vectors from an aligned address on. ``label`` counts from there; ``PHASE`` is the column there, mod POLYNOMIAL."""
+    LANES: tl.constexpr = sums.shape[0]
+    VEC: tl.constexpr = sums.shape[1]
+    dtype: tl.constexpr = body.dtype.element_ty
+    lanes = tl.arange(0, LANES)[:, None]
+    in_vector = tl.arange(0, VEC)[None, :]
+    words = tl.multiple_of(body.to(tl.pointer_type(tl.int32), bitcast=True), 16) + (lanes * 4 + tl.arange(0, 4)[None, :])
+    cols = PHASE + in_vector
+    full = vectors // LANES
+    tiles = (vectors + LANES - 1) // LANES
+    tile = 0
+    while tile < tiles:  # twice at most: up to the label's tile, and from there to the end
+        until = full
+        if (label >= tile * LANES * VEC) & (label < full * LANES * VEC):
+            until = label // (LANES * VEC)
+        pairs = (until - tile) // 2 if STAGES > 1 else 0
+        if pairs > 0:  # two tiles are on their way while one is worked off
+            at = words + tile * (LANES * 4)
+            x = tl.load(at)
+            x1 = tl.load(at + LANES * 4)
+            for _ in range(1, pairs):
+                at += 2 * LANES * 4
+                t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
+                x = tl.load(at)
+                sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+                t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
+                x1 = tl.load(at + LANES * 4)
+                sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
+            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
+            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            tile += 2 * pairs
+        for i in range(tile, tl.minimum(until + 1, tiles)):
+            valid = i * LANES + lanes < vectors  # constant over a vector
+            x = tl.load(body + (i * LANES * VEC + lanes * VEC + in_vector), mask=valid, other=0.0)
+            _, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
+            at = label - i * LANES * VEC
+            t = tl.where(valid & ((lanes != at // VEC) | (in_vector != at % VEC)), t, float("-inf"))
+            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+        tile = until + 1
+    return sums, moments
 
 
 @triton.jit
@@ -110,62 +161,28 @@ def sums_of_exponentials(
     """(sum of 2^t, sum of 2^t t) over columns [first, stop) without the label's.
 
     Columns a whole number of tiles apart share a sum, in their order, and these sums are put together exactly: wherever the row
-    lies in memory, the result has the same bits. ``stop - first`` is a multiple of the tile, but in the last part of a row.
+    lies in memory, the result has the same bits. Two of every POLYNOMIAL columns are spared the unit for exponentials.
+    ``stop - first`` is a multiple of the tile, but in the last part of a row.
     """
-    TILE: tl.constexpr = LANES * VEC
-    dtype: tl.constexpr = row_ptr.dtype.element_ty
-    lanes = tl.arange(0, LANES)[:, None]
-    in_vector = tl.arange(0, VEC)[None, :]
-    slots = lanes * VEC + in_vector
+    PHASES: tl.constexpr = POLYNOMIAL if POLYNOMIAL > 0 else 1
     width = stop - first
     label -= first
     ptr = row_ptr + first
     head = to_boundary(ptr)
     body = tl.multiple_of(ptr + head, 16)
-    words = tl.multiple_of((ptr + head).to(tl.pointer_type(tl.int32), bitcast=True), 16) + (lanes * 4 + tl.arange(0, 4)[None, :])
     vectors = tl.maximum(width - head, 0) // VEC
-    full = vectors // LANES
-    tiles = (vectors + LANES - 1) // LANES
-
     sums = tl.zeros([LANES, VEC], tl.float32)
     moments = tl.zeros([LANES, VEC], tl.float32)
     if head > 0:
         sums, moments = _add_edge(sums, moments, ptr, head - VEC, LANES - 1, label, width, pre, scale2, shift,
-                                  HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
-    label -= head
-    tile = 0
-    while tile < tiles:  # twice at most: up to the label's tile, and from there to the end
-        until = full
-        if (label >= tile * TILE) & (label < full * TILE):
-            until = label // TILE
-        pairs = (until - tile) // 2 if STAGES > 1 else 0
-        if pairs > 0:  # two tiles are on their way while one is worked off
-            at = words + tile * (LANES * 4)
-            x = tl.load(at)
-            x1 = tl.load(at + LANES * 4)
-            for _ in range(1, pairs):
-                at += 2 * LANES * 4
-                t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
-                x = tl.load(at)
-                sums, moments = _add(sums, moments, t, HAS_ENTROPY, POLYNOMIAL)
-                t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
-                x1 = tl.load(at + LANES * 4)
-                sums, moments = _add(sums, moments, t, HAS_ENTROPY, POLYNOMIAL)
-            t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY, POLYNOMIAL)
-            t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY, POLYNOMIAL)
-            tile += 2 * pairs
-        for i in range(tile, tl.minimum(until + 1, tiles)):
-            valid = i * LANES + lanes < vectors  # constant over a vector
-            _, t = exponents(tl.load((body + i * TILE) + slots, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
-            at = label - i * TILE
-            t = tl.where(valid & ((lanes != at // VEC) | (in_vector != at % VEC)), t, float("-inf"))
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY, 0)
-        tile = until + 1
+                                  HAS_SOFTCAP, HAS_ENTROPY, POLYNOMIAL)  # fmt: skip
+    for phase in tl.static_range(PHASES):  # code for each, so that registers know what columns they hold
+        if head % PHASES == phase:
+            sums, moments = _add_tiles(sums, moments, body, vectors, label - head, pre, scale2, shift, HAS_SOFTCAP, HAS_ENTROPY,
+                                       POLYNOMIAL, phase, STAGES)  # fmt: skip
     if vectors * VEC < width - head:
-        sums, moments = _add_edge(sums, moments, ptr + head, vectors * VEC, vectors % LANES, label, width - head, pre, scale2,
-                                  shift, HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
+        sums, moments = _add_edge(sums, moments, ptr, head + vectors * VEC, vectors % LANES, label, width, pre, scale2, shift,
+                                  HAS_SOFTCAP, HAS_ENTROPY, POLYNOMIAL)  # fmt: skip
     moment = 0.0
     if HAS_ENTROPY:
         moment = _exact_sum(moments, 100)
@@ -175,9 +192,9 @@ def sums_of_exponentials(
 @triton.jit
 def largest_exponent(row_ptr, first, stop, label, pre, scale2, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
     """Largest t, relative to 1, over columns [first, stop) without the label's. Rarely needed, so simple."""
-    peak = tl.full([LANES * VEC], float("-inf"), tl.float32)
+    peak = tl.full([LANES, VEC], float("-inf"), tl.float32)
     for start in range(first, stop, LANES * VEC):
-        cols = start + tl.arange(0, LANES * VEC)
+        cols = start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
         _, t = exponents(tl.load(row_ptr + cols, mask=cols < stop, other=0.0), pre, scale2, 0.0, HAS_SOFTCAP)
         peak = tl.where((cols < stop) & (cols != label), tl.maximum(peak, t), peak)
-    return tl.max(peak, axis=0)
+    return tl.max(tl.max(peak, axis=1), axis=0)

@@ -10,7 +10,7 @@ import torch
 
 from .backward import _vocabulary_backward_kernel
 from .forward import _vocabulary_forward_kernel, _vocabulary_merge_kernel
-from .launch import MAX_PROGRAMS, all_aligned, arch_of, launch_settings, on_its_device, part_width, splits_rows
+from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_its_device, part_width, splits_rows
 
 
 def transform_factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
@@ -81,8 +81,7 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
     _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
         logits, labels, logps, lse, entropies, partial, *rows, width, pre, post, ignore_index,
         SPLIT=split, IS_SHARD=is_shard, HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy,
-        POLYNOMIAL=settings.polynomial if all_aligned(logits) else 0,
-        LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages,
+        POLYNOMIAL=settings.polynomial, LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages,
         **settings.compiler(plain=softcap == 0 and not entropy),
     )  # fmt: skip
     if split:
