@@ -52,32 +52,32 @@ def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
 
 
 @_as_given
-def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None, factor: float = 1.0) -> Tensor:
-    """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype; or that times factor, added to ``total`` of any float dtype."""
+def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None) -> Tensor:
+    """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype, or added to ``total`` of any float dtype."""
     accumulate = total is not None
     if total is None:
         total = torch.empty((dlogits.shape[1], hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
     if is_emulated(hidden):
         hidden = hidden.float()
     elif total.dtype == hidden.dtype or _mixed_addmm(hidden.device, hidden.dtype, total.dtype):
-        _multiply(total, dlogits.t(), hidden, accumulate, factor)
+        _multiply(total, dlogits.t(), hidden, accumulate)
         return total
     for rows, columns in _blocks(total, dlogits.t()):
-        _multiply(rows, columns.to(hidden.dtype), hidden, accumulate, factor)
+        _multiply(rows, columns.to(hidden.dtype), hidden, accumulate)
     return total
 
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, factor: float = 1.0) -> None:
-    """out = factor a b, or added to it."""
+def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """out = a b, or added to it."""
     if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=int(accumulate), alpha=factor, out=out)
+        torch.addmm(out, a, b, beta=int(accumulate), out=out)
     elif _mixed_addmm(a.device, a.dtype, out.dtype) and accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, alpha=factor, out=out)
-    elif a.is_cuda and not accumulate and factor == 1:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.is_cuda and not accumulate:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
-        out.add_(product, alpha=factor) if accumulate else torch.mul(product, factor, out=out)
+        out.add_(product) if accumulate else out.copy_(product)
 
 
 def _blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

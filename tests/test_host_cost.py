@@ -160,3 +160,41 @@ def test_everything_that_launches_does_so_there():
         "preference.preference_forward", "scaling.scale", "shards.combine", "vocabulary.vocabulary_forward",
         "vocabulary.shard_statistics", "vocabulary.vocabulary_backward",
     ]  # fmt: skip
+
+
+BATCHES = """if True:
+    import collections, random, sys
+    sys.path.insert(0, "benchmarks")
+    import host, torch, triton
+    from rpo_kernels import RPOObjective, linear_rpo_loss
+
+    made, make = collections.Counter(), triton.JITFunction._do_compile
+
+    def counting(kernel, *args, **kwargs):
+        made[kernel.__name__] += 1
+        return make(kernel, *args, **kwargs)
+
+    triton.JITFunction._do_compile = counting
+    device, weight = host.device(), torch.randn(100, 8)
+    weight = weight.to(device).requires_grad_()
+    for step in range(8):
+        lengths = [random.Random(step).randint(20, 300) for _ in range(8)]
+        labels = torch.randint(100, (sum(lengths),), device=device)
+        labels[torch.rand(len(labels), device=device) < 0.3] = -100
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        linear_rpo_loss(
+            torch.randn(len(labels), 8, device=device, requires_grad=True), weight, labels, torch.randn(8, device=device),
+            RPOObjective(), ref_logps=torch.randn(len(labels), device=device), cu_seqlens=cu_seqlens, group_size=4,
+            workspace_bytes=700 * 100 * 4, backend="triton",
+        ).loss.backward()
+    print(made["_preference_kernel"], made["_vocabulary_forward_kernel"], made["_vocabulary_backward_kernel"])
+"""
+
+
+def test_another_batch_takes_no_other_kernel():
+    """A new kernel stops a training step for seconds. The group pass has one for sums of sequences and two for their tokens."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    preference, forward, backward = map(int, done.stdout.split())
+    assert preference <= 3 and forward == backward == 1

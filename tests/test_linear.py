@@ -120,7 +120,7 @@ def gemms(monkeypatch):
 
     count("project", lambda hidden, weight, out: len(hidden))
     count("backproject", lambda dlogits, weight: len(dlogits))
-    count("weight_gradient", lambda dlogits, hidden, total, factor: len(hidden))
+    count("weight_gradient", lambda dlogits, hidden, total: len(hidden))
     return done
 
 
@@ -251,16 +251,46 @@ def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
         assert ours < 1e-4 < 1e-2 < rounded
 
 
-def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(backend, device):
-    """beta = 1e-5 over 4 groups: dlogits near 1e-9, below the smallest fp16 number."""
-    hidden = torch.randn(8, 3, 32, device=device).half().requires_grad_()
-    weight = torch.randn(50, 32, device=device).half().requires_grad_()
-    labels = torch.randint(0, 50, (8, 3), device=device)
-    objective, rewards = RPOObjective("squared", 1e-5, reference="none"), torch.randn(8, device=device)
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    (reference.linear_rpo_loss(h, w, labels, rewards, objective).loss * 65536).backward()
-    (linear_rpo_loss(hidden, weight, labels, rewards, objective, backend=backend).loss * 65536).backward()
-    assert relative(weight.grad, w.grad) < 2**-9 and relative(hidden.grad, h.grad) < 2**-9
+@pytest.mark.parametrize(
+    ("beta", "pairs", "upstream", "size", "options"),
+    [
+        (1e-5, 4, 65536.0, 1.0, {}),  # dlogits near 1e-9, below the smallest fp16 number
+        (0.1, 1, 65536.0, 1.0, {"normalizer": 4096.0}),  # gradient accumulation: 2e-5
+        (0.1, 64, 0.125, 8.0, {"reduction": "sum"}),  # a sum of many pairs: the weight's gradient is large
+        (0.1, 64, 1.0, 30.0, {}),  # large hidden states
+    ],
+    ids=["small beta", "normalizer", "sum", "large hidden"],
+)
+@pytest.mark.parametrize("workspace", [None, 1 << 12], ids=["one chunk", "chunks"])
+def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(beta, pairs, upstream, size, options, workspace):
+    """The plan does not depend on the engine. Gradients wait for their upstream factor in fp32."""
+    hidden = (size * torch.randn(2 * pairs, 3, 32)).half().requires_grad_()
+    weight, bias = (0.05 * torch.randn(50, 32)).half().requires_grad_(), torch.zeros(50).half().requires_grad_()
+    labels = torch.randint(0, 50, (2 * pairs, 3))
+    objective, rewards = RPOObjective("squared", beta, reference="none"), torch.randn(2 * pairs)
+    doubles = h, w, b = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    truth = reference.linear_rpo_loss(h, w, labels, rewards, objective, bias=b, **options)
+    (truth.loss * upstream).backward()
+    ours = linear_rpo_loss(
+        hidden, weight, labels, rewards, objective, bias=bias, workspace_bytes=workspace, backend="torch", **options
+    )
+    (ours.loss * upstream).backward()
+    for x, exact in zip((hidden, weight, bias), doubles):
+        assert x.grad.dtype == torch.float16 and relative(x.grad, exact.grad) < 2**-9
+    buffer = torch.ones(50, 32)
+    linear_rpo_loss(hidden, weight, labels, rewards, objective, bias=bias, weight_grad=buffer, backend="torch", **options)
+    assert relative(upstream * (buffer - 1), w.grad) < 2**-9 + 2**-22 * upstream / float(w.grad.norm())
+
+
+def test_a_buffer_does_not_take_in_the_gradient_of_a_checkpoint():
+    hidden, weight = torch.randn(4, 3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    labels, buffer = torch.randint(5, (4, 3)), torch.zeros(5, 8)
+
+    def loss(hidden):
+        return linear_rpo_loss(hidden, weight, labels, None, RPOObjective.simpo(), weight_grad=buffer, backend="torch").loss
+
+    with pytest.raises(RuntimeError, match="`weight_grad` must be None under activation checkpointing"):
+        torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=False).backward()
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["oneDNN", "no oneDNN"])
@@ -447,7 +477,7 @@ def test_the_operators_keep_the_promises_of_torch_library(keep, device):
             checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
             torch.library.opcheck(torch.ops.rpo_kernels.linear_rpo_loss, arguments, test_utils=checks)
         gradients = [torch.randn_like(hidden), torch.randn_like(bias)]
-        arguments = (torch.ones((), device=device), [hidden, bias], gradients, False, 1.0, "torch")
+        arguments = (torch.ones((), device=device), [hidden, bias], gradients, -1, "torch")
         torch.library.opcheck(torch.ops.rpo_kernels.with_gradients, arguments)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, expm1
+from .primitives import ANYWHERE, LN2, LOG2E, expm1
 from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
 
@@ -45,7 +45,7 @@ def _gradient_tiles(
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "pieces"], do_not_specialize_on_alignment=["logits_ptr", "dlogits_ptr"])
+@triton.jit(do_not_specialize=[*RUNTIME, "pieces"], do_not_specialize_on_alignment=ANYWHERE)
 def _vocabulary_backward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int

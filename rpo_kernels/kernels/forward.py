@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LN2, LOG2E, expm1, softplus, split_exponent, tanh
+from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, tanh
 from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
 
 
@@ -75,7 +75,7 @@ def _nothing_yet(label, y_label, scale2, IS_SHARD: tl.constexpr):
         return shift, shift
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=["logits_ptr"])
+@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=ANYWHERE)
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
@@ -169,7 +169,7 @@ def _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY: tl.cons
         tl.store(entropy_ptr + row, 0.0)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "parts"], do_not_specialize_on_alignment=["logits_ptr"])
+@triton.jit(do_not_specialize=[*RUNTIME, "parts"], do_not_specialize_on_alignment=ANYWHERE)
 def _vocabulary_merge_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1: the label's column
     labels_ptr,  # in   [N] int

@@ -73,7 +73,10 @@ def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSett
         if rows:
             row = min(rows, key=lambda r: (_age(arch, r["arch"]), -r["V_at_least"]))
             return LaunchSettings(**{f.name: row[f.name] for f in fields(LaunchSettings) if f.name in row})
-    raise RuntimeError(f"launch_settings: no row for {op!r}, {element_size} bytes, V = {V} on {arch!r}")
+    raise RuntimeError(
+        f"launch_settings: the kernels are made for sm_80 and newer, and AMD's gfx; got {arch!r} ({op}, {element_size} bytes, "
+        f"V = {V}); pass backend='torch'"
+    )
 
 
 def read_table(path: Path) -> list[dict]:

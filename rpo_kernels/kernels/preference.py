@@ -24,11 +24,15 @@ import triton.language as tl
 from ..objectives import RPOObjective
 from .distances import MEAN, TOKENS
 from .launch import on_its_device
+from .primitives import ANYWHERE
 from .responses import compare_responses
 from .sequences import bounds_of, spread_coefficients, sum_sequences
 
 
-@triton.jit(do_not_specialize=["N", "S", "G", "T", "K", "group_steps", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["N", "S", "G", "T", "K", "R", "weight_stride_r", "weight_stride_g", "group_steps", "ignore_index"],
+    do_not_specialize_on_alignment=ANYWHERE,
+)
 def _preference_kernel(
     logps_ptr,  # in   [N] fp32 of tokens, or [S] of sequences
     labels_ptr,  # in   [N] int (tokens), or unused
@@ -222,7 +226,7 @@ def preference_forward(
     weight_strides = (0, 0)
     if ref_weights is not None:
         weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
-    block_t = min(1024, max(16, _power_of_two(-(-N // S)))) if has_tokens else 1
+    block_t = (64 if N <= 64 * S else 1024) if has_tokens else 1  # two kernels for sequences of any length
     block_j = 8 if cu_groups is not None else min(8, _power_of_two(group_size))
     _preference_kernel[(1,)](
         logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,

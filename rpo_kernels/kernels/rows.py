@@ -15,7 +15,7 @@ import triton.language as tl
 from .primitives import exp2_polynomial, tanh
 
 # Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
-RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width"]
+RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width", "ignore_index"]
 # log2 of the largest sum relative to the label: beyond it t, about as large, costs the entropy digits.
 LARGEST = tl.constexpr(48)
 NOTHING = tl.constexpr(-200.0)  # an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN

@@ -8,13 +8,13 @@ import triton.language as tl
 
 from .forward import finish, merge
 from .launch import on_its_device
-from .primitives import LOG2E
+from .primitives import ANYWHERE, LOG2E
 from .vocabulary import transform_factors
 
 BLOCK = 128
 
 
-@triton.jit(do_not_specialize=["N", "R"])
+@triton.jit(do_not_specialize=["N", "R", "ignore_index"], do_not_specialize_on_alignment=ANYWHERE)
 def _shards_combine_kernel(
     statistics_ptr,  # in   [R, 3 or 4, N] fp32, of ``vocabulary.shard_statistics``
     labels_ptr,  # in   [N] int

@@ -20,19 +20,23 @@ class Gradients:
 
     def __init__(
         self, head: Head, leaves: Leaves, needs: Sequence[bool], chunks: Chunks, rows: int, weight_grad: Tensor | None = None,
-        scale: float = 1.0, buffer: Tensor | None = None,
+        buffer: Tensor | None = None, scale: Tensor | None = None, early: bool = False,
     ):  # fmt: skip
-        """``rows`` will come in all, times ``scale``. ``weight_grad`` takes in dweight without that factor, if it is given;
-        ``buffer`` ``[rows, V]`` holds all dlogits."""
-        self.head, self.leaves = head, leaves
+        """``rows`` will come in all. ``weight_grad`` takes in dweight, if it is given; ``buffer`` ``[rows, V]`` holds all dlogits.
+
+        dlogits come times ``scale`` ``[]``, which is taken out of what is made of them. With ``early`` an upstream gradient is
+        still to come: gradients of fp16 leaves, which could not hold them before, stay in fp32.
+        """
+        self.head, self.leaves, self.early = head, leaves, early
         needs = Leaves(*needs)
         group = head.options.group if head.options.reduce_dhidden else ""
-        self.dhidden = _HiddenGradient(leaves.hidden, rows, group) if needs.hidden else None
-        self.dlora_hidden = _HiddenGradient(leaves.lora_hidden, rows, group) if needs.lora_hidden else None
+        self.dhidden = _HiddenGradient(leaves.hidden, rows, group, scale) if needs.hidden else None
+        self.dlora_hidden = _HiddenGradient(leaves.lora_hidden, rows, group, scale) if needs.lora_hidden else None
         self.dbias = torch.zeros(head.V, dtype=torch.float32, device=head.weight.device) if needs.bias else None
         once = rows <= chunks.waiting or buffer is not None
         self.dweight = _WeightGradient(leaves.weight, once, weight_grad, scale) if needs.weight else None
-        self.dlora_weight = _WeightGradient(leaves.lora_weight, once) if needs.lora_weight else None
+        self.dlora_weight = _WeightGradient(leaves.lora_weight, once, None, scale) if needs.lora_weight else None
+        self.scale = scale
         self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype) if buffer is None else buffer
         self.waiting: list[Scored] = []
         self.filled = 0
@@ -74,35 +78,47 @@ class Gradients:
         """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none."""
         self._flush()
         del self.buffer
+        if self.dbias is not None and self.scale is not None:
+            self.dbias /= self.scale
         gradients = [
             self.dhidden and self.dhidden.finish(), self.dweight and self.dweight.finish(), self.dbias,
             self.dlora_hidden and self.dlora_hidden.finish(), self.dlora_weight and self.dlora_weight.finish(),
         ]  # fmt: skip
         return [
-            self.leaves.hidden.new_empty(0) if gradient is None else gradient.to(leaf.dtype).view(leaf.shape)
+            self.leaves.hidden.new_empty(0) if gradient is None else gradient.to(_dtype(leaf, self.early)).view(leaf.shape)
             for gradient, leaf in zip(gradients, self.leaves)
         ]
 
 
-def empty_gradients(leaves: Leaves, needs: Sequence[bool], weight_grad: Tensor | None) -> tuple[Tensor, ...]:
+def empty_gradients(leaves: Leaves, needs: Sequence[bool], weight_grad: Tensor | None, early: bool = False) -> tuple[Tensor, ...]:
     """What :meth:`Gradients.finish` returns, without values."""
     wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
-    return tuple(leaf.new_empty(leaf.shape) if want else leaves.hidden.new_empty(0) for leaf, want in zip(leaves, wanted))
+    return tuple(
+        leaf.new_empty(leaf.shape, dtype=_dtype(leaf, early)) if want else leaves.hidden.new_empty(0)
+        for leaf, want in zip(leaves, wanted)
+    )
+
+
+def _dtype(leaf: Tensor, early: bool) -> torch.dtype:
+    return torch.float32 if early and leaf.dtype == torch.float16 else leaf.dtype
 
 
 class _HiddenGradient:
-    """dlogits weight at the scored rows, 0 elsewhere, in the dtype of the hidden states."""
+    """dlogits weight at the scored rows, 0 elsewhere, in the dtype of the hidden states; in fp32 where scale is taken out."""
 
-    def __init__(self, hidden: Tensor, rows: int, group: str):
+    def __init__(self, hidden: Tensor, rows: int, group: str, scale: Tensor | None):
         """For ``rows`` scored rows, which are summed over the ranks of a named group, chunk by chunk and in their order."""
         self.shape = hidden.shape[:-1].numel(), hidden.shape[-1]
-        self.group, self.filled = group, 0
+        self.group, self.filled, self.scale = group, 0, scale
+        dtype = hidden.dtype if scale is None else torch.float32
         # Rows that travel lie side by side.
-        self.rows = hidden.new_empty((rows, self.shape[1])) if group else hidden.new_zeros(self.shape)
+        self.rows = hidden.new_empty((rows, self.shape[1]), dtype=dtype) if group else hidden.new_zeros(self.shape, dtype=dtype)
         self.indices: list[Tensor] = []
         self.waits: list[Callable[[], object]] = []
 
     def add(self, index: Tensor, rows: Tensor) -> None:
+        if self.scale is not None:
+            rows = rows.float() / self.scale
         if not self.group:
             self.rows[index] = rows.to(self.rows.dtype)
             return
@@ -123,18 +139,21 @@ class _HiddenGradient:
 class _WeightGradient:
     """dlogits^T x, summed over flushes in fp32 and rounded once, or added to a buffer of the caller's."""
 
-    def __init__(self, weight: Tensor, once: bool, into: Tensor | None = None, scale: float = 1.0):
-        """``once`` if there is one flush at most; ``into`` ``[V, H]`` takes in the gradient over ``scale``."""
-        self.weight, self.once, self.into = weight, once, into
-        self.factor = 1.0 if into is None else 1 / scale
-        self.total = into if into is not None and (once or into.dtype == torch.float32) else None
+    def __init__(self, weight: Tensor, once: bool, into: Tensor | None, scale: Tensor | None):
+        """``once`` if there is one flush at most; ``into`` ``[V, H]`` takes in the gradient."""
+        self.weight, self.into, self.scale = weight, into, scale
+        self.once = once and scale is None  # scale is taken out of an fp32 sum
+        at_once = scale is None and into is not None and (once or into.dtype == torch.float32)
+        self.total = into if at_once else None
 
     def add(self, dlogits: Tensor, x: Tensor) -> None:
         if self.total is None and not self.once:
             self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=x.device)
-        self.total = gemm.weight_gradient(dlogits, x, self.total, self.factor)
+        self.total = gemm.weight_gradient(dlogits, x, self.total)
 
     def finish(self) -> Tensor | None:
+        if self.scale is not None and self.total is not None:
+            self.total /= self.scale
         if self.into is None:
             return torch.zeros_like(self.weight) if self.total is None else self.total
         if self.total is not None and self.total is not self.into:

@@ -8,7 +8,6 @@ only scales them.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -65,6 +64,10 @@ def forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, losses, [5, S] as of the group pass, lengths, and the gradients of the leaves for an upstream gradient of 1)."""
     op = "linear_rpo_loss"
+    if weight_grad is not None and needs[1] and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{op}: `weight_grad` must be None under activation checkpointing, whose second forward would add the gradient again"
+        )
     options = Options(temperature, logit_scale, softcap, ignore_index, compute_dtype, logits_dtype, workspace_bytes, backend,
                       group, reduce_dhidden)  # fmt: skip
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
@@ -82,7 +85,6 @@ def forward_op(
     flat_labels = labels.reshape(-1)
     scored = (flat_labels != ignore_index).double()
     lengths = Segments(S, cu_seqlens).sum(scored.view(labels.shape)).int()
-    true_lengths = lengths
     bounds = list(range(0, S + 1, group_size)) if cu_groups is None else None
     if counts is None:
         looked = (lengths if cu_groups is None else torch.cat([lengths, cu_groups])).tolist()
@@ -90,10 +92,9 @@ def forward_op(
     else:
         counts = list(counts)
         bounds = bounds or cu_groups.tolist()
-        lengths = torch.tensor(counts, dtype=torch.int32, device=device)
-        if device.type == "cpu" and not torch.equal(lengths, true_lengths):
-            true = true_lengths.tolist()[:16]
-            raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true}; got {counts[:16]}")
+        # Elsewhere wrong counts leave units whose offsets do not partition their tokens: the group pass makes NaN of those.
+        if device.type == "cpu" and counts != (true := lengths.tolist()):
+            raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true[:16]}; got {counts[:16]}")
     context = None
     if context_group:
         facts = {"gradients": needs, "`objective`": objective, "`reduction`": mean, "`group_size`": group_size}
@@ -102,7 +103,7 @@ def forward_op(
             cu_groups, rewards, normalizer, ref_weights)}  # fmt: skip
         context = Context(op, context_group, counts, N, ref_logps, device, facts)
     # Units are the same on all ranks that hold tokens of the sequences.
-    most_counts, whole_lengths = (counts, true_lengths) if context is None else (context.most, context.lengths)
+    most_counts, whole_lengths = (counts, lengths) if context is None else (context.most, context.lengths)
     n = sum(counts)
     rows = head.labelled(Scored.of(hidden, labels, options, n, lora_hidden))
     ref_rows = None if ref_hidden is None else Scored.of(ref_hidden, labels, options, n)
@@ -123,9 +124,9 @@ def forward_op(
     sft_share = (counted / torch.where(chosen, whole_lengths, 0).sum().clamp(min=1)).float()
     if normalizer is None and mean:
         normalizer = counted.clamp(min=1).float()
-    if counts is not None and device.type != "cpu":
+    if context is not None and device.type != "cpu":
         one = torch.ones((), device=device) if normalizer is None else normalizer
-        normalizer = torch.where((lengths == true_lengths).all(), one, torch.nan)
+        normalizer = torch.where((context.by_rank[context.group.rank()] == lengths).all(), one, torch.nan)
 
     training = any(needs)
     most = Chunks.capacity(options, head.widest)
@@ -135,9 +136,8 @@ def forward_op(
     units = [Unit(slice(0, len(sizes)), slice(0, S), slice(0, n))]
     if training:
         units = pack_groups(counts, bounds, chunks.logits, most_counts)
-    scale = gradient_scale(spec, len(sizes), compute_dtype)
-    unit_scale = None if scale == 1 else torch.full((), scale, device=device)
-    gradients = Gradients(head, leaves, needs, chunks, n, weight_grad, scale) if training else None
+    scale = _gradient_scale(spec, normalizer, device) if compute_dtype == torch.float16 else None
+    gradients = Gradients(head, leaves, needs, chunks, n, weight_grad, scale=scale, early=True) if training else None
     scratch = head.buffer(0 if training and head.in_place else min(chunks.logits, n), logits_dtype)
     logps = torch.empty(n, dtype=torch.float32, device=device)
     outputs = []
@@ -168,7 +168,7 @@ def forward_op(
             elif not resident:
                 logits = head.logits(chunk, scratch[:size])
             local = slice(part.start - unit.tokens.start, part.stop - unit.tokens.start)
-            head.backward(logits, chunk.labels, logps[part], lse, coef[local], slot, upstream=unit_scale)
+            head.backward(logits, chunk.labels, logps[part], lse, coef[local], slot, upstream=scale)
             gradients.add(chunk, slot)
     loss, losses, by_sequence = (list(x) for x in zip(*outputs))
     return (
@@ -176,18 +176,17 @@ def forward_op(
         torch.cat(losses),
         torch.cat(by_sequence, 1),
         whole_lengths,
-        *(gradients.finish() if training else empty_gradients(leaves, needs, weight_grad)),
+        *(gradients.finish() if training else empty_gradients(leaves, needs, weight_grad, early=True)),
     )
 
 
-def gradient_scale(objective: RPOObjective, groups: int, dtype: torch.dtype) -> float:
-    """A power of two that brings the coefficients, about beta / groups, near 1 where fp16 would lose them.
+def _gradient_scale(objective: RPOObjective, normalizer: Tensor | None, device: torch.device) -> Tensor:
+    """A power of two that brings the coefficients, about beta / normalizer, near 1 where fp16 would lose them.
 
     A loss scaler acts too late: gradients are ready before its factor arrives.
     """
-    if dtype != torch.float16:
-        return 1.0
-    return 2.0 ** max(-24, min(24, round(math.log2(groups / (objective.beta * objective.scale)))))
+    divisor = torch.ones((), device=device) if normalizer is None else normalizer
+    return torch.ldexp(torch.ones_like(divisor), (divisor / (objective.beta * objective.scale)).log2().clamp(-24, 24).round())
 
 
 def _dry(objective: RPOObjective) -> RPOObjective:
@@ -231,36 +230,32 @@ def _(hidden, weight, bias, lora_hidden, lora_weight, weight_grad, labels, cu_se
         floats.new_empty(G),
         floats.new_empty(5, S),
         floats.new_empty(S, dtype=torch.int32),
-        *empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad),
+        *empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad, early=True),
     )
 
 
-def with_gradients(
-    loss: Tensor, leaves: Leaves, gradients: list[Tensor], needs: list[bool], taken: bool, scale: float, backend: str
-) -> Tensor:
-    """The loss, whose backward brings each leaf that needs one its gradient, which is ready but for the factor 1 / scale.
+def with_gradients(loss: Tensor, leaves: Leaves, gradients: list[Tensor], needs: list[bool], taken: bool, backend: str) -> Tensor:
+    """The loss, whose backward brings each leaf that needs one its gradient, which is ready.
 
     ``taken`` if a buffer has taken in that of the weight, which fixes the upstream gradient to 1.
     """
     wanted = [(leaf, gradient) for leaf, gradient, need in zip(leaves, gradients, needs) if need]
-    return _attach_op(loss, *(list(x) for x in zip(*wanted)), int(needs[0]) if taken else -1, scale, backend)
+    return _attach_op(loss, *(list(x) for x in zip(*wanted)), int(needs[0]) if taken else -1, backend)
 
 
 @torch.library.custom_op("rpo_kernels::with_gradients", mutates_args=())
-def _attach_op(
-    loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: int, scale: float, backend: str
-) -> Tensor:
+def _attach_op(loss: Tensor, leaves: Sequence[Tensor], gradients: Sequence[Tensor], taken: int, backend: str) -> Tensor:
     """``taken``: which leaf a buffer has taken in the gradient of, or -1."""
     return loss.clone()
 
 
 @_attach_op.register_fake
-def _(loss, leaves, gradients, taken, scale, backend):
+def _(loss, leaves, gradients, taken, backend):
     return torch.empty_like(loss)
 
 
 def _setup_context(ctx, inputs, output):
-    _, leaves, gradients, ctx.taken, ctx.scale, ctx.backend = inputs
+    _, leaves, gradients, ctx.taken, ctx.backend = inputs
     ctx.count = len(leaves)
     ctx.save_for_backward(*leaves, *gradients)
 
@@ -270,17 +265,15 @@ def _backward(ctx, dloss):
     leaves, gradients = saved[: ctx.count], saved[ctx.count :]
     if ctx.taken >= 0:
         dloss = require_one(dloss)
-    if ctx.scale != 1:
-        dloss = dloss / ctx.scale
     results = []
-    for i, gradient in enumerate(gradients):  # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
-        if i == ctx.taken:
+    for i, (leaf, gradient) in enumerate(zip(leaves, gradients)):
+        if i == ctx.taken:  # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
             results.append(None)
             continue
         scale_(gradient, dloss, ctx.backend)
         # a detached twin may become a parameter's .grad without a copy
-        results.append(once_differentiable(gradient.detach(), *leaves))
-    return None, results, [None] * ctx.count, None, None, None
+        results.append(once_differentiable(gradient.detach().to(leaf.dtype), *leaves))
+    return None, results, [None] * ctx.count, None, None
 
 
 _attach_op.register_autograd(_backward, setup_context=_setup_context)

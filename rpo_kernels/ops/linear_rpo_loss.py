@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..objectives import RPOObjective
-from .group_plan import forward_op, gradient_scale, with_gradients
+from .group_plan import forward_op, with_gradients
 from .head import Leaves, OnLogits, shown_to
 from .linear_checks import (
     check_counts,
@@ -77,9 +77,10 @@ def linear_rpo_loss(
             in its dtype.
         weight: ``[V, H]``, the lm_head; bias ``[V]`` or None.
         lora_hidden, lora_weight: as for :func:`linear_token_logps`.
-        weight_grad: ``[V, H]``, float, that dweight is added to while the forward runs (weight.grad, or a trainer's fp32 buffer);
-            autograd then brings weight none. Spares a ``[V, H]`` temporary; hooks of weight see nothing. The upstream gradient
-            of ``loss`` must be 1 then (scale by ``normalizer``): another raises on a CPU and makes other gradients NaN on a GPU.
+        weight_grad: ``[V, H]``, float, that dweight is added to while the forward runs, whether or not a backward follows
+            (weight.grad, or a trainer's fp32 buffer); autograd then brings weight none. Spares a ``[V, H]`` temporary; hooks of
+            weight see nothing. The upstream gradient of ``loss`` must be 1 then (scale by ``normalizer``): another raises on a CPU
+            and makes other gradients NaN on a GPU. Raises inside a checkpoint, which runs the forward twice.
         labels: ``[S, T]`` or ``[N]``, aligned with hidden; rows that hold ignore_index take part in no GEMM.
         rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for :func:`preference_loss`.
             ``reduction="none"`` has a free upstream gradient and costs what :func:`linear_token_logps` does.
@@ -91,7 +92,7 @@ def linear_rpo_loss(
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
         logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
         counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
-            a GPU one remains). Wrong counts give a NaN loss.
+            a GPU one remains). Wrong ones raise on a CPU; on a GPU they give a NaN loss, unless they change no chunk.
         process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias sharded alike. The ranks hold the
             same batch and return the same loss.
         context_group: ranks that hold parts of the same sequences (context parallelism): each passes its own tokens of every
@@ -149,8 +150,7 @@ def linear_rpo_loss(
             counts, needs, *options[:-1], group, reduce_dhidden, context,
         )  # fmt: skip
     if any(needs):
-        scale = gradient_scale(objective, losses.shape[0], options[4])
-        loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, scale, backend)
+        loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
