@@ -82,6 +82,13 @@ def _has_tangent(x: object) -> bool:
     return forward_ad._current_level >= 0 and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
+def only_once(op: str, ctx: Any) -> None:
+    """At the start of a backward that overwrites what it is made of; in a second one, raises."""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(f"{op}: no second backward: the first has overwritten what it was made of; call {op} again")
+    ctx.spent = True
+
+
 def once_differentiable(gradient: Tensor, *sources: object) -> Tensor:
     """The gradient; to differentiate it again in one of its sources raises, instead of leaving that term out."""
     return _OnceDifferentiable.apply(gradient, *sources) if torch.is_grad_enabled() else gradient

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import checks
 from ..distributed import digest
 from ..objectives import RPOObjective
-from .autograd import once_differentiable
+from .autograd import once_differentiable, only_once
 from .gradients import Gradients, empty_gradients
 from .head import Chunks, Head, Leaves, Options, Scored
 from .linear_checks import shard_of_head
@@ -261,6 +261,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss):
+    only_once("linear_rpo_loss", ctx)
     saved = ctx.saved_tensors  # once: checkpoints refuse a second look
     leaves, gradients = saved[: ctx.count], saved[ctx.count :]
     if ctx.taken >= 0:

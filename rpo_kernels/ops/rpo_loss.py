@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..objectives import RPOObjective
-from .autograd import operator
+from .autograd import only_once, operator
 from .output import RPOOutput
 from .preference import Segments, group_pass, groups_of, output, prepare
 from .token_logps import dlogits_of, flat, vocabulary_forward
@@ -137,6 +137,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, dlosses, *_):
+    if ctx.inplace:
+        only_once("rpo_loss", ctx)
     logits, labels, logps, lse, coef, cu_seqlens, cu_groups = ctx.saved_tensors
     upstream = dloss
     if dlosses is not None:  # reduction "none": one factor per group

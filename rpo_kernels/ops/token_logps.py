@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..backend import engine
-from .autograd import once_differentiable, operator
+from .autograd import once_differentiable, only_once, operator
 
 
 @distributed.agreeing
@@ -198,6 +198,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dlogps, _, dentropies, __):
+    if ctx.inplace:
+        only_once("token_logps", ctx)
     logits, labels, logps, lse, entropies = ctx.saved_tensors
     if dlogps is None and dentropies is None:
         return (None,) * 10

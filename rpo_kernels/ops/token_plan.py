@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from .autograd import once_differentiable
+from .autograd import once_differentiable, only_once
 from .gradients import Gradients, empty_gradients
 from .head import Chunks, Head, Leaves, Options, Scored
 from .linear_checks import shard_of_head
@@ -140,6 +140,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dlogps, dentropies, *_):
+    if ctx.keep == "logits":
+        only_once("linear_token_logps", ctx)
     *leaves, labels, widest, logps, lse, entropies, kept = ctx.saved_tensors
     none = (None,) * 15
     dentropies = dentropies if ctx.entropy else None
