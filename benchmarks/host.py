@@ -168,28 +168,16 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    least = rows["an autograd function that does nothing"]["step, us"]
-    lines = [
-        "| call | launches | us | of them launches | with backward: launches | us | of them launches | of them PyTorch's least |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        cells = [row[f"{kind}, {what}"] for kind in ("call", "step") for what in ("launches", "us", "us of launches")]
-        lines.append(f"| {name} | {' | '.join(f'{x:.0f}' for x in (*cells, least))} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = run(args.rounds)
-    print(table(rows))
-    if args.json:
-        import results
+    import results  # and matplotlib, which is not to be timed
 
+    rows = run(args.rounds)
+    print(results.host_table(rows))
+    if args.json:
         about = results.about(
             "cuda" if HAS_GPU else "cpu", "S 4, T 8, V 1024", launches="run" if HAS_GPU else "end before the driver"
         )

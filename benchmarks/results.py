@@ -149,6 +149,19 @@ def summary(results: dict) -> str:
 # ---- plots ------------------------------------------------------------------------------------------------------------
 
 
+def host_table(rows: dict[str, dict[str, float]]) -> str:
+    """Of what benchmarks/host.py measured."""
+    least = rows["an autograd function that does nothing"]["step, us"]
+    lines = [
+        "| call | launches | us | of these in launches | and backward: launches | us | in launches | in PyTorch at least |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [row[f"{kind}, {what}"] for kind in ("call", "step") for what in ("launches", "us", "us of launches")]
+        lines.append(f"| {name} | {' | '.join(f'{x:.0f}' for x in (*cells, least))} |")
+    return "\n".join(lines)
+
+
 def plots(results: dict, folder: Path, name: str) -> list[Path]:
     """Time and memory against N for the first model, and bars against peers at its first number of rows."""
     import matplotlib

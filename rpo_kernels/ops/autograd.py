@@ -38,19 +38,17 @@ class Operator:
         self._operator.register_autograd(backward, setup_context=setup_context)
         function = self.function
 
-        class Eager(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, first: Tensor, others: tuple) -> Any:  # few arguments: each costs time, a setup_context more
-                output = function(first, *others)
-                setup_context(ctx, (first, *others), output)
-                return output
+        def forward(ctx: Any, first: Tensor, others: tuple) -> Any:  # few arguments: each costs time, a setup_context more
+            output = function(first, *others)
+            setup_context(ctx, (first, *others), output)
+            return output
 
-            @staticmethod
-            def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-                return backward(ctx, *gradients)[0], None
+        def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+            return backward(ctx, *gradients)[0], None
 
-        Eager.__name__ = self.name  # what profilers and grad_fn show
-        self._eager = lambda first, *others: Eager.apply(first, others)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+        eager = type(self.name, (torch.autograd.Function,), methods)
+        self._eager = lambda first, *others: eager.apply(first, others)
 
     def __call__(self, *args: Any) -> Any:
         if is_watched(args):
