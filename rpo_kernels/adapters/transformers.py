@@ -151,22 +151,44 @@ def model_rpo_loss(
         model: attached, as it is trained (wrapped or not).
         batch: model inputs, ``labels``, ``rewards`` and what else :func:`attach` lists; groups are neighbours.
         objective: the loss.
-        reference: attached model(s), run without gradients if the objective needs a reference and batch holds no ref_logps.
-            None: a PEFT model with its adapters off.
+        reference: attached model(s), as many as the objective has references (``reference="single"``: one, ``"none"``: none,
+            ``"harmonic"``, ``"geometric"``: any number), run without gradients where batch holds no ref_logps. None: a PEFT model
+            with its adapters off.
         options: further keywords of :func:`linear_rpo_loss`.
 
     Raises:
         ValueError, TypeError: for what does not fit; without any reference where one is needed.
     """
+    models = _references(objective, reference)
     inputs = {**batch, **options}
     if objective.reference != "none" and inputs.get("ref_logps") is None:
-        inputs["ref_logps"] = _reference_logps(model, inputs, objective, reference)
+        inputs["ref_logps"] = _reference_logps(model, inputs, objective, models)
     return model(**inputs, objective=objective)
 
 
-@torch.no_grad()
-def _reference_logps(model, inputs, objective, reference) -> Tensor:
+def _references(objective: RPOObjective, reference) -> list[nn.Module]:
+    """The reference models that were given, as many as the objective has references; none where it is the model without adapters."""
     if reference is None:
+        return []
+    models = list(reference) if isinstance(reference, (Sequence, nn.ModuleList)) else [reference]
+    fits, expected = {
+        "single": (len(models) == 1, "one model"),
+        "none": (not models, "None"),
+    }.get(objective.reference, (len(models) > 0, "at least one model"))
+    if not fits:
+        hint = "; several need reference='harmonic' or 'geometric'" if objective.reference == "single" and models else ""
+        raise ValueError(
+            f"model_rpo_loss: `reference` must be {expected} for an objective with reference={objective.reference!r}, "
+            f"got {len(models)}{hint}"
+        )
+    return models
+
+
+@torch.no_grad()
+def _reference_logps(model, inputs, objective, models) -> Tensor:
+    if models:
+        logps = [model_token_logps(each, inputs).logps for each in models]
+    else:
         disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
@@ -175,7 +197,4 @@ def _reference_logps(model, inputs, objective, reference) -> Tensor:
             )
         with disable_adapter():
             logps = [model_token_logps(model, inputs).logps]
-    else:
-        models = reference if isinstance(reference, Sequence) else [reference]
-        logps = [model_token_logps(each, inputs).logps for each in models]
     return torch.stack(logps) if objective.reference != "single" else logps[0]
