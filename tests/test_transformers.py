@@ -646,6 +646,11 @@ def test_models_that_are_none_are_refused():
         ({"num_items_in_batch": 12}, "`num_items_in_batch` counts tokens"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_seqlens` needs `position_ids`"),
         ({"logits_to_keep": 3}, "`labels` must be"),
+        ({"group_sizes": 4}, "`group_sizes` is neither an argument of this model nor one of ours; did you mean `group_size`"),
+        ({"labels": None, "shifted_labels": torch.zeros(4, T).long()}, "pass `labels`"),
+        ({"cu_group": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_group` is neither .* did you mean `cu_groups`"),
+        ({"ref_logp": torch.zeros(4), "ref_logps": None}, "did you mean `ref_logps`"),
+        ({"prompt_ids": torch.zeros(4, 2)}, "`prompt_ids` is neither an argument of this model nor one of ours; leave it out"),
     ],
 )
 def test_a_call_that_does_not_fit_says_so(change, message):
@@ -654,3 +659,14 @@ def test_a_call_that_does_not_fit_says_so(change, message):
     with pytest.raises(ValueError, match=message):
         model(**call)
     assert "forward" not in vars(model.lm_head)
+
+
+def test_keywords_of_a_model_and_of_what_is_inside_it_are_no_slips():
+    model, batch = attach(text_model("Llama")), text_batch()
+    plain = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
+    known = {"use_cache": False, "output_hidden_states": True, "return_dict": True, "max_length_q": T, "group_sizes": None}
+    assert torch.equal(model(**batch, **known, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss, plain.loss)
+    with pytest.raises(ValueError, match=r"`output_entropy` is neither .* did you mean `output_entropies`"):
+        model_token_logps(model, batch, output_entropy=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**inputs, group_sizes=4).logits, model(**inputs).logits)  # a call that is not ours
