@@ -208,7 +208,7 @@ def _forward_op(
             head.backward(logits, chunk.labels, logps[part], lse[:, part].contiguous(), ones[:size], slot)
             unit.add(chunk, slot)
     if unit:
-        kept = unit.finish()[0].view(N, -1)
+        kept = unit.finish()[0].view(N, hidden.shape[-1])
     if valid is not None:
         logps, entropies = logps * valid, entropies * valid
     return (_spread(logps, rows.index, labels), _spread(entropies, rows.index, labels, entropy), _pad(lse, N), kept,
