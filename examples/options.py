@@ -10,9 +10,7 @@ import torch
 from data import read_preferences
 
 from rpo_kernels import RPOObjective
-from rpo_kernels.objectives import DISTANCES
-
-PRESETS = [name for name, member in vars(RPOObjective).items() if isinstance(member, classmethod)]
+from rpo_kernels.objectives import DISTANCES, PRESETS
 
 
 def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:

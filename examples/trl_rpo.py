@@ -44,13 +44,17 @@ def chats(row: dict) -> dict:
     return row
 
 
-def main(arguments: list[str] | None = None) -> RPOTrainer:
+def parse(arguments: list[str] | None) -> tuple[Arguments, RPOConfig]:
     parser = HfArgumentParser((Arguments, RPOConfig))
     parser.set_defaults(
         output_dir="trl_rpo_output", max_steps=30, per_device_train_batch_size=4, learning_rate=1e-5, logging_steps=5,
-        eval_strategy="epoch", save_strategy="no", report_to="none", max_length=512, beta=0.1, objective="backward_kl",
+        eval_strategy="epoch", save_strategy="no", report_to="none", max_length=512,
     )  # fmt: skip
-    args, config = parser.parse_args_into_dataclasses(arguments)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def main(arguments: list[str] | None = None) -> RPOTrainer:
+    args, config = parse(arguments)
     model = args.model or str(models.smollm2())
     tokenizer = AutoTokenizer.from_pretrained(model)
     data = Dataset.from_json(args.data)

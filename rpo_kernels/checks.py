@@ -27,6 +27,11 @@ def shape_of(x: Tensor) -> str:
 def check_tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), packed, and {name}.offsets().int() as "
+            "`cu_seqlens` where sequences matter"
+        )
 
 
 def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
@@ -162,13 +167,19 @@ def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, dev
 
 def check_groups(
     op: str, objective: RPOObjective, S: int, group_size: object, cu_groups: Tensor | None, device: torch.device
-) -> None:
+) -> int:
+    """The group size: 2 by default, where cu_groups has no other say."""
     if S == 0:
         raise ValueError(f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences")
     if cu_groups is not None:
         if objective.label is not None:
             raise ValueError(f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2")
-        return check_offsets(op, "cu_groups", cu_groups, device)
+        if group_size is not None:
+            raise ValueError(f"{op}: `group_size` and `cu_groups` both say which responses belong together; pass one of them")
+        check_offsets(op, "cu_groups", cu_groups, device)
+        return 2
+    if group_size is None:
+        group_size = 2
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
     least = 1 if objective.comparison == "pointwise" else 2
@@ -178,6 +189,7 @@ def check_groups(
         raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}")
     if objective.label is not None and group_size != 2:
         raise ValueError(f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}")
+    return group_size
 
 
 def check_reference(

@@ -253,6 +253,10 @@ class RPOObjective:
         return cls("backward_kl", beta, comparison="pointwise", target=math.inf, cross_entropy=True, scale=2.0)
 
 
+# Names of the methods that build a published loss.
+PRESETS = tuple(name for name, x in vars(RPOObjective).items() if isinstance(x, classmethod))
+
+
 def _log_odds(label_smoothing: float) -> float:
     _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     return math.inf if label_smoothing == 0 else math.log((1 - label_smoothing) / label_smoothing)

@@ -25,7 +25,7 @@ ENGINE = {"backend", "checks", "objectives"}
 MAY_IMPORT = {
     "__main__": {"commands"},
     "commands": {"face", "ops", "offline", "disassembly", "traffic", "kernels", "torch_engine", "reference", *ENGINE},
-    "adapters": {"face"},  # like any user
+    "adapters": {"face", "objectives"},  # like any user; of objectives the names on command lines
     "face": {"ops", "objectives"},
     "offline": {"kernels", "disassembly", *ENGINE},
     "traffic": {"kernels", *ENGINE},

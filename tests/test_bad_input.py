@@ -102,6 +102,16 @@ def test_a_list_is_no_tensor(op, name, good):
     refuses(op, f"`{name}` must be a torch.Tensor, got list", TypeError, **good | {name: [1, 2]})
 
 
+@pytest.mark.parametrize("op, name, good", TENSORS)
+def test_a_jagged_tensor_is_told_to_come_packed(op, name, good):
+    """As verl hands them over."""
+    x = (GOOD[op] | good)[name]
+    nested = torch.nested.nested_tensor([x.reshape(-1)[:1], x.reshape(-1)[:2]], layout=torch.jagged)
+    message = f"`{name}` must be a plain tensor, got a nested one; pass {name}.values(), packed, and {name}.offsets().int() as "
+    with pytest.raises(TypeError, match=f"^{re.escape(f'{op}: {message}`cu_seqlens`')}"):
+        call(op, good | {name: nested})
+
+
 @pytest.mark.parametrize("op, name, good", [case for case in TENSORS if case[1] not in FIRST])
 def test_a_tensor_on_another_device_is_named(op, name, good):
     elsewhere = (GOOD[op] | good)[name].to("meta")
@@ -369,7 +379,14 @@ def test_a_group_too_small_to_compare_is_named(op, comparison, least):
     refuses(op, message, group_size=least - 1, objective=RPOObjective(comparison=comparison))
 
 
-@pytest.mark.parametrize("value", [2.0, True, None])
+@pytest.mark.parametrize("op", GROUP_OPS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_two_ways_to_say_the_groups_are_refused(op, size):
+    message = "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
+    refuses(op, message, group_size=size, cu_groups=offsets(0, 4))
+
+
+@pytest.mark.parametrize("value", [2.0, True, "2"])
 def test_a_group_size_that_is_no_int_is_named(value):
     refuses("rpo_loss", f"`group_size` must be an int, got {value!r}", TypeError, group_size=value)
 

@@ -22,6 +22,7 @@ from .test_preference import OBJECTIVES, batch, in_float64
 
 H = 6
 ROW = 5 * (4 + 4)  # bytes of a row of five fp32 logits, and as much again for slack
+JAGGED = lambda x: torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 3, 6, 9, 12]))
 # Workspaces of 1 row (every group in two sweeps), a few rows (one group or two at a time), and all in one.
 WORKSPACES = {"row": 5 * 4, "groups": 12 * 5 * 4, "all": None}
 
@@ -341,6 +342,21 @@ def test_an_empty_batch_one_token_and_nothing_scored(shape, backend, device):
         assert logps.shape == shape and all(g.isfinite().all() for g in grads)
         if ignored:
             assert (logps == 0).all() and all((g == 0).all() for g in grads)
+        frozen = linear_token_logps(hidden, weight.detach(), labels, backend=backend)
+        assert torch.equal(torch.autograd.grad(frozen.sum(), hidden)[0], grads[0])
+
+
+def test_shapes_and_dtypes_are_found_on_the_meta_device():
+    """Which has no autocast to be asked for."""
+    hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), "meta"))
+    labels = torch.zeros(4, 3, dtype=torch.int64, device="meta")
+    out = linear_rpo_loss(hidden, weight, labels, None, RPOObjective.dpo(), ref_logps=torch.zeros(4, device="meta"))
+    logps = linear_token_logps(hidden, weight, labels)
+    (out.loss + logps.sum()).backward()
+    assert out.loss.shape == () and out.rewards.shape == (4,) and logps.shape == (4, 3)
+    assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape and weight.grad.is_meta
+    with pytest.raises(TypeError, match="`weight` must have the dtype of `hidden`"):
+        linear_token_logps(hidden, weight.half(), labels)
 
 
 def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, device):
@@ -441,6 +457,13 @@ def test_groups_are_packed_whole():
         ({"weight_grad": torch.zeros(5, H)}, ValueError, "`weight_grad` takes in the gradient of `weight`, which requires none"),
         ({"weight_grad": torch.zeros(5, H).double()}, TypeError, "`weight_grad` must be float32, float16 or bfloat16"),
         ({"ref_logps": None}, ValueError, "`ref_logps` are missing"),
+        (
+            {"group_size": 4, "cu_groups": torch.tensor([0, 4], dtype=torch.int32)},
+            ValueError,
+            "`group_size` and `cu_groups` both say which responses belong together",
+        ),
+        ({"hidden": JAGGED(torch.zeros(12, H))}, TypeError, r"`hidden` must be a plain tensor.* pass hidden.values\(\)"),
+        ({"labels": JAGGED(torch.zeros(12).long())}, TypeError, r"`labels` must be a plain tensor.* pass labels.values\(\)"),
         ({"ref_logps": torch.zeros(3)}, ValueError, r"`ref_logps` must be \[4\] or \[4, 3\], got \[3\]"),
     ],
 )

@@ -196,6 +196,8 @@ def test_packed_sequences_do_not_predict_each_other():
     assert labels.tolist() == [6, 7, IGNORE, 9, IGNORE]
     first_empty = shift_labels(torch.tensor([5, 6, 7]), torch.ones(3), cu_seqlens=ints(0, 0, 2, 3))
     assert first_empty.tolist() == [6, IGNORE, IGNORE]
+    nothing = torch.tensor([], dtype=torch.int64)  # of a rank that got no tokens
+    assert shift_labels(nothing, nothing, cu_seqlens=ints(0, 0)).tolist() == []
 
 
 def test_shifted_labels_score_what_shifted_logits_score(backend, device):

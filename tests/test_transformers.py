@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from rpo_kernels import RPOObjective, reference  # noqa: E402
-from rpo_kernels.adapters.transformers import attach, detach, model_rpo_loss, model_token_logps  # noqa: E402
+from rpo_kernels.adapters.transformers import TokenLogps, attach, detach, model_rpo_loss, model_token_logps  # noqa: E402
 
 from .helpers import worst  # noqa: E402
 
@@ -531,13 +531,45 @@ def test_references_of_every_kind():
     model, twin, batch = attach(text_model("Llama")), attach(text_model("Qwen3")), text_batch()
     given = model_rpo_loss(model, batch | {"ref_logps": torch.zeros(4)}, OBJECTIVE)
     assert torch.equal(given.loss, model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss)
-    free = model_rpo_loss(model, batch | {"rewards": None}, RPOObjective.simpo(), reference=twin)
+    free = model_rpo_loss(model, batch | {"rewards": None}, RPOObjective.simpo())
     assert free.loss.requires_grad
     several = model_rpo_loss(model, batch, RPOObjective(reference="geometric"), reference=[model, twin], temperature=2.0)
     one = model_rpo_loss(model, batch, RPOObjective(beta=0.05), reference=twin, temperature=2.0)
     torch.testing.assert_close(several.rewards, one.rewards, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model"):
         model_rpo_loss(model, batch, OBJECTIVE)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("objective", "fits", "expected"),
+    [
+        (OBJECTIVE, [1], "one model for an objective with reference='single'"),
+        (RPOObjective(reference="none"), [0], "None for an objective with reference='none'"),
+        (RPOObjective(reference="geometric"), [1, 2, 3], "at least one model for an objective with reference='geometric'"),
+    ],
+)
+def test_as_many_references_as_the_objective_has(count, objective, fits, expected):
+    calls = []
+
+    def model(**inputs):
+        calls.append(inputs.get("objective"))
+        if "objective" not in inputs:
+            return TokenLogps(torch.full((4, T), float(len(calls))))
+        return inputs.get("ref_logps")
+
+    run = lambda: model_rpo_loss(model, text_batch(), objective, reference=[model] * count)
+    if count not in fits:
+        with pytest.raises(ValueError, match=f"`reference` must be {expected}, got {count}"):
+            run()
+        assert not calls, "something ran"
+        return
+    ref_logps = run()
+    assert len(calls) == count + 1
+    if objective.reference == "geometric":
+        assert ref_logps[:, 0, 0].tolist() == [1.0, 2.0, 3.0][:count]
+    else:
+        assert ref_logps is None if count == 0 else ref_logps.shape == (4, T)
 
 
 class Odd(torch.nn.Linear):
@@ -643,6 +675,11 @@ def test_models_that_are_none_are_refused():
         ({"num_items_in_batch": 12}, "`num_items_in_batch` counts tokens"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_seqlens` needs `position_ids`"),
         ({"logits_to_keep": 3}, "`labels` must be"),
+        ({"group_sizes": 4}, "`group_sizes` is neither an argument of this model nor one of ours; did you mean `group_size`"),
+        ({"labels": None, "shifted_labels": torch.zeros(4, T).long()}, "pass `labels`"),
+        ({"cu_group": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_group` is neither .* did you mean `cu_groups`"),
+        ({"ref_logp": torch.zeros(4), "ref_logps": None}, "did you mean `ref_logps`"),
+        ({"prompt_ids": torch.zeros(4, 2)}, "`prompt_ids` is neither an argument of this model nor one of ours; leave it out"),
     ],
 )
 def test_a_call_that_does_not_fit_says_so(change, message):
@@ -651,3 +688,14 @@ def test_a_call_that_does_not_fit_says_so(change, message):
     with pytest.raises(ValueError, match=message):
         model(**call)
     assert "forward" not in vars(model.lm_head)
+
+
+def test_keywords_of_a_model_and_of_what_is_inside_it_are_no_slips():
+    model, batch = attach(text_model("Llama")), text_batch()
+    plain = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
+    known = {"use_cache": False, "output_hidden_states": True, "return_dict": True, "max_length_q": T, "group_sizes": None}
+    assert torch.equal(model(**batch, **known, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss, plain.loss)
+    with pytest.raises(ValueError, match=r"`output_entropy` is neither .* did you mean `output_entropies`"):
+        model_token_logps(model, batch, output_entropy=True)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model(**inputs, group_sizes=4).logits, model(**inputs).logits)  # a call that is not ours

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore
 trl = pytest.importorskip("trl")
 import trl.trainer.utils as host  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from rpo_kernels.adapters.trl import accelerate_trl  # noqa: E402
 from rpo_kernels.adapters.trl import head as adapter  # noqa: E402
@@ -125,6 +126,25 @@ def test_what_is_not_asked_is_None_and_no_rows_stay_connected(rows):
         assert [x.shape for x in nothing] == [(0,)] * 5
         nothing[0].sum().backward()  # an all-masked microbatch is a differentiable zero
         assert weight.grad is not None and not weight.grad.any()
+        frozen = apply(hidden[:0], weight.detach(), None, targets[:0], 1.0, 20, None, 1.0, ("log_probs",))[0]  # under LoRA
+        hidden.grad = None
+        frozen.sum().backward()
+        assert hidden.grad.shape == hidden.shape and not hidden.grad.any()
+
+
+def test_a_LoRA_model_takes_a_micro_batch_with_nothing_scored():
+    base = llama()
+    host.add_fused_lm_head(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    ids = torch.randint(4, 60, (2, 7))
+    results = []
+    for labels in (torch.full_like(ids, -100), ids):
+        with accelerate_trl():
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        model.zero_grad()
+        out.log_probs.sum().backward()
+        results.append([p.grad.abs().max().item() for p in model.parameters() if p.requires_grad])
+    assert not any(results[0]) and all(results[1])
 
 
 def test_calls_that_are_not_ours_are_TRLs_and_say_so_once(rows, monkeypatch):

@@ -14,17 +14,26 @@ from .test_trl_trainer import groups
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("trl")
 
+from rpo_kernels import RPOObjective  # noqa: E402
+from rpo_kernels.objectives import DISTANCES, PRESETS  # noqa: E402
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch, tmp_path):
-    """Its main, for a model in a folder."""
+def trl_rpo(monkeypatch):
+    """Its module."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.delitem(sys.modules, "models", raising=False)
     monkeypatch.delitem(sys.modules, "trl_rpo", raising=False)
     import trl_rpo
 
+    return trl_rpo
+
+
+@pytest.fixture
+def example(trl_rpo, tmp_path):
+    """Its main, for a model in a folder."""
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     fixed = f"--model {tmp_path}/model --output_dir {tmp_path}/out --use_cpu True --bf16 False --disable_tqdm True".split()
@@ -51,6 +60,16 @@ def test_its_options_reach_the_trainer(example, tmp_path):
     assert trainer.state.global_step == 3 and hasattr(trainer.model, "disable_adapter")
     with pytest.raises(SystemExit, match="leaves nothing of 6 rows"):
         example("--data", str(data), "--held_out", "6")
+
+
+@pytest.mark.parametrize("name", [*DISTANCES, *PRESETS])
+def test_every_objective_has_its_own_defaults_on_the_command_line(trl_rpo, tmp_path, name):
+    options = ["--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--objective"]
+    expected = RPOObjective(name) if name in DISTANCES else getattr(RPOObjective, name)()
+    assert trl_rpo.parse([*options, name])[1].make_objective() == expected
+    if name == "simpo":
+        _, config = trl_rpo.parse([*options, '{"preset": "simpo", "beta": 2.5}'])
+        assert config.make_objective() == RPOObjective.simpo(2.5)
 
 
 def test_it_stays_short():

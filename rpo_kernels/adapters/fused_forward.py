@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
@@ -38,8 +39,27 @@ class TokenLogps(NamedTuple):
     aux_loss: Tensor | None = None
 
 
-def fused(unfused: Callable) -> Callable:
-    """``unfused`` with the keywords of :func:`attach`. ``self`` is an argument, so that a deep copy of a model runs itself."""
+def keywords_of(host: nn.Module) -> frozenset[str]:
+    """What a model, the models inside it, and the library around them read of a call's keywords; others vanish without a word."""
+    from transformers import PreTrainedModel
+    from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+    from transformers.utils import TransformersKwargs
+
+    known = {"use_cache", "return_dict", *TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
+    for forward in {type(module).forward for module in host.modules() if isinstance(module, PreTrainedModel)}:
+        for parameter in inspect.signature(forward).parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                known.add(parameter.name)
+            for annotation in get_args(parameter.annotation):  # Unpack[a TypedDict], of the model's own maybe
+                known |= getattr(annotation, "__annotations__", {}).keys()
+    return frozenset(known)
+
+
+def fused(unfused: Callable, known: frozenset[str]) -> Callable:
+    """``unfused`` with the keywords of :func:`attach`, beside those that are ``known``.
+
+    ``self`` is an argument, so that a deep copy of a model runs itself.
+    """
     own = set(inspect.signature(unfused).parameters)
     ours = (READ | LOSS | TOKENS) - own
 
@@ -50,6 +70,7 @@ def fused(unfused: Callable) -> Callable:
         call = Call.of(f"{type(self).__name__}.forward", given, kwargs)
         if call is None:
             return original(*args, **kwargs)
+        call.check_others(kwargs, known)
         if "use_cache" in own:
             kwargs["use_cache"] = False
         if not kwargs.pop("return_dict", self.config.return_dict):
@@ -101,6 +122,15 @@ class Call:
                 f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part predicts lies on another rank"
             )
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
+
+    def check_others(self, others: dict[str, Any], known: frozenset[str]) -> None:
+        """Keywords that nobody reads: in the ``**kwargs`` of a model a slip of ours would vanish."""
+        for name in others.keys() - known:
+            if others[name] is not None:
+                ours = {*(LOSS if "objective" in self.options else TOKENS), "labels", "shift_labels"}
+                near = difflib.get_close_matches(name, sorted(ours), n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else "; leave it out of the batch"
+                raise ValueError(f"{self.op}: `{name}` is neither an argument of this model nor one of ours{hint}")
 
     def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
         """In place of the head's forward. Returns what the model goes on with: a tensor of our graph, for hooks of the head."""

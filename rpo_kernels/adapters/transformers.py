@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import RPOObjective, RPOOutput
-from .fused_forward import LOSS, TOKENS, TokenLogps, fused
+from .fused_forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
 from .lm_head import head_layers, host_of, measure_transform, ordinary_tokens
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
@@ -38,7 +38,8 @@ def attach(model: nn.Module) -> nn.Module:
 
     The head's bias, its PEFT adapters, scales and soft caps of the logits belong to the model and are read from it. The loss of a
     mixture of experts that computes its auxiliary loss (``output_router_logits``) includes it, with the model's coefficient.
-    Without these keywords forward is the original one: generation and evaluation do not change.
+    Without these keywords forward is the original one: generation and evaluation do not change. With them, keywords that nobody
+    reads are refused: models of transformers drop them without a word.
 
     Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights: log-probabilities of eight tokens are
     compared with those of the model's own logits. Attaching again compares again. Deep copies are attached too. Under FSDP2 leave
@@ -59,7 +60,7 @@ def attach(model: nn.Module) -> nn.Module:
         logits_of = lambda: _own_logits(model, host, ids)
         own = logits_of()
         vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
-        vars(host)["forward"] = MethodType(fused(type(host).forward), host)
+        vars(host)["forward"] = MethodType(fused(type(host).forward, keywords_of(host)), host)
         with torch.no_grad():
             _compare(type(host).__name__, model_token_logps(model, {"input_ids": ids, "labels": ids}).logps, own, ids)
     except BaseException:
@@ -151,22 +152,42 @@ def model_rpo_loss(
         model: attached, as it is trained (wrapped or not).
         batch: model inputs, ``labels``, ``rewards`` and what else :func:`attach` lists; groups are neighbours.
         objective: the loss.
-        reference: attached model(s), run without gradients if the objective needs a reference and batch holds no ref_logps.
-            None: a PEFT model with its adapters off.
+        reference: attached model(s), as many as the objective has references (``reference="single"``: one, ``"none"``: none,
+            ``"harmonic"``, ``"geometric"``: any number), run without gradients where batch holds no ref_logps. None: a PEFT model
+            with its adapters off.
         options: further keywords of :func:`linear_rpo_loss`.
 
     Raises:
         ValueError, TypeError: for what does not fit; without any reference where one is needed.
     """
+    models = _references(objective, reference)
     inputs = {**batch, **options}
     if objective.reference != "none" and inputs.get("ref_logps") is None:
-        inputs["ref_logps"] = _reference_logps(model, inputs, objective, reference)
+        inputs["ref_logps"] = _reference_logps(model, inputs, objective, models)
     return model(**inputs, objective=objective)
 
 
-@torch.no_grad()
-def _reference_logps(model, inputs, objective, reference) -> Tensor:
+def _references(objective: RPOObjective, reference) -> list[nn.Module]:
+    """The models that were given, as many as the objective has references."""
     if reference is None:
+        return []
+    models = list(reference) if isinstance(reference, (Sequence, nn.ModuleList)) else [reference]
+    several = (bool(models), "at least one model")
+    fits, expected = {"single": (len(models) == 1, "one model"), "none": (not models, "None")}.get(objective.reference, several)
+    if not fits:
+        hint = "; several need reference='harmonic' or 'geometric'" if objective.reference == "single" and models else ""
+        raise ValueError(
+            f"model_rpo_loss: `reference` must be {expected} for an objective with reference={objective.reference!r}, "
+            f"got {len(models)}{hint}"
+        )
+    return models
+
+
+@torch.no_grad()
+def _reference_logps(model, inputs, objective, models) -> Tensor:
+    if models:
+        logps = [model_token_logps(each, inputs).logps for each in models]
+    else:
         disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
@@ -175,7 +196,4 @@ def _reference_logps(model, inputs, objective, reference) -> Tensor:
             )
         with disable_adapter():
             logps = [model_token_logps(model, inputs).logps]
-    else:
-        models = reference if isinstance(reference, Sequence) else [reference]
-        logps = [model_token_logps(each, inputs).logps for each in models]
     return torch.stack(logps) if objective.reference != "single" else logps[0]

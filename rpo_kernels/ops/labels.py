@@ -37,6 +37,6 @@ def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None =
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, input_ids.shape[-1], "tokens")
     labels = torch.full_like(input_ids, ignore_index)
     labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and labels.numel():
         labels[cu_seqlens[1:].long() - 1] = ignore_index  # -1, of an empty first sequence, is a last token too
     return labels

@@ -48,7 +48,12 @@ def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """Of the GEMMs' inputs."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return torch.get_autocast_dtype(kind) if under_autocast(kind) else hidden.dtype
+
+
+def under_autocast(kind: str) -> bool:
+    """Of a device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_shard: bool = False) -> None:
@@ -115,7 +120,7 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
         checks.check_device(op, hidden.device, **{b: bias})
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden.dtype != weight.dtype and not under_autocast(hidden.device.type):
         raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
 
 
@@ -183,7 +188,7 @@ def check_live_reference(
     checks.check_constant(op, "ref_hidden", ref_hidden)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
-    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if ref_hidden.dtype != hidden.dtype and not under_autocast(hidden.device.type):
         raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
     checks.check_device(op, hidden.device, ref_hidden=ref_hidden)
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()

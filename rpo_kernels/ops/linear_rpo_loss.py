@@ -45,7 +45,7 @@ def linear_rpo_loss(
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
     ref_weights: Tensor | None = None,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     reduction: str = "mean",

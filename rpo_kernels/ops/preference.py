@@ -22,7 +22,7 @@ def preference_loss(
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
     lengths: Tensor | None = None,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
@@ -42,7 +42,7 @@ def preference_loss(
         ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing to 1; uniform if None.
         lengths: ``[S]`` int, scored tokens of each response; needed by objectives that average, or normalise the SFT term.
             A response of length 0 is dropped from its group.
-        group_size: K, responses per prompt; groups are contiguous.
+        group_size: K, responses per prompt, 2 by default; groups are contiguous.
         cu_groups: ``[G+1]`` int32 boundaries of ragged groups, in place of group_size.
         reduction: ``"mean"`` over the groups that have something to compare, ``"sum"``, or ``"none"`` for ``[G]``.
         normalizer: number or scalar tensor that divides the sum of losses instead, for gradient accumulation and data
@@ -160,7 +160,7 @@ def prepare(
     normalizer, backend,
 ) -> tuple:  # fmt: skip
     """Check what the group pass takes and bring it into the types of an operator."""
-    checks.check_groups(op, objective, S, group_size, cu_groups, device)
+    group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
     G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
     checks.check_rewards(op, rewards, objective, S, device)
     checks.check_reference(op, objective, ref_logps, ref_weights, ref_shapes, G, device)

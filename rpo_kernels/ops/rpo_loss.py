@@ -23,7 +23,7 @@ def rpo_loss(
     *,
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     reduction: str = "mean",

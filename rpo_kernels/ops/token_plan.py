@@ -89,7 +89,7 @@ def forward_op(
             head.backward(logits, chunk.labels, logps[part], lse[:, part].contiguous(), ones[:size], slot)
             unit.add(chunk, slot)
     if unit:
-        kept = unit.finish()[0].view(N, -1)
+        kept = unit.finish()[0].view(N, hidden.shape[-1])
     if valid is not None:
         logps, entropies = logps * valid, entropies * valid
     local_labels = labels.new_empty(0) if shard is None else shard.labels(labels, ignore_index)

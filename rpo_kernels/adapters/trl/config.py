@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, field
 from trl import DPOConfig
 
 from rpo_kernels import RPOObjective
-
-DISTANCES = ("squared", "backward_kl", "forward_kl")
-PRESETS = tuple(name for name, x in vars(RPOObjective).items() if isinstance(x, classmethod))
+from rpo_kernels.objectives import DISTANCES, PRESETS
 
 # Options of DPO that an objective replaces, and what says the same.
 REPLACED = {

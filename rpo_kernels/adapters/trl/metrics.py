@@ -18,6 +18,8 @@ def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str
     Chosen is the response with the largest target, the first of equals; rejected the one with the smallest, the last of
     equals. Groups with fewer than two responses that have scored tokens do not count.
     """
+    # Not RPOOutput.metrics: its means do not add up over processes (one with nothing to compare has NaN), groups of more than
+    # two have no chosen and rejected there, and TRL's logits and accuracies need to know which sequences these are.
     G, S = len(sizes), len(out.rewards)
     K = int(sizes.max()) if ragged else S // G
     exists = torch.arange(K, device=sizes.device) < sizes[:, None]

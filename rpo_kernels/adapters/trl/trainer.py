@@ -186,7 +186,7 @@ class RPOTrainer(DPOTrainer):
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         groups = {"rewards": inputs.get("rewards"), "cu_groups": inputs.get("cu_groups")}
-        groups["group_size"] = len(labels) // len(inputs["group_sizes"])
+        groups["group_size"] = None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
         statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
         out = model(**kwargs, labels=labels, objective=self.objective, ref_logps=ref_logps, on_logits=statistics, **groups)
         self._record(out, statistics, ref_logps, inputs, groups)
