@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, the benchmark table, launch settings
-# (rpo_kernels tune: writes rpo_kernels/kernels/launch_table.json), chunks of the linear path. Needs torch, triton and pytest.
+# (rpo_kernels tune: writes rpo_kernels/kernels/launch_table.json), chunks of the linear path, what calls cost the CPU. Needs torch,
+# triton and pytest.
 #
-#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [tune] [chunks]       (all by default)
+#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [tune] [chunks] [host]       (all by default)
 #
 # Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 TUNE_S=540 CHUNKS_S=200. A stage that is cut short keeps what it has
 # measured, and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
@@ -14,12 +15,12 @@ while (($#)); do
   case $1 in
     --dry-run) dry=yes ;;
     --out) out=$2; shift ;;
-    tests | bench | tune | chunks) stages+=("$1") ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    tests | bench | tune | chunks | host) stages+=("$1") ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
-((${#stages[@]})) || stages=(tests bench tune chunks)
+((${#stages[@]})) || stages=(tests bench tune chunks host)
 mkdir -p "$out"
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
@@ -68,6 +69,8 @@ chunks() {
   local seconds=${CHUNKS_S:-200}
   limited $((seconds + 60)) "$PYTHON" benchmarks/chunks.py --budget "$seconds" --results "$out/chunks.json" ${dry:+--dry-run}
 }
+
+host() { limited 120 "$PYTHON" benchmarks/host.py --json "$out/host.json" ${dry:+--rounds 20}; }
 
 status=0
 for stage in "${stages[@]}"; do

@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    import results  # and matplotlib, which is not to be timed
+    import results
 
     rows = run(args.rounds)
     print(results.host_table(rows))

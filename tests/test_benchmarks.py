@@ -205,7 +205,7 @@ def test_the_script_parses_and_its_stages_run_dry(tmp_path):
     run("bash", "-n", "benchmarks/gpu.sh")
     environment = {"BENCH_ARGS": "-k '128 and pair and naive'", "TESTS": "tests/test_architecture.py"}
     text = run("benchmarks/gpu.sh", "--dry-run", "--out", tmp_path, **environment)
-    assert all(f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "tune", "chunks")), text
+    assert all(f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "tune", "chunks", "host")), text
     assert "tests collected" in (tmp_path / "tests.txt").read_text()
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["status"] == "ok"
     assert {row["status"] for row in json.loads((tmp_path / "chunks.json").read_text())["chunks"]} == {"ok"}
