@@ -35,8 +35,9 @@ if [[ -z $dry ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.i
   exit 2
 fi
 
-# Soft limits end in time to write tables and plots; the hard ones, a minute later, only end what hangs.
-limited() { timeout --kill-after=30 "$@"; }
+# Soft limits end in time to write tables and plots; the hard ones, a minute later, only end what hangs. An interrupted pytest
+# still tells the failures that it has seen, a terminated one nothing.
+limited() { timeout --signal=INT --kill-after=30 "$@"; }
 
 tests() {
   local options=(-q --continue-on-collection-errors -p no:cacheprovider)

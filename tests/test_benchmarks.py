@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: wrong providers are caught, costs are counted, every file comes out."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -136,6 +137,8 @@ def run(*command, **environment):
 
 def test_the_command_line_measures_and_goes_on_where_it_stopped(tmp_path):
     """Through pytest-benchmark; then without it, as on a machine that lacks it."""
+    for library in ("pytest_benchmark", "matplotlib"):
+        pytest.importorskip(library)
     file = tmp_path / "bench.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench.py", "--smoke", "-q", "-p", "no:cacheprovider", "--results", file]
     chosen = ["-k", "128 and logits and forward and (naive or rpo_kernels)"]
@@ -198,6 +201,18 @@ def test_the_readme_is_filled_from_results_and_says_which_device(tmp_path, file,
 
 
 # ---- the hour on a GPU --------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
+    """The script's own limit, and both ways to run pytest."""
+    (limited,) = [line for line in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines() if line.startswith("limited()")]
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_bad(): assert 1 + 1 == 3\ndef test_slow(): time.sleep(60)\n")
+    parallel = " -n 2" if importlib.util.find_spec("xdist") else ""
+    for options in {"", parallel}:
+        command = f"{limited}; limited 6 {sys.executable} -m pytest -q -p no:cacheprovider{options} {file}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 124 and "assert (1 + 1) == 3" in done.stdout and "1 failed" in done.stdout, done.stdout
 
 
 def test_the_script_parses_and_its_stages_run_dry(tmp_path):

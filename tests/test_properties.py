@@ -8,11 +8,14 @@ import itertools
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpo_kernels import RPOObjective, preference_loss, reference, rpo_loss, token_logps_and_entropy
 from rpo_kernels.commands.cases import EPS, FAMILY, OPTIONS, PRESETS, TRANSFORMS, in_float64, size, worst
+from rpo_kernels.objectives import COMPARISONS
 
 INF = float("inf")
 TRUTH = 1e4 * torch.finfo(torch.float64).eps  # what float64 rounds away of logits of 1e4: ours may be nearer to 0 than that
@@ -204,3 +207,17 @@ def test_a_constant_added_to_a_row_changes_nothing(backend, device):
         logits_and_labels((8,), 33, ["ordinary", "constant", "confident", "ignored"]), st.sampled_from([-512.0, 0.5, 4096.0])
     )
     holds(backend, drawn, invariant, torch_examples=25, triton_examples=6)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+@pytest.mark.parametrize("distance", ["backward_kl", "forward_kl"])
+@given(
+    s=st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3),
+    noise=st.lists(st.floats(-(2**-10), 2**-10, width=32), min_size=3, max_size=3),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_divergence_of_the_reference_is_never_negative_even_in_float32_next_to_its_optimum(distance, comparison, s, noise):
+    logps = torch.tensor(s)
+    rewards = logps + torch.tensor(noise)
+    objective = RPOObjective(distance, beta=1.0, comparison=comparison, reference="none")
+    assert reference.preference_loss(logps, rewards, objective, group_size=3).loss >= 0

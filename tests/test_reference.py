@@ -7,8 +7,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from rpo_kernels import reference
@@ -334,20 +332,6 @@ def test_the_optimum_has_loss_and_gradient_zero(distance, comparison):
     out = preference_loss(logps, rewards, RPOObjective(distance, beta, eta, comparison), ref_logps=ref_logps, cu_groups=RAGGED)
     assert 0 <= out.loss < 1e-14
     assert gradient(out.loss, logps).abs().max() < 1e-14
-
-
-@pytest.mark.parametrize("comparison", COMPARISONS)
-@pytest.mark.parametrize("distance", ["backward_kl", "forward_kl"])
-@given(
-    s=st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3),
-    noise=st.lists(st.floats(-(2**-10), 2**-10, width=32), min_size=3, max_size=3),
-)
-@settings(max_examples=20, deadline=None)
-def test_a_divergence_is_never_negative_even_in_float32_next_to_its_optimum(distance, comparison, s, noise):
-    logps = torch.tensor(s)
-    rewards = logps + torch.tensor(noise)
-    objective = RPOObjective(distance, beta=1.0, comparison=comparison, reference="none")
-    assert preference_loss(logps, rewards, objective, group_size=3).loss >= 0
 
 
 def test_clamping_a_divergence_at_zero_leaves_the_gradient_alone():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("tabulate")
 PATH = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 
 

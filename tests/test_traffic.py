@@ -17,6 +17,7 @@ from .helpers import HAS_GPU
 if HAS_GPU:
     pytest.skip("traffic is counted in Triton's interpreter, which a machine with a GPU does not use", allow_module_level=True)
 
+pytest.importorskip("numpy")  # the interpreter's
 import triton
 import triton.language as tl
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 from rpo_kernels import RPOObjective, preference_loss, shift_labels, token_logps
 
 from .hosts import llama
@@ -214,6 +216,7 @@ def test_openrlhf():
 
 
 def test_axolotl(batch, monkeypatch):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     class AxolotlDPOTrainer:

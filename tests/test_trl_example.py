@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from .hosts import llama, tokenizer
-from .test_trl_trainer import groups
 
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("trl")
 
 from rpo_kernels import RPOObjective  # noqa: E402
 from rpo_kernels.objectives import DISTANCES, PRESETS  # noqa: E402
+
+from .test_trl_trainer import groups  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
