@@ -102,8 +102,7 @@ def agreeing(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        groups = {argument: kwargs.get(argument) for argument in ARGUMENTS}
-        groups = {argument: group for argument, group in groups.items() if isinstance(group, dist.ProcessGroup)}
+        groups = {argument: group for argument in ARGUMENTS if isinstance(group := kwargs.get(argument), dist.ProcessGroup)}
         if not groups or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         before = _agreements.copy()
