@@ -171,6 +171,7 @@ def forward_op(
             head.backward(logits, chunk.labels, logps[part], lse, coef[local], slot, upstream=scale)
             gradients.add(chunk, slot)
     loss, losses, by_sequence = (list(x) for x in zip(*outputs))
+    logits = out = slot = scratch = None  # the workspace is free before gradients are rounded
     return (
         torch.stack(loss).sum(),
         torch.cat(losses),

@@ -220,6 +220,7 @@ def _backward_op(
             None if entropy_coef is None else entropies[part], None if entropy_coef is None else entropy_coef[part],
         )  # fmt: skip
         gradients.add(chunk, slot)
+    logits = slot = scratch = None  # the workspace is free before gradients are rounded
     return tuple(gradients.finish())
 
 
