@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from rpo_kernels import RPOObjective, preference_loss, reference, rpo_loss, sequence_logps, token_logps
+from rpo_kernels.objectives import COMPARISONS, DISTANCES, PRESETS
 
 from .helpers import poisoned_memory, worst
 
-PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
-           "sppo", "nca", "bco"]  # fmt: skip
-FAMILY = list(itertools.product(("squared", "backward_kl", "forward_kl"), ("listwise", "pairwise", "pointwise")))
+FAMILY = list(itertools.product(DISTANCES, COMPARISONS))
 # Options that meet in the kernel's constexprs, one of each kind per set.
 OPTIONS = {
     "plain": {},

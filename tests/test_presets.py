@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpo_kernels.objectives import RPOObjective
+from rpo_kernels.objectives import PRESETS, RPOObjective
 
 GROUPS = 6
 
@@ -271,3 +272,9 @@ def test_a_preset_has_the_gradient_of_the_published_loss(engine: Engine, name: s
 def test_no_preset_is_left_out_of_this_file():
     presets = {name for name, member in vars(RPOObjective).items() if isinstance(member, classmethod)}
     assert presets == {name.partition(",")[0] for name in CASES} - {"RPO"}
+
+
+def test_the_readme_names_every_preset():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert len(PRESETS) == 15
+    assert [name for name in PRESETS if f"`{name}(" not in readme] == []

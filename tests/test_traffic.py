@@ -28,10 +28,9 @@ from rpo_kernels.kernels.rows import row_offset
 from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.shards import combine
 from rpo_kernels.kernels.vocabulary import shard_statistics, vocabulary_backward, vocabulary_forward
+from rpo_kernels.objectives import PRESETS
 from rpo_kernels.traffic import ledger
 
-PRESETS = ["dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
-           "sppo", "nca", "bco"]  # fmt: skip
 PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
 # An odd vocabulary below a tile, and one past the fp32 tile of eight warps.
 CASES = [(31, "contiguous"), (31, "transposed"), (2049, "shifted"), (2049, "padded")]

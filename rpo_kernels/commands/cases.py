@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import linear_rpo_loss, preference_loss, reference, rpo_loss, token_logps, token_logps_and_entropy
-from ..objectives import COMPARISONS, DISTANCES, RPOObjective
+from ..objectives import COMPARISONS, DISTANCES, PRESETS, RPOObjective
 
 FAMILY = list(itertools.product(DISTANCES, COMPARISONS))
-PRESETS = ("dpo", "robust_dpo", "ipo", "simpo", "cpo", "distill_dpo", "rebel", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
-           "sppo", "nca", "bco")  # fmt: skip
 TRANSFORMS = {
     "plain": {},
     "scaled": {"temperature": 0.7, "logit_scale": 1.3},
