@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # (family of cases that must fail, file, what it says, the error)
 PLANTED = {
     "forward: lost rescale": ("vocabulary", "rows", "* _power_of_two(top - 40)", "* _power_of_two(top * 0 - 40)"),
-    "forward: dropped mask": ("vocabulary", "rows", "t = tl.where(valid & (cols != label), t,", "t = tl.where((cols != label), t,"),
+    "forward: dropped mask": ("vocabulary", "rows", "here = valid & (cols != label) &", "here = (cols != label) &"),
     "forward: off-by-one tail": ("vocabulary", "rows", "if vectors * VEC < width - head:", "if vectors * VEC < width - head - 1:"),
     "entropy: lost rescale": ("entropy", "forward", "log2_mantissa - rest_moment / total", "log2_mantissa - moment / total"),
     "backward: wrong sign": ("vocabulary", "backward", "at_label = -coef", "at_label = coef"),
