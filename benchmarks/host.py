@@ -1,17 +1,20 @@
 """What a call costs the CPU beside the bare Triton launches in it: `python benchmarks/host.py [--json FILE]`.
 
-Without a GPU a driver that does nothing takes its place: kernels are compiled for an H100 and launched into the void, so that what
-remains is Python, PyTorch and Triton's own launcher, up to the driver's call. CPU tensors pass for a GPU's: nobody looks at their
-values. Times are medians over calls in a loop, in CPU time of the thread (on a GPU in wall time). Launches are timed where they
-happen, within the calls, and once more alone.
+Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are compiled for an H100 and launched
+into the void. What remains is Python, PyTorch and Triton's own launcher. CPU tensors pass for a GPU's: nobody looks at their
+values. Times are medians over calls in a loop, in CPU time of the thread (on a GPU in wall time). Launches are timed where they happen,
+within the calls, and once more alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,33 +32,55 @@ HAS_GPU = torch.cuda.is_available()
 clock = time.perf_counter if HAS_GPU else time.thread_time
 
 
-class _NoDriver:
-    """What Triton asks of a driver, for one H100 that is not there."""
+# What Triton's launcher links to, with nothing behind it: every call succeeds at once.
+LIBCUDA = """
+typedef unsigned long long ull;
+#define DOES(name, arguments, what) int name arguments { what; return 0; }
+#define NOTHING(name) int name() { return 0; }
+DOES(cuCtxGetCurrent, (void **context), *context = (void *)1)
+DOES(cuPointerGetAttribute, (ull *data, int attribute, ull pointer), *data = pointer)
+DOES(cuDeviceGet, (int *device, int ordinal), *device = 0)
+DOES(cuDeviceGetAttribute, (int *value, int attribute, int device), *value = 232448)
+DOES(cuFuncGetAttribute, (int *value, int attribute, void *function), *value = attribute ? 0 : 1024)
+DOES(cuModuleLoadData, (void **module, void *image), *module = (void *)1)
+DOES(cuModuleGetFunction, (void **function, void *module, char *name), *function = (void *)1)
+DOES(cuDriverGetVersion, (int *version), *version = 13000)
+DOES(cuDevicePrimaryCtxRetain, (void **context, int device), *context = (void *)1)
+DOES(cuGetErrorString, (int error, const char **text), *text = "none")
+DOES(cuCtxGetLimit, (ull *value, int limit), *value = 0)
+NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuLaunchKernelEx) NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensorMapEncodeTiled)
+"""
 
-    class launcher_cls:
-        def __init__(self, *_):
-            pass
 
-        def __call__(self, *_):
-            pass
+def no_driver() -> object:
+    """Triton's driver for one H100 that is not there: its own launcher, down to the calls of libcuda."""
+    folder = Path(tempfile.mkdtemp())
+    library = folder / "libcuda.so.1"
+    (folder / "libcuda.c").write_text(LIBCUDA)
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", folder / "libcuda.c", "-o", library], check=True
+    )
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    class utils:
-        load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))
-        unload_module = staticmethod(lambda *_: None)
-        get_device_properties = staticmethod(lambda _: {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32})
+    class NoDriver(CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda _: 0
+            self.get_device_capability = lambda _: (9, 0)
 
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda _: 0)
-    get_current_target = staticmethod(lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32))
-    get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-    assemble_tensormap_to_arg = staticmethod(lambda *_: None)
+    return NoDriver()
 
 
 def device() -> torch.device:
     """A GPU, or, for the rest of this process, what passes for one."""
     if HAS_GPU:
         return torch.device("cuda")
-    triton.runtime.driver.set_active(_NoDriver())
+    triton.runtime.driver.set_active(no_driver())
     backend.interpreted = lambda: True
     checks._readable = lambda _: False
     return torch.device("cpu")
@@ -179,7 +204,7 @@ def main() -> None:
     print(results.host_table(rows))
     if args.json:
         about = results.about(
-            "cuda" if HAS_GPU else "cpu", "S 4, T 8, V 1024", launches="run" if HAS_GPU else "end before the driver"
+            "cuda" if HAS_GPU else "cpu", "S 4, T 8, V 1024", launches="run" if HAS_GPU else "end in a libcuda that does nothing"
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

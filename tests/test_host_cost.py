@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
 from rpo_kernels.ops import autograd
 
+from .helpers import HAS_GPU
+
 ROOT = Path(__file__).parent.parent
 
 
+# Without a GPU there is a libcuda to compile.
+needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+
+
+@needs_a_driver
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
-    """Timed beside each other in one process; a call through the dispatcher costs more than twice as much."""
+    """Timed beside each other in one process: 3 x on a quiet machine, and 5 x through the dispatcher."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/host.py", "--rounds", "300", "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -29,7 +37,7 @@ def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
     assert row["call, us"] <= 4 * row["call, us of launches"], rows
-    assert row["step, us"] - least <= 4 * row["step, us of launches"], rows
+    assert row["step, us"] - least <= 4 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
 
 
 class _Seen(TorchDispatchMode):
@@ -189,6 +197,7 @@ BATCHES = """if True:
 """
 
 
+@needs_a_driver
 def test_another_batch_takes_no_other_kernel():
     """A new kernel stops a training step for seconds. The group pass has one for sums of sequences and two for their tokens."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
