@@ -2,8 +2,8 @@
 
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are compiled for an H100 and launched
 into the void. What remains is Python, PyTorch and Triton's own launcher. CPU tensors pass for a GPU's: nobody looks at their
-values. Times are medians over calls in a loop, in CPU time of the thread (on a GPU in wall time). Launches are timed where they happen,
-within the calls, and once more alone.
+values. Times are medians over calls in a loop, in CPU time of the thread (on a GPU in wall time). Launches are timed where they
+happen, within the calls, and once more alone.
 """
 
 from __future__ import annotations
