@@ -55,7 +55,8 @@ NOTHING(cuLaunchKernelEx) NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensor
 
 def no_driver() -> object:
     """Triton's driver for one H100 that is not there: its own launcher, down to the calls of libcuda."""
-    folder = Path(tempfile.mkdtemp())
+    temporary = tempfile.TemporaryDirectory()
+    folder = Path(temporary.name)
     library = folder / "libcuda.so.1"
     (folder / "libcuda.c").write_text(LIBCUDA)
     compiler = os.environ.get("CC", "cc")
@@ -68,6 +69,7 @@ def no_driver() -> object:
 
     class NoDriver(CudaDriver):
         def __init__(self):
+            self.folder = temporary  # goes with the process
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda _: 0
