@@ -102,8 +102,10 @@ def agreeing(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        groups = {argument: group for argument in ARGUMENTS if isinstance(group := kwargs.get(argument), dist.ProcessGroup)}
-        if not groups or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        groups = {argument: kwargs[argument] for argument in ARGUMENTS if isinstance(kwargs.get(argument), dist.ProcessGroup)}
+        if not groups:
             return function(*args, **kwargs)
         before = _agreements.copy()
         try:
