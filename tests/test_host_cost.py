@@ -30,14 +30,14 @@ needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get(
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     """Timed beside each other in one process: 3 x on a quiet machine, and 5 x through the dispatcher."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "benchmarks/host.py", "--rounds", "300", "--json", str(tmp_path / "host.json")]
+    command = [sys.executable, "benchmarks/host.py", "--rounds", "500", "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
-    assert row["call, us"] <= 4 * row["call, us of launches"], rows
-    assert row["step, us"] - least <= 4 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
+    assert row["call, us"] <= 3.5 * row["call, us of launches"], rows
+    assert row["step, us"] - least <= 3.5 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
 
 
 class _Seen(TorchDispatchMode):
