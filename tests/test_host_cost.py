@@ -36,8 +36,8 @@ def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
-    assert row["call, us"] <= 3.5 * row["call, us of launches"], rows
-    assert row["step, us"] - least <= 3.5 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
+    assert row["call, us"] <= 4 * row["call, us of launches"], rows
+    assert row["step, us"] - least <= 4 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
 
 
 class _Seen(TorchDispatchMode):
