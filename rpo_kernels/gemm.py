@@ -36,7 +36,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
         return _multiply(out, hidden, weight.t(), accumulate)
     with _bf16_products() if hidden.dtype == torch.bfloat16 else contextlib.nullcontext():
         hidden = hidden.float()
-        for rows, columns in _blocks(weight, out.t()):
+        for rows, columns in blocks(weight, out.t()):
             _multiply(columns.t(), hidden, rows.float().t(), accumulate)
 
 
@@ -46,7 +46,7 @@ def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
     if not is_emulated(dlogits):
         return torch.mm(dlogits, weight)
     total = torch.zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
-    for rows, columns in _blocks(weight, dlogits.t()):
+    for rows, columns in blocks(weight, dlogits.t()):
         total.addmm_(columns.t().float(), rows.float())
     return total.to(dlogits.dtype)
 
@@ -62,7 +62,7 @@ def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None) -> Te
     elif total.dtype == hidden.dtype or _mixed_addmm(hidden.device, hidden.dtype, total.dtype):
         _multiply(total, dlogits.t(), hidden, accumulate)
         return total
-    for rows, columns in _blocks(total, dlogits.t()):
+    for rows, columns in blocks(total, dlogits.t()):
         _multiply(rows, columns.to(hidden.dtype), hidden, accumulate)
     return total
 
@@ -80,7 +80,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         out.add_(product) if accumulate else out.copy_(product)
 
 
-def _blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that fp32 copies of them stay in the cache."""
     rows = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
     return zip(weight.split(rows), other.split(rows))

@@ -2,12 +2,18 @@
 
 import contextlib
 import itertools
+import os
 from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 HAS_GPU = torch.cuda.is_available()
+
+
+def compiling(**more: str) -> dict[str, str]:
+    """The environment of a process in which kernels are compiled, not interpreted."""
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
 
 
 def kernel_dtypes(backend: str) -> list[torch.dtype]:
@@ -27,7 +33,7 @@ def worst(ours: torch.Tensor, truth: torch.Tensor) -> float:
 @contextlib.contextmanager
 def poisoned_memory():
     """New tensors hold NaN, so that an element that is not written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(x):
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
@@ -35,6 +41,7 @@ def poisoned_memory():
     with (
         mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
         mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
+        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
     ):
         yield
 

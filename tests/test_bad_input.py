@@ -19,6 +19,8 @@ import torch
 import rpo_kernels
 from rpo_kernels import RPOObjective, backend
 
+from .helpers import compiling
+
 INF, NAN = math.inf, math.nan
 PRESETS_WITH_BETA = ["dpo", "robust_dpo", "simpo", "cpo", "distill_dpo", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
                      "sppo", "nca", "bco"]  # fmt: skip
@@ -266,7 +268,7 @@ def test_triton_on_a_cpu_asks_for_the_interpreter():
         "try: r.token_logps(torch.zeros(2, 5), torch.zeros(2).long(), backend='triton')\n"
         "except RuntimeError as error: print(error)"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling()
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == (

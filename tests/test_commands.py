@@ -1,7 +1,6 @@
 """The commands as a user meets them. What audit and verify find is in test_compile.py and test_verify.py."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,13 @@ from rpo_kernels.__main__ import COMMANDS
 from rpo_kernels.commands.traffic import OperatorTraffic
 from rpo_kernels.disassembly import loops
 
-from .helpers import HAS_GPU
+from .helpers import HAS_GPU, compiling
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, expect=0):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = compiling(OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "rpo_kernels", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == expect, done.stdout + done.stderr

@@ -4,7 +4,6 @@ Compiling needs a process without Triton's interpreter: this file is also the pr
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from rpo_kernels.commands.audit import GROUP_PASS_BYTES, audited
 from rpo_kernels.commands.chips import CHIPS
 from rpo_kernels.commands.variants import Variant, meta, variants
 from rpo_kernels.kernels.launch import assumed_arch
+
+from .helpers import compiling
 
 ROOT = Path(__file__).parents[1]
 IN_FULL = "sm_90"  # every option; the other chips get those that need the fewest and the most registers
@@ -65,7 +66,7 @@ def main(name):
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = compiling(TRITON_CACHE_DIR=str(tmp_path))
     command = [sys.executable, "-m", "tests.test_compile", name]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

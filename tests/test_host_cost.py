@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
 from rpo_kernels.ops import autograd
 
-from .helpers import HAS_GPU
+from .helpers import HAS_GPU, compiling
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +29,7 @@ needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get(
 @needs_a_driver
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     """Timed beside each other in one process: 3 x on a quiet machine, and 5 x through the dispatcher."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = compiling(OMP_NUM_THREADS="1")
     command = [sys.executable, "benchmarks/host.py", "--rounds", "500", "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -200,7 +200,7 @@ BATCHES = """if True:
 @needs_a_driver
 def test_another_batch_takes_no_other_kernel():
     """A new kernel stops a training step for seconds. The group pass has one for sums of sequences and two for their tokens."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    environment = compiling(OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     preference, forward, backward = map(int, done.stdout.split())

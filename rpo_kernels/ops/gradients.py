@@ -14,8 +14,6 @@ from torch import Tensor
 from .. import distributed, gemm
 from .head import Chunks, Head, Leaves, Scored
 
-_ROWS = 4096  # of a block
-
 
 class Gradients:
     """Gradients of :class:`Leaves`, gathered chunk by chunk."""
@@ -159,7 +157,7 @@ class _WeightGradient:
         if self.into is None:
             return torch.zeros_like(self.weight) if self.total is None else self.total
         if self.total is not None and self.total is not self.into:
-            for into, rows in zip(self.into.split(_ROWS), self.total.split(_ROWS)):  # a CPU upcasts what is added to
+            for into, rows in gemm.blocks(self.into, self.total):  # a CPU upcasts what is added to
                 into.add_(rows)
         return None
 
