@@ -2,8 +2,8 @@
 
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are compiled for an H100 and launched
 into the void. What remains is Python, PyTorch and Triton's own launcher. CPU tensors pass for a GPU's: nobody looks at their
-values. Times are medians over calls in a loop, of the quietest of five, in CPU time of the thread (on a GPU in wall time). Launches
-are timed where they happen, within the calls, and once more alone.
+values. Times are medians over calls in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside
+each call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import torch
 import triton
 
 from rpo_kernels import RPOObjective, backend, checks, rpo_loss, token_logps
+from rpo_kernels.kernels.launch import Launcher
 
 HAS_GPU = torch.cuda.is_available()
 clock = time.perf_counter if HAS_GPU else time.thread_time
@@ -84,7 +86,7 @@ def device() -> torch.device:
         return torch.device("cuda")
     triton.runtime.driver.set_active(no_driver())
     backend.interpreted = lambda: True
-    checks._readable = lambda _: False
+    checks._may_look = lambda _: False
     return torch.device("cpu")
 
 
@@ -116,7 +118,7 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
     return {
         "an autograd function that does nothing": (lambda: _Nothing.apply(logits), logits),
         "rpo_loss": (lambda: rpo_loss(logits, labels, rewards, objective, ref_logps=ref_logps, backend="triton").loss, logits),
-        "rpo_loss, in place": (
+        "a product, and rpo_loss in place": (
             lambda: (
                 rpo_loss(logits * 1, labels, rewards, objective, ref_logps=ref_logps, inplace_backward=True, backend="triton").loss
             ),
@@ -126,43 +128,26 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
     }
 
 
-class _Launches:
-    """Triton's launches: those of one call to make again, and the time that they take within calls."""
+@contextmanager
+def bare_launches() -> Iterator[list[Callable[[], object]]]:
+    """Within it launches of the package are appended to the list that it yields, to be made again by Triton alone."""
+    launch, bare = Launcher.__call__, []
 
-    def __init__(self) -> None:
-        self.recorded: list[Callable[[], object]] = []
-        self.seconds = 0.0
-        self._run = triton.JITFunction.run
+    def record(launcher, programs, pointers, integers, floats, constants):
+        arguments = *pointers, *integers, *floats
+        bare.append(lambda: launcher.kernel[(programs,)](*arguments, **constants))
+        launch(launcher, programs, pointers, integers, floats, constants)
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        self.recorded = []
-
-        def run(kernel, *args, **kwargs):
-            self.recorded.append(lambda: self._run(kernel, *args, **kwargs))
-            return self._run(kernel, *args, **kwargs)
-
-        with mock.patch.object(triton.JITFunction, "run", run):
-            yield
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        def run(kernel, *args, **kwargs):
-            start = clock()
-            result = self._run(kernel, *args, **kwargs)
-            self.seconds += clock() - start
-            return result
-
-        with mock.patch.object(triton.JITFunction, "run", run):
-            yield
+    with mock.patch.object(Launcher, "__call__", record):
+        yield bare
 
 
-BLOCKS = 5  # of calls in a loop; the quietest counts, whole and its parts together
+BLOCKS = 20  # of calls in a loop, one kind after the other; the quietest of each counts
 
 
 def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each kind of call, microseconds: the call, call and backward, and the launches of each, within and alone."""
-    launches, kinds, best = _Launches(), {}, {}
+    """Of each kind of call, microseconds: the call, call and backward, and the launches of each made bare."""
+    rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
 
         def step(call=call, leaf=leaf):
@@ -170,39 +155,27 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
             leaf.grad = None
 
         step()
+        rows[name] = {}
         for kind, function in (("call", call), ("step", step)):
-            with launches.record():
+            with bare_launches() as bare:
                 function()
-            kinds[name, kind] = function, launches.recorded
+            rows[name][f"{kind}, launches"] = len(bare)
+            timed[name, f"{kind}, us"] = function
+            timed[name, f"{kind}, us of bare launches"] = lambda bare=bare: [launch() for launch in bare]
     for _ in range(BLOCKS):
-        for key, (function, recorded) in kinds.items():
-            block = _block(function, recorded, launches, max(1, rounds // BLOCKS))
-            best[key] = min(best.get(key, block), block)
-    rows = {name: {} for name, _ in kinds}
-    for (name, kind), (whole, within, alone) in best.items():
-        rows[name] |= {f"{kind}, launches": len(kinds[name, kind][1]), f"{kind}, us": whole, f"{kind}, us of launches": within}
-        rows[name][f"{kind}, us of the same launches alone"] = alone
+        for (name, what), function in timed.items():
+            rows[name][what] = min(rows[name].get(what, math.inf), _median(function, max(1, rounds // BLOCKS)))
     return rows
 
 
-def _block(function: Callable[[], object], recorded: list, launches: _Launches, rounds: int) -> tuple[float, float, float]:
-    """Medians in a loop: of the whole, of the launches within, and of the same launches alone."""
-    whole, within, alone = [], [], []
-    with launches.timed():
-        for _ in range(rounds):
-            launches.seconds = 0.0
-            start = clock()
-            function()
-            whole.append(clock() - start)
-            within.append(launches.seconds)
-    synchronize()
+def _median(function: Callable[[], object], rounds: int) -> float:
+    seconds = []
     for _ in range(rounds):
         start = clock()
-        for launch in recorded:
-            launch()
-        alone.append(clock() - start)
+        function()
+        seconds.append(clock() - start)
     synchronize()
-    return tuple(round(1e6 * statistics.median(x), 1) for x in (whole, within, alone))
+    return round(1e6 * statistics.median(seconds), 1)
 
 
 def main() -> None:

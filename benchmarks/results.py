@@ -153,12 +153,14 @@ def host_table(rows: dict[str, dict[str, float]]) -> str:
     """Of what benchmarks/host.py measured."""
     least = rows["an autograd function that does nothing"]["step, us"]
     lines = [
-        "| call | launches | us | of these in launches | and backward: launches | us | in launches | in PyTorch at least |",
-        "|---|---|---|---|---|---|---|---|",
+        "| call | launches | us | bare launches | ratio | and backward: launches | us | bare launches | PyTorch at least |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        cells = [row[f"{kind}, {what}"] for kind in ("call", "step") for what in ("launches", "us", "us of launches")]
-        lines.append(f"| {name} | {' | '.join(f'{x:.0f}' for x in (*cells, least))} |")
+        call, bare, step, bare_step = (row[f"{kind}, us{what}"] for kind in ("call", "step") for what in ("", " of bare launches"))
+        ratio = f"{call / bare:.1f} x" if row["call, launches"] else ""
+        cells = f"{row['step, launches']} | {step:.0f} | {bare_step:.0f} | {least:.0f}"
+        lines.append(f"| {name} | {row['call, launches']} | {call:.0f} | {bare:.0f} | {ratio} | {cells} |")
     return "\n".join(lines)
 
 

@@ -34,10 +34,9 @@ def check_tensor(op: str, name: str, x: object) -> None:
         )
 
 
-def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is not None and x.device != device:
-            raise ValueError(f"{op}: `{name}` must be on {device} like the first argument, got {x.device}")
+def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
+    if x is not None and x.device != device:
+        raise ValueError(f"{op}: `{name}` must be on {device} like the first argument, got {x.device}")
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
@@ -81,7 +80,7 @@ def check_logits(
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not is_shard):
         raise ValueError(f"{op}: `logits` must be [..., V] with a vocabulary of at least one, got {shape_of(logits)}")
     check_labels(op, labels, logits, "logits", ignore_index)
-    check_device(op, logits.device, labels=labels)
+    check_device(op, "labels", labels, logits.device)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{op}: the last dimension of `logits` must be contiguous, got strides {tuple(logits.stride())}; "
@@ -135,7 +134,7 @@ def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> 
         raise ValueError(
             f"{op}: `{name}` must hold the boundaries [0, ..., total], at least two of them; got shape {shape_of(offsets)}"
         )
-    check_device(op, device, **{name: offsets})
+    check_device(op, name, offsets, device)
 
 
 def check_objective(op: str, objective: object) -> None:
@@ -162,7 +161,7 @@ def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, dev
         hint = "; flatten the groups, rewards.flatten()" if rewards.numel() == S else ""
         raise ValueError(f"{op}: `rewards` must be one number per sequence, [S] = [{S}]; got {shape_of(rewards)}{hint}")
     check_constant(op, "rewards", rewards)
-    check_device(op, device, rewards=rewards)
+    check_device(op, "rewards", rewards, device)
 
 
 def check_groups(
@@ -228,7 +227,7 @@ def check_reference(
         if not several and shape[1:] in shapes:
             hint = "; several references need an objective with reference='harmonic' or 'geometric'"
         raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}{hint}")
-    check_device(op, device, ref_logps=ref_logps)
+    check_device(op, "ref_logps", ref_logps, device)
     if ref_weights is not None:
         check_tensor(op, "ref_weights", ref_weights)
         check_float(op, "ref_weights", ref_weights)
@@ -236,7 +235,7 @@ def check_reference(
         R = len(ref_logps)
         if tuple(ref_weights.shape) not in ((R,), (R, G)):
             raise ValueError(f"{op}: `ref_weights` must be [R] = [{R}] or [R, G] = [{R}, {G}], got {shape_of(ref_weights)}")
-        check_device(op, device, ref_weights=ref_weights)
+        check_device(op, "ref_weights", ref_weights, device)
 
 
 def check_normalizer(op: str, reduction: object, normalizer: object, device: torch.device) -> None:
@@ -251,7 +250,7 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
         if normalizer.numel() != 1:
             raise ValueError(f"{op}: `normalizer` must be a number or a scalar tensor, got shape {shape_of(normalizer)}")
         check_constant(op, "normalizer", normalizer)
-        check_device(op, device, normalizer=normalizer)
+        check_device(op, "normalizer", normalizer, device)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}")
     elif not 0 < normalizer < math.inf:
@@ -261,8 +260,12 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
 # ---- values, looked at on a CPU only ---------------------------------------------------------------------------------
 
 
+def _may_look(device: torch.device) -> bool:
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _readable(x: Tensor | None) -> bool:
-    return x is not None and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x is not None and _may_look(x.device)
 
 
 def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> None:
@@ -319,6 +322,7 @@ def check_length_values(op: str, lengths: Tensor | None) -> None:
 
 def check_group_values(
     op: str,
+    device: torch.device,
     objective: RPOObjective,
     S: int,
     N: int,
@@ -328,7 +332,9 @@ def check_group_values(
     ref_weights: Tensor | None,
     normalizer: Tensor | None,
 ) -> None:
-    """What a group pass over S sequences of N tokens takes."""
+    """What a group pass over S sequences of N tokens takes, all on one device."""
+    if not _may_look(device):
+        return
     check_offset_values(op, "cu_seqlens", cu_seqlens, N, "tokens")
     check_offset_values(op, "cu_groups", cu_groups, S, "sequences")
     check_reward_values(op, rewards, objective)

@@ -54,7 +54,7 @@ class Shard(NamedTuple):
         local = torch.where((labels >= 0) & (labels < self.vocabulary), local, OUTSIDE)
         return torch.where(labels == ignore_index, IGNORED, local)
 
-    def forward(self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner, columns]`` and shard labels ``[N]``."""
         options["ignore_index"] = IGNORED
         statistics = engine("vocabulary").shard_statistics(rows, labels, **options)
@@ -102,7 +102,7 @@ def agreeing(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or kwargs.keys().isdisjoint(ARGUMENTS):
             return function(*args, **kwargs)
         groups = {argument: kwargs[argument] for argument in ARGUMENTS if isinstance(kwargs.get(argument), dist.ProcessGroup)}
         if not groups:

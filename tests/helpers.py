@@ -3,12 +3,16 @@
 import contextlib
 import itertools
 import os
+import shutil
 from unittest import mock
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 HAS_GPU = torch.cuda.is_available()
+# For what `benchmarks/host.py` does: without a GPU there is a libcuda to compile.
+needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
 
 
 def compiling(**more: str) -> dict[str, str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,27 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
 from rpo_kernels.ops import autograd
 
-from .helpers import HAS_GPU, compiling
+from .helpers import compiling, needs_a_driver
 
 ROOT = Path(__file__).parent.parent
 
 
-# Without a GPU there is a libcuda to compile.
-needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
-
-
 @needs_a_driver
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
-    """Timed beside each other in one process: 3 x on a quiet machine, and 5 x through the dispatcher."""
+    """Timed beside each other in one process: 3 x on a quiet machine; room for a noisy one."""
     environment = compiling(OMP_NUM_THREADS="1")
-    command = [sys.executable, "benchmarks/host.py", "--rounds", "500", "--json", str(tmp_path / "host.json")]
+    command = [sys.executable, "benchmarks/host.py", "--rounds", "1000", "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
-    assert row["call, us"] <= 4 * row["call, us of launches"], rows
-    assert row["step, us"] - least <= 4 * row["step, us of launches"], rows  # beyond what PyTorch takes for any backward
+    assert row["call, us"] <= 3.6 * row["call, us of bare launches"], rows
+    assert row["step, us"] - least <= 3.6 * row["step, us of bare launches"], rows  # beyond what PyTorch takes for any backward
 
 
 class _Seen(TorchDispatchMode):
@@ -91,9 +84,11 @@ def test_who_watches_sees_the_operators():
     assert not autograd.is_watched((logits, None, 1, 1.0, "", True))
     assert autograd.is_watched((logits.to("meta"),))
     assert autograd.is_watched((logits, torch.Tensor._make_subclass(_Subclass, logits.detach())))
-    told = []
-    torch.func.grad(lambda x: told.append(autograd.is_watched((x,))) or x.sum())(logits.detach())
+    told, leaked = [], []
+    torch.func.grad(lambda x: told.append(autograd.is_watched((x,))) or leaked.append(x) or x.sum())(logits.detach())
     assert told == [True]
+    assert autograd.is_watched(leaked)  # a wrapper whose transform is over
+    assert torch.equal(token_logps(leaked[0], rest[0], backend="torch"), token_logps(logits, rest[0], backend="torch"))
 
 
 class _Subclass(torch.Tensor):
@@ -106,7 +101,7 @@ def test_forward_mode_raises_where_it_would_give_zeros():
     tangent = torch.randn_like(logits)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: token_logps(x, labels), (logits.detach(),), (tangent,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
         token_logps(torch.autograd.forward_ad.make_dual(logits.detach(), tangent), labels)
 
 
@@ -118,54 +113,6 @@ def test_over_written_logits_are_noticed_without_the_dispatcher():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()
-
-
-def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
-    """Triton launches on the current device, whatever device the tensors are on."""
-    from rpo_kernels.kernels.launch import on_its_device
-
-    class OnGPU1:
-        is_cuda = True
-
-        def get_device(self):
-            return 1
-
-    now = [0]
-
-    class device_of:
-        def __init__(self, x):
-            self.index = x.get_device()
-
-        def __enter__(self):
-            now.append(self.index)
-
-        def __exit__(self, *_):
-            now.pop()
-
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[-1])
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    where = on_its_device(lambda x: now[-1])
-    assert where(OnGPU1()) == 1
-    assert now == [0]
-    now[:] = [1]
-    assert where(OnGPU1()) == 1
-    assert where(torch.zeros(1)) == 1
-
-
-def test_everything_that_launches_does_so_there():
-    launching = []
-    for path in sorted((ROOT / "rpo_kernels" / "kernels").glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                decorators = {getattr(x, "id", None) for x in node.decorator_list}
-                source = ast.unparse(node)
-                if "_kernel[" in source or " _forward(" in source:
-                    launching.append(f"{path.stem}.{node.name}")
-                    assert "on_its_device" in decorators, launching[-1]
-    assert launching == [
-        "preference.preference_forward", "scaling.scale", "shards.combine", "vocabulary.vocabulary_forward",
-        "vocabulary.shard_statistics", "vocabulary.vocabulary_backward",
-    ]  # fmt: skip
 
 
 BATCHES = """if True:

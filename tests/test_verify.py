@@ -30,7 +30,7 @@ PLANTED = {
     "sums: off-by-one tail": ("objectives", "sequences", "scored = token < end[:, None]", "scored = token < end[:, None] - 1"),
     "groups: wrong sign": ("groups", "responses", "d = si[:, None] - s", "d = s - si[:, None]"),
     "groups: lost rescale": ("groups", "responses", "sum_s = sum_s * tl.exp(top_s - base) + added", "sum_s = sum_s + added"),
-    "scaling: off-by-one tail": ("linear", "scaling", "element_ty), mask=offsets < size)", "element_ty), mask=offsets < size - 1)"),
+    "scaling: off-by-one tail": ("linear", "scaling", "element_ty), mask=offsets < left)", "element_ty), mask=offsets < left - 1)"),
 }  # fmt: skip
 
 # Heavy imports once; then a process per package, forked before it imports the kernels.

@@ -10,10 +10,11 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,14 +50,15 @@ class LaunchSettings:
     max_registers: int = 0
     evidence: str = ""
 
-    @property
+    @cached_property
     def tile(self) -> int:
         return self.lanes * self.vec
 
-    def compiler(self, plain: bool) -> dict[str, int]:
-        """Options of the launch."""
-        limit = self.max_registers if plain else 128
-        return {"num_warps": self.num_warps} | ({"maxnreg": limit} if self.max_registers else {})
+    @cached_property
+    def compiler(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Options of a launch with softcap or entropy, and of one without."""
+        limits = (128, self.max_registers) if self.max_registers else (0, 0)
+        return tuple({"num_warps": self.num_warps} | ({"maxnreg": limit} if limit else {}) for limit in limits)
 
 
 @lru_cache
@@ -124,17 +126,46 @@ def _age(arch: str, listed: str) -> int | None:
     return age if age >= 0 else None
 
 
-def on_its_device(function: Callable) -> Callable:
-    """Decorator of what launches: on the device of its first tensor, and on that one's stream, whichever device is current."""
+class Launcher:
+    """Launches one kernel as ``kernel[(programs,)](...)`` does, at a fraction of the time that takes the CPU.
 
-    @wraps(function)
-    def call(first: torch.Tensor, *args, **kwargs):
-        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-            return function(first, *args, **kwargs)
-        with torch.cuda.device_of(first):
-            return function(first, *args, **kwargs)
+    Triton looks at every argument of every launch for what to compile, 20 to 40 us for as many as our kernels have. They are compiled
+    for types and constants alone, of which a training loop has few: what was compiled for them once is launched without a look.
+    And on the device of the first tensor, on its current stream, whichever device is current.
 
-    return call
+    Args:
+        kernel: takes pointers, integers, floats and constexprs, in this order. Compiled neither for values of numbers nor for
+            alignments of pointers.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple, tuple[Any, list]] = {}
+
+    def __call__(
+        self,
+        programs: int,
+        pointers: Sequence[torch.Tensor | None],
+        integers: Sequence[int],
+        floats: Sequence[float],
+        constants: dict[str, Any],
+    ) -> None:
+        """``constants``: constexprs by name, and options of the compiler, in the same order in every call."""
+        device = pointers[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(programs, pointers, integers, floats, constants)
+        args = (*pointers, *integers, *map(float, floats))
+        is_short = -(2**31) <= min(integers) and max(integers) < 2**31
+        key = (device, *[x if x is None else x.dtype for x in pointers], *constants.values())
+        known = self._compiled.get(key) if is_short else None
+        if known is not None:
+            compiled, tail = known
+            compiled[programs, 1, 1](*args, *tail)
+            return
+        compiled = self.kernel[(programs,)](*args, **constants)
+        if is_short and compiled is not None:  # there is none in the interpreter
+            self._compiled[key] = compiled, [constants[name] for name in self.kernel.arg_names[len(args) :]]
 
 
 _assumed: str | None = None

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ..objectives import RPOObjective
 from .distances import MEAN, TOKENS
-from .launch import on_its_device
+from .launch import Launcher
 from .primitives import ANYWHERE
 from .responses import compare_responses
 from .sequences import bounds_of, spread_coefficients, sum_sequences
@@ -49,7 +49,7 @@ def _preference_kernel(
     sequence_ptr,  # out  [5, S] fp32: implicit rewards, log-probs, targets, dL/dlogps, role (0 dropped, 1 counted, 2 chosen)
     lengths_ptr,  # out  [S] int32 (tokens), or unused
     coef_ptr,  # out  [N] fp32 (tokens), or unused
-    scratch_ptr,  # tmp  [3, S] fp32: a (l - lref), loss share, dL/ds
+    scratch_ptr,  # tmp  [2, S] fp32: loss share, dL/ds
     N,
     S,
     G,
@@ -92,7 +92,7 @@ def _preference_kernel(
     """Cost: logps and each reference read once (logps again per further reference), labels once more than that."""
     broken = sum_sequences(
         logps_ptr, labels_ptr, lengths_in_ptr, cu_seqlens_ptr, cu_groups_ptr, ref_logps_ptr, ref_weights_ptr, sequence_ptr,
-        lengths_ptr, scratch_ptr, N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index, beta,
+        lengths_ptr, N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index, beta,
         AVERAGE, REF, HARMONIC, HAS_TOKENS, HAS_LENGTHS, PACKED, RAGGED, HAS_WEIGHTS, BLOCK_S, BLOCK_T,
     )  # fmt: skip
     tl.debug_barrier()
@@ -133,7 +133,7 @@ def _preference_kernel(
         for k0 in range(0, members, BLOCK_J):
             j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             member = j < last[:, None]
-            share = tl.load(scratch_ptr + S + j, mask=member, other=0.0)
+            share = tl.load(scratch_ptr + j, mask=member, other=0.0)
             if SFT >= 0:
                 is_chosen = tl.load(sequence_ptr + 4 * S + j, mask=member, other=0.0) == 2.0
                 nll = -tl.load(sequence_ptr + S + j, mask=is_chosen, other=0.0)
@@ -163,32 +163,52 @@ _COMPARISONS = {"listwise": 0, "pairwise": 1, "pointwise": 2}
 _SFT = {"sum": 0, "mean": 1, "tokens": 2}
 
 
+_launch = Launcher(_preference_kernel)
+
+
 @lru_cache
-def _settings(objective: RPOObjective) -> dict[str, float]:
-    """What the kernel takes of an objective."""
+def _floats(spec: str) -> tuple[float, ...]:
+    """What the kernel takes of an objective, from beta to sft_weight."""
+    objective = RPOObjective.from_spec(spec)
+    target = objective.label_gap if objective.label is not None else objective.target
+    return (
+        objective.beta, objective.eta, objective.margin, objective.scale, 0.0 if isinstance(target, str) else target,
+        objective.label or 0.0, objective.sft_weight,
+    )  # fmt: skip
+
+
+@lru_cache
+def _constants(spec: str, ref: int, group_size: int, short: bool, **has: bool) -> dict[str, int]:
+    """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences of few tokens."""
+    objective = RPOObjective.from_spec(spec)
     if objective.label is not None:
-        target = {"TARGET": 2, "target": objective.label_gap, "label_of_first": float(objective.label)}
+        target = 2
     elif isinstance(objective.target, str):
-        target = {"TARGET": 0 if objective.target == "rewards" else 3, "target": 0.0, "label_of_first": 0.0}
+        target = 0 if objective.target == "rewards" else 3
     else:
-        target = {"TARGET": 1, "target": float(objective.target), "label_of_first": 0.0}
-    return target | {
-        "beta": objective.beta,
-        "eta": objective.eta,
-        "margin": objective.margin,
-        "scale": objective.scale,
-        "sft_weight": objective.sft_weight,
+        target = 1
+    block_t = (64 if short else 1024) if has["HAS_TOKENS"] else 1  # two kernels for sequences of any length
+    block_j = min(8, 1 << (group_size - 1).bit_length()) if group_size else 8  # the power of two that is not below
+    return {
         "DISTANCE": _DISTANCES[objective.distance],
         "COMPARISON": _COMPARISONS[objective.comparison],
+        "TARGET": target,
         "CROSS_ENTROPY": objective.cross_entropy,
         "LEAVE_ONE_OUT": objective.leave_one_out,
         "AVERAGE": objective.average,
+        "REF": ref,
         "HARMONIC": objective.reference == "harmonic",
         "SFT": _SFT[objective.sft_normalizer] if objective.sft_weight > 0 else -1,
+        "RAGGED": not group_size,
+        **has,
+        "BLOCK_S": max(1, 4096 // block_t) if has["HAS_TOKENS"] else 512,
+        "BLOCK_T": block_t,
+        "BLOCK_I": 1024 // block_j,
+        "BLOCK_J": block_j,
+        "num_warps": 8,
     }
 
 
-@on_its_device
 def preference_forward(
     logps: torch.Tensor,
     objective: RPOObjective,
@@ -220,38 +240,32 @@ def preference_forward(
     N = logps.numel() if has_tokens else 0
     G = S // group_size if cu_groups is None else cu_groups.numel() - 1
     loss, losses, coef = logps.new_empty(()), logps.new_empty(G), logps.new_empty(N)
-    by_sequence, scratch = logps.new_empty((5, S)), logps.new_empty((3, S))
+    by_sequence, scratch = logps.new_empty((5, S)), logps.new_empty((2, S))
     counts = logps.new_empty(S, dtype=torch.int32)
 
     weight_strides = (0, 0)
     if ref_weights is not None:
         weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
-    block_t = (64 if N <= 64 * S else 1024) if has_tokens else 1  # two kernels for sequences of any length
-    block_j = 8 if cu_groups is not None else min(8, _power_of_two(group_size))
-    _preference_kernel[(1,)](
-        logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,
-        loss, losses, by_sequence, counts, coef, scratch,
-        N, S, G, N // S, group_size, 1 if ref_logps is None else ref_logps.shape[0],
-        *weight_strides, G.bit_length(), ignore_index,
-        **_settings(objective),
-        REF=0 if ref_logps is None else 2 if ref_per_token else 1,
+    R = 1 if ref_logps is None else ref_logps.shape[0]
+    constants = _constants(
+        objective.spec,
+        0 if ref_logps is None else 2 if ref_per_token else 1,
+        group_size if cu_groups is None else 0,
+        N <= 64 * S,
         HAS_TOKENS=has_tokens,
         HAS_LENGTHS=lengths is not None,
         PACKED=cu_seqlens is not None,
-        RAGGED=cu_groups is not None,
         HAS_WEIGHTS=ref_weights is not None,
         HAS_NORMALIZER=normalizer is not None,
         HAS_SFT_SHARE=sft_share is not None,
         IS_MEAN=mean,
-        BLOCK_S=max(1, 4096 // block_t) if has_tokens else 512,
-        BLOCK_T=block_t,
-        BLOCK_I=1024 // block_j,
-        BLOCK_J=block_j,
-        num_warps=8,
+    )
+    _launch(
+        1,
+        (logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,
+         loss, losses, by_sequence, counts, coef, scratch),
+        (N, S, G, N // S, group_size, R, *weight_strides, G.bit_length(), ignore_index),
+        _floats(objective.spec),
+        constants,
     )  # fmt: skip
     return loss, losses, by_sequence, counts, coef
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest that is not below n."""
-    return 1 << (n - 1).bit_length()

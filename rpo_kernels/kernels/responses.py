@@ -106,8 +106,7 @@ def compare_responses(
         counted = live & counted & (chosen_length > 0) & (ni > 0)
         kf = tl.maximum(count, 2).to(tl.float32)
 
-        si = tl.load(scratch_ptr + i, mask=live, other=0.0)
-        tl.store(sequence_ptr + i, tl.where(ni > 0, si, 0.0), mask=live)
+        si = tl.load(sequence_ptr + i, mask=live, other=0.0)
         si -= tl.where(i == chosen, margin, 0.0)
         tl.store(sequence_ptr + 2 * S + i, tl.where(ni > 0, ti, 0.0), mask=live)
 
@@ -121,7 +120,7 @@ def compare_responses(
                 j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
-                s = tl.load(scratch_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
+                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
                 t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
                 t = _hardened(t, top_t[:, None])
                 other = partner & (j != i[:, None])
@@ -157,7 +156,7 @@ def compare_responses(
                 j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0) & (j != i[:, None])
-                s = tl.load(scratch_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
+                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
                 t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
                 d = si[:, None] - s
                 tau = gap_of(ti[:, None] + tl.zeros_like(t), t)
@@ -195,8 +194,8 @@ def compare_responses(
             else:
                 share *= 1.0 / (kf * (kf - 1.0))
                 slope *= 2.0 / (kf * (kf - 1.0))
-        tl.store(scratch_ptr + S + i, tl.where(counted, scale * share, 0.0), mask=live)
-        tl.store(scratch_ptr + 2 * S + i, tl.where(counted, scale * slope, 0.0), mask=live)
+        tl.store(scratch_ptr + i, tl.where(counted, scale * share, 0.0), mask=live)
+        tl.store(scratch_ptr + S + i, tl.where(counted, scale * slope, 0.0), mask=live)
         role = tl.where(counted, tl.where(i == chosen, 2.0, 1.0), 0.0)
         tl.store(sequence_ptr + 4 * S + i, role, mask=live)
     return broken

@@ -6,17 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_its_device
+from .launch import Launcher
 
 _BLOCK = 4096
 _PROGRAMS = 1024  # several per multiprocessor; a program that has nothing to do costs nanoseconds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x_ptr", "factor_ptr"])
 def _scale_kernel(
     x_ptr,  # inout [size] any float
     factor_ptr,  # in    [] fp32
     size,
+    ALIGNED: tl.constexpr,  # x begins at a multiple of 16 bytes, and size is a multiple of 16
     BLOCK: tl.constexpr,
 ):
     """Cost: one read and write of x, or one load per program when the factor is 1."""
@@ -24,13 +25,23 @@ def _scale_kernel(
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
-            offsets = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + offsets, mask=offsets < size, other=0.0).to(tl.float32)
-            tl.store(x_ptr + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=offsets < size)
+            at = x_ptr + start
+            left = size - start
+            if ALIGNED:
+                at = tl.multiple_of(at, 16)
+                left = left // 16 * 16
+            offsets = tl.arange(0, BLOCK)
+            x = tl.load(at + offsets, mask=offsets < left, other=0.0).to(tl.float32)
+            tl.store(at + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=offsets < left)
 
 
-@on_its_device
+_launch = Launcher(_scale_kernel)
+
+
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor in place; x contiguous, factor fp32 ``[]``."""
-    if x.numel():
-        _scale_kernel[(min(_PROGRAMS, -(-x.numel() // _BLOCK)),)](x, factor, x.numel(), BLOCK=_BLOCK, num_warps=8)
+    size = x.numel()
+    if size:
+        aligned = x.data_ptr() % 16 == 0 and size % 16 == 0
+        constants = {"ALIGNED": aligned, "BLOCK": _BLOCK, "num_warps": 8}
+        _launch(min(_PROGRAMS, -(-size // _BLOCK)), (x, factor), (size,), (), constants)

@@ -48,7 +48,6 @@ def sum_sequences(
     ref_weights_ptr,
     sequence_ptr,
     lengths_ptr,
-    scratch_ptr,
     N,
     S,
     G,
@@ -130,7 +129,7 @@ def sum_sequences(
         unit = tl.full([BLOCK_S], 1.0, tl.float64) * beta
         if AVERAGE:
             unit = unit / tl.maximum(count, 1)
-        tl.store(scratch_ptr + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
+        tl.store(sequence_ptr + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
         tl.store(sequence_ptr + S + s, logp.to(tl.float32), mask=live)
         tl.store(lengths_ptr + s, count, mask=live)
     return broken
@@ -164,7 +163,7 @@ def spread_coefficients(
         s = s0 + tl.arange(0, BLOCK_S)
         live = s < S
         count = tl.load(lengths_ptr + s, mask=live, other=1)
-        coef = tl.load(scratch_ptr + 2 * S + s, mask=live, other=0.0) * beta
+        coef = tl.load(scratch_ptr + S + s, mask=live, other=0.0) * beta
         if AVERAGE:
             coef = coef / tl.maximum(count, 1).to(tl.float32)
         if SFT >= 0:

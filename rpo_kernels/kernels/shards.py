@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .forward import finish, merge
-from .launch import on_its_device
+from .launch import Launcher
 from .primitives import ANYWHERE, LOG2E
 from .vocabulary import transform_factors
 
@@ -23,8 +23,8 @@ def _shards_combine_kernel(
     entropy_ptr,  # out  [N] fp32, or unused
     N,
     R,
-    post,
     ignore_index,
+    post,
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -61,8 +61,9 @@ def _shards_combine_kernel(
     if HAS_ENTROPY:
         tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=valid)
 
+_launch = Launcher(_shards_combine_kernel)
 
-@on_its_device
+
 def combine(
     statistics: torch.Tensor,
     labels: torch.Tensor,
@@ -72,15 +73,15 @@ def combine(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What ``vocabulary.vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
     R, _, N = statistics.shape
     logps = torch.empty(N, dtype=torch.float32, device=statistics.device)
     lse = torch.empty((2, N), dtype=torch.float32, device=statistics.device)
-    entropies = torch.empty(N if entropy else 0, dtype=torch.float32, device=statistics.device)
+    entropies = torch.empty_like(logps) if entropy else None
     if N:
-        _shards_combine_kernel[(-(-N // BLOCK),)](
-            statistics, labels, logps, lse, entropies, N, R, transform_factors(temperature, logit_scale, softcap)[1], ignore_index,
-            HAS_ENTROPY=entropy, BLOCK=BLOCK, num_warps=4,
+        _launch(
+            -(-N // BLOCK), (statistics, labels, logps, lse, entropies), (N, R, ignore_index),
+            transform_factors(temperature, logit_scale, softcap)[1:], {"HAS_ENTROPY": entropy, "BLOCK": BLOCK, "num_warps": 4},
         )  # fmt: skip
     return logps, lse, entropies

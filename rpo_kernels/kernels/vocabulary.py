@@ -10,7 +10,10 @@ import torch
 
 from .backward import _vocabulary_backward_kernel
 from .forward import _vocabulary_forward_kernel, _vocabulary_merge_kernel
-from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_its_device, part_width, splits_rows
+from .launch import MAX_PROGRAMS, Launcher, arch_of, launch_settings, part_width, splits_rows
+
+_launch_forward, _launch_merge = Launcher(_vocabulary_forward_kernel), Launcher(_vocabulary_merge_kernel)
+_launch_backward = Launcher(_vocabulary_backward_kernel)
 
 
 def transform_factors(temperature: float, logit_scale: float, softcap: float) -> tuple[float, float]:
@@ -19,7 +22,6 @@ def transform_factors(temperature: float, logit_scale: float, softcap: float) ->
     return 0.0, logit_scale / temperature
 
 
-@on_its_device
 def vocabulary_forward(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -29,19 +31,18 @@ def vocabulary_forward(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``; labels ``[N]``.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and if asked entropy ``[N]``, fp32, of rows ``[outer, inner, V]``; labels ``[N]``.
 
     The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the digits of small logits away.
     """
     N = labels.numel()
     logps = logits.new_empty(N, dtype=torch.float32)
-    lse, entropies = logps.new_empty((2, N)), logps.new_empty(N if entropy else 0)
+    lse, entropies = logps.new_empty((2, N)), torch.empty_like(logps) if entropy else None
     _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, softcap, ignore_index, entropy, is_shard=False)
     return logps, lse, entropies
 
 
-@on_its_device
 def shard_statistics(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -77,21 +78,28 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
     parts = -(-V // width)
     split = parts > 1 and splits_rows(N, logits.device)
     partial = torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
-    rows = (N, V, logits.shape[1], logits.stride(0), logits.stride(1))
-    _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
-        logits, labels, logps, lse, entropies, partial, *rows, width, pre, post, ignore_index,
-        SPLIT=split, IS_SHARD=is_shard, HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy,
-        POLYNOMIAL=settings.polynomial, LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages,
-        **settings.compiler(plain=softcap == 0 and not entropy),
+    rows = (N, V, logits.shape[1], *logits.stride()[:2])
+    options = settings.compiler[softcap == 0 and not entropy]
+    _launch_forward(
+        min(N * parts if split else N, MAX_PROGRAMS),
+        (logits, labels, logps, lse, entropies, partial),
+        (*rows, width, ignore_index),
+        (pre, post),
+        {
+            "SPLIT": split, "IS_SHARD": is_shard, "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy,
+            "POLYNOMIAL": settings.polynomial, "LANES": settings.lanes, "VEC": settings.vec, "STAGES": settings.num_stages, **options,
+        },
     )  # fmt: skip
     if split:
-        _vocabulary_merge_kernel[(N,)](
-            logits, labels, partial, logps, lse, entropies, *rows, parts, pre, post, ignore_index,
-            IS_SHARD=is_shard, HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy, num_warps=1,
-        )  # fmt: skip
+        _launch_merge(
+            N,
+            (logits, labels, partial, logps, lse, entropies),
+            (*rows, parts, ignore_index),
+            (pre, post),
+            {"IS_SHARD": is_shard, "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy, "num_warps": 1},
+        )
 
 
-@on_its_device
 def vocabulary_backward(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -117,12 +125,15 @@ def vocabulary_backward(
     settings = launch_settings("backward", V, out.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile) if splits_rows(N, logits.device) else V
     pieces = -(-V // width)
-    _vocabulary_backward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
-        logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner,
-        logits.stride(0), logits.stride(1), out.stride(0), out.stride(1), width, pieces,
-        pre, post, ignore_index,
-        IN_PLACE=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
-        HAS_SOFTCAP=softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
-        LANES=settings.lanes, VEC=settings.vec,
-        **settings.compiler(plain=softcap == 0 and entropy_coef is None),
+    options = settings.compiler[softcap == 0 and entropy_coef is None]
+    _launch_backward(
+        min(N * pieces, MAX_PROGRAMS),
+        (logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out),
+        (N, V, inner, *logits.stride()[:2], *out.stride()[:2], width, pieces, ignore_index),
+        (pre, post),
+        {
+            "IN_PLACE": logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
+            "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy_coef is not None, "HAS_UPSTREAM": upstream is not None,
+            "LANES": settings.lanes, "VEC": settings.vec, **options,
+        },
     )  # fmt: skip

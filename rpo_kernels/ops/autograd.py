@@ -21,11 +21,12 @@ class Operator:
 
     Compilers, function transforms, dispatch modes, subclasses of tensors and the meta device see an opaque operator. To bring it to
     them costs the CPU several times what its kernels take to launch. So a call that none of them watches runs the same functions at
-    once: as they are, or as the forward and backward of a ``torch.autograd.Function``.
+    once: as they are, or, where a gradient is wanted, as the forward and backward of a ``torch.autograd.Function``.
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str]) -> None:
-        self.name, self.function, self._eager = name, function, function
+        self.name, self.function = name, function
+        self._differentiable = lambda first, others: function(first, *others)
         self._mutated = [i for i, x in enumerate(inspect.signature(function).parameters) if x in mutates_args]
         self._operator = torch.library.custom_op(f"rpo_kernels::{name}", function, mutates_args=mutates_args)
 
@@ -48,14 +49,15 @@ class Operator:
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
         eager = type(self.name, (torch.autograd.Function,), methods)
-        self._eager = lambda first, *others: eager.apply(first, others)
+        self._differentiable = super(torch.autograd.Function, eager).apply  # Function.apply looks for transforms again
 
     def __call__(self, *args: Any) -> Any:
         if is_watched(args):
-            if not torch.compiler.is_compiling() and any(map(_has_tangent, args)):
+            if any(map(_has_tangent, args)):
                 raise NotImplementedError("rpo_kernels: forward-mode derivatives are not implemented")
             return self._operator(*args)
-        results = self._eager(*args)
+        wanted = torch.is_grad_enabled() and args[0].requires_grad
+        results = self._differentiable(args[0], args[1:]) if wanted else self.function(*args)
         for i in self._mutated:
             torch.autograd.graph.increment_version(args[i])
         return results
@@ -70,14 +72,18 @@ def is_watched(args: Sequence[Any]) -> bool:
         torch.compiler.is_compiling()
         or not _PLAIN.issuperset(map(type, args))
         or args[0].is_meta
+        or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._functorch.is_functorch_wrapped_tensor(args[0])
+        or torch._C._is_tracing()
     )
 
 
 def _has_tangent(x: object) -> bool:
-    return forward_ad._current_level >= 0 and isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0 or not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def only_once(op: str, ctx: Any) -> None:

@@ -77,7 +77,7 @@ def forward_op(
     facts = {"`counts`": counts, "gradients": needs, "`objective`": objective, "`group_size`": group_size}
     facts |= {"the values of `cu_seqlens` and `cu_groups` (their checksum)": digest(cu_seqlens, cu_groups) if group else 0}
     shard = shard_of_head(op, options, hidden, weight, labels, lambda: checks.check_group_values(
-        op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer), **facts)  # fmt: skip
+        op, device, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer), **facts)  # fmt: skip
     head = Head(op, weight, bias, options, lora_weight, shard)
     ref_head = head if ref_weight is None else Head(op, ref_weight, ref_bias, options, shard=shard)
 

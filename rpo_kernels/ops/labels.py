@@ -31,7 +31,7 @@ def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None =
         raise ValueError(
             f"{op}: `mask` must have the shape of `input_ids`, {checks.shape_of(input_ids)}; got {checks.shape_of(mask)}"
         )
-    checks.check_device(op, input_ids.device, mask=mask)
+    checks.check_device(op, "mask", mask, input_ids.device)
     if cu_seqlens is not None:
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, input_ids.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, input_ids.shape[-1], "tokens")

@@ -67,7 +67,7 @@ def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_
             continue
         checks.check_tensor(op, name, x)
         checks.check_float(op, name, x)
-        checks.check_device(op, hidden.device, **{name: x})
+        checks.check_device(op, name, x, hidden.device)
     if lora_hidden is None:
         return
     V = weight.shape[0]
@@ -89,7 +89,7 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
     checks.check_tensor(op, "weight_grad", weight_grad)
     checks.check_float(op, "weight_grad", weight_grad)
     checks.check_constant(op, "weight_grad", weight_grad)
-    checks.check_device(op, weight.device, weight_grad=weight_grad)
+    checks.check_device(op, "weight_grad", weight_grad, weight.device)
     if weight_grad.shape != weight.shape:
         raise ValueError(
             f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} as `weight`, got {checks.shape_of(weight_grad)}"
@@ -113,13 +113,14 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
             f"got {checks.shape_of(hidden)}{hint}"
         )
     checks.check_labels(op, labels, hidden, h, ignore_index)
-    checks.check_device(op, hidden.device, **{w: weight, "labels": labels})
+    checks.check_device(op, w, weight, hidden.device)
+    checks.check_device(op, "labels", labels, hidden.device)
     if bias is not None:
         checks.check_tensor(op, b, bias)
         checks.check_float(op, b, bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
-        checks.check_device(op, hidden.device, **{b: bias})
+        checks.check_device(op, b, bias, hidden.device)
     if hidden.dtype != weight.dtype and not under_autocast(hidden.device.type):
         raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
 
@@ -190,5 +191,5 @@ def check_live_reference(
         raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
     if ref_hidden.dtype != hidden.dtype and not under_autocast(hidden.device.type):
         raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
-    checks.check_device(op, hidden.device, ref_hidden=ref_hidden)
+    checks.check_device(op, "ref_hidden", ref_hidden, hidden.device)
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()

@@ -71,7 +71,7 @@ def preference_loss(
             raise TypeError(f"{op}: `lengths` must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (S,):
             raise ValueError(f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}")
-        checks.check_device(op, logps.device, lengths=lengths)
+        checks.check_device(op, "lengths", lengths, logps.device)
     inputs = prepare(op, objective, logps.device, S, [(S,)], rewards, ref_logps, ref_weights, None, group_size, cu_groups,
                      reduction, normalizer, backend)  # fmt: skip
     loss, losses, by_sequence = _forward_op(logps.float(), lengths, *inputs)
@@ -109,7 +109,7 @@ def sequence_logps(
     checks.check_float(op, "token_logps", token_logps)
     if labels is not None:
         checks.check_labels(op, labels, token_logps[..., None], "token_logps", ignore_index)
-        checks.check_device(op, token_logps.device, labels=labels)
+        checks.check_device(op, "labels", labels, token_logps.device)
     elif average:
         raise ValueError(f"{op}: `labels` are missing: average=True divides by the number of scored tokens")
     x = token_logps.double()
@@ -201,7 +201,7 @@ def group_pass(
 
 
 def output(reduction, loss, losses, by_sequence, lengths, cu_groups) -> RPOOutput:
-    rewards, logps, targets, *_ = by_sequence.unbind()
+    rewards, logps, targets = by_sequence.unbind()[:3]
     return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
 
 
@@ -229,7 +229,8 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     op, S = "preference_loss", logps.shape[0]
     checks.check_length_values(op, lengths)
-    checks.check_group_values(op, RPOObjective.from_spec(objective), S, 0, None, cu_groups, rewards, ref_weights, normalizer)
+    spec = RPOObjective.from_spec(objective)
+    checks.check_group_values(op, logps.device, spec, S, 0, None, cu_groups, rewards, ref_weights, normalizer)
     loss, losses, by_sequence, _, _ = group_pass(
         op, logps.contiguous(), None, 0, S, lengths, None, rewards, ref_logps, ref_weights,
         cu_groups, normalizer, group_size, objective, mean, backend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -98,11 +100,10 @@ def _forward_op(
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     op, N, S = "rpo_loss", labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-    def check():
-        spec = RPOObjective.from_spec(objective)
-        checks.check_group_values(op, spec, S, N, cu_seqlens, cu_groups, rewards, ref_weights, normalizer)
-
+    check = functools.partial(
+        checks.check_group_values, op, logits.device, RPOObjective.from_spec(objective), S, N, cu_seqlens, cu_groups, rewards,
+        ref_weights, normalizer,
+    )  # fmt: skip
     flat_labels = flat(labels)
     logps, lse, _, local_labels = vocabulary_forward(
         op, logits, flat_labels, temperature, logit_scale, softcap, ignore_index, False, backend, group, check, objective=objective

@@ -137,18 +137,19 @@ def shard_of(
 
 def vocabulary_forward(
     op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group, check=lambda: None, **facts
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Flat log-probabilities, logsumexps and entropies of every row, by the chosen engine, from flat labels; and labels that count
-    from this rank's first column, none without a group."""
-    transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Flat log-probabilities, logsumexps and if asked entropies of every row, by the chosen engine, from flat labels; and labels that
+    count from this rank's first column, none without a group."""
     if not group:
         rows = rows_of(op, logits)
         check()
         checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
-        results = engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
-            rows, labels, ignore_index=ignore_index, entropy=entropy, **transform
+        logps, lse, entropies = engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
+            rows, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, entropy=entropy
         )
-        return (*results, labels.new_empty(0))
+        return logps, lse, entropies, labels.new_empty(0)
+
+    transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
 
     def check_all():
         rows_of(op, logits)
@@ -177,7 +178,8 @@ def _forward_op(
     logps, lse, entropies, local_labels = vocabulary_forward(
         op, logits, flat(labels), temperature, logit_scale, softcap, ignore_index, entropy, backend, group
     )
-    return logps.view(labels.shape), lse, entropies.view(labels.shape if entropy else (0,)), local_labels
+    entropies = entropies.view(labels.shape) if entropy else logps.new_empty(0)
+    return logps.view(labels.shape), lse, entropies, local_labels
 
 
 @_forward_op.register_fake

@@ -16,7 +16,7 @@ def combine(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What ``vocabulary.vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
     z, peak, total = (x.t() for x in statistics[:, :3].unbind(1))  # [N, R]
     lse = peak.double() + total.double().log()
@@ -28,4 +28,4 @@ def combine(
     scored = labels != ignore_index
     results = row_results(peak.amax(1), others, z_label, h_others)
     logps, peak, rest, entropies = (None if x is None else torch.where(scored, x, 0) for x in results)
-    return logps, torch.stack([peak, rest]), logps.new_zeros(0) if entropies is None else entropies
+    return logps, torch.stack([peak, rest]), entropies

@@ -24,12 +24,12 @@ def vocabulary_forward(
     softcap: float,
     ignore_index: int,
     entropy: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as peak + rest, and entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as peak + rest, and if asked entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
     N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
-    entropies = torch.zeros(N if entropy else 0, dtype=torch.float32, device=device)
+    entropies = torch.zeros_like(logps) if entropy else None
     for rows, z_label, peak, others, h_others in _read(
         logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, torch.nan
     ):
