@@ -54,7 +54,9 @@ class Shard(NamedTuple):
         local = torch.where((labels >= 0) & (labels < self.vocabulary), local, OUTSIDE)
         return torch.where(labels == ignore_index, IGNORED, local)
 
-    def forward(self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner, columns]`` and shard labels ``[N]``."""
         options["ignore_index"] = IGNORED
         statistics = engine("vocabulary").shard_statistics(rows, labels, **options)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 class _Kernel:
     """Stands for a kernel: notes its launches, and returns what stands for its compiled form."""
 
-    arg_names = ["x_ptr", "out_ptr", "n", "factor", "BLOCK"]
+    arg_names = ("x_ptr", "out_ptr", "n", "factor", "BLOCK")
 
     def __init__(self):
         self.launched = []
@@ -148,7 +148,8 @@ TWICE = """if True:
     from rpo_kernels.kernels import preference, scaling, shards, vocabulary
 
     device = host.device()
-    LAUNCHERS = [x for module in (preference, scaling, shards, vocabulary) for x in vars(module).values() if hasattr(x, "_compiled")]
+    MODULES = preference, scaling, shards, vocabulary
+    LAUNCHERS = [x for module in MODULES for x in vars(module).values() if hasattr(x, "_compiled")]
     assert len(LAUNCHERS) == 6, LAUNCHERS
     looked, seen = [], []
     run, launch = triton.JITFunction.run, CudaLauncher.__call__
@@ -181,7 +182,8 @@ TWICE = """if True:
         ref_logps = None if objective.reference == "none" else torch.randn(S, device=device)
         options = {"softcap": softcap, "backend": "triton", "ignore_index": ignore_index}
         rewards = torch.randn(S, device=device) if objective.uses_rewards else None
-        rpo_loss(logits, labels, rewards, objective, ref_logps=ref_logps, cu_seqlens=cu_seqlens, **groups, **options).loss.backward()
+        out = rpo_loss(logits, labels, rewards, objective, ref_logps=ref_logps, cu_seqlens=cu_seqlens, **groups, **options)
+        out.loss.backward()
         if softcap:
             logps, entropies = token_logps_and_entropy(logits, labels, **options)
             (logps * entropies).sum().backward()

@@ -61,6 +61,7 @@ def _shards_combine_kernel(
     if HAS_ENTROPY:
         tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=valid)
 
+
 _launch = Launcher(_shards_combine_kernel)
 
 

@@ -87,7 +87,8 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
         (pre, post),
         {
             "SPLIT": split, "IS_SHARD": is_shard, "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy,
-            "POLYNOMIAL": settings.polynomial, "LANES": settings.lanes, "VEC": settings.vec, "STAGES": settings.num_stages, **options,
+            "POLYNOMIAL": settings.polynomial, "LANES": settings.lanes, "VEC": settings.vec, "STAGES": settings.num_stages,
+            **options,
         },
     )  # fmt: skip
     if split:

@@ -138,15 +138,16 @@ def shard_of(
 def vocabulary_forward(
     op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group, check=lambda: None, **facts
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Flat log-probabilities, logsumexps and if asked entropies of every row, by the chosen engine, from flat labels; and labels that
-    count from this rank's first column, none without a group."""
+    """Flat log-probabilities, logsumexps and if asked entropies of every row, by the chosen engine, from flat labels; and labels
+    that count from this rank's first column, none without a group."""
     if not group:
         rows = rows_of(op, logits)
         check()
         checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
         logps, lse, entropies = engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
-            rows, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, entropy=entropy
-        )
+            rows, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+            entropy=entropy,
+        )  # fmt: skip
         return logps, lse, entropies, labels.new_empty(0)
 
     transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}

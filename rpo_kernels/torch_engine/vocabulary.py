@@ -25,7 +25,7 @@ def vocabulary_forward(
     ignore_index: int,
     entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` as peak + rest, and if asked entropy ``[N]``, fp32, of rows ``[outer, inner, V]``."""
+    """See ``kernels.vocabulary.vocabulary_forward``; the logsumexp is a peak and the rest."""
     N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
