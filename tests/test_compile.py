@@ -71,7 +71,7 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, starved, control = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == ((12 + 2) * 2 + 2 + 1 + 15 if name == IN_FULL else (4 + 2) * 2 + 2 + 1 + 2)
+    assert len(rows) == ((12 + 2) * 2 + 2 + 1 + 15 if name == IN_FULL else (4 + 1 + 2) * 2 + 2 + 1 + 2)
     for row in rows:
         assert row["verdict"] == "ok", row
         if row["kernel"] == "preference":
@@ -83,13 +83,15 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
             assert row["store"] == (None if "forward" in row["kernel"] else 16), row
         if "tile" in row:  # the loop that was counted takes whole tiles, with at least an exponential per element
             assert row["elements"] % row["tile"] == 0, row
-            polynomial = name == "sm_100" and "forward" in row["kernel"] and "16" in row["variant"]
             options = row["variant"].split(",")[0].split()[1:]
+            polynomial = name == "sm_100" and "forward" in row["kernel"] and "16" in row["variant"] and not options
             expected = (0.75 if polynomial else 1) + ("softcap" in options)
             assert row["special"] < row["instructions"], row
             assert row["exponentials"] == expected <= row["special"], row
             if not options:
                 assert row["bandwidth_ratio"] >= 1.3, row
+            if options == ["entropy"]:
+                assert row["bandwidth_ratio"] >= 1.15, row
     assert starved["local_bytes"] > GROUP_PASS_BYTES and starved["verdict"].startswith("spills"), starved
     assert control["verdict"] == "FAIL: scalar loads and stores" and (control["load"], control["store"]) == (4, 4), control
     assert control["exponentials"] == control["special"] == 2, control

@@ -44,12 +44,13 @@ class Variant:
 
 
 def variants(full: bool = False) -> Iterator[Variant]:
-    """Those that need the fewest and the most registers, or every one."""
+    """The common ones, those that need the fewest and the most registers; or every one."""
     for dtype, options, (rows, V) in itertools.product(
         (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2), VOCABULARIES.items()
     ):
         softcap, entropy = options
-        if full or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16)):
+        common = (dtype, options, rows) == (torch.bfloat16, (False, True), "aligned")
+        if full or common or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16)):
             name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
             yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
     shard = VOCABULARIES["aligned"] // 8

@@ -37,7 +37,8 @@ class LaunchSettings:
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
         num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
-        polynomial: of every so many columns two get their exponentials from multiply-adds instead; 2, 4 or 8; 0: none (forward).
+        polynomial: of every so many columns two get their exponentials from multiply-adds instead; 2, 4 or 8; 0: none (forward
+            without softcap and entropy).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """

@@ -61,7 +61,8 @@ def tanh(x):
     series = 2.0 / 15.0 + w * series
     series = -1.0 / 3.0 + w * series
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    large = (1.0 - e) / (1.0 + e)
+    root = tl.rsqrt(1.0 + e)
+    large = (1.0 - e) * (root * root)
     return tl.where(w < 0.0625, x + x * w * series, tl.where(x < 0.0, -large, large))
 
 

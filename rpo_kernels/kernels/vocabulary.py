@@ -79,7 +79,7 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
     split = parts > 1 and splits_rows(N, logits.device)
     partial = torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
     rows = (N, V, logits.shape[1], *logits.stride()[:2])
-    options = settings.compiler[softcap == 0 and not entropy]
+    plain = softcap == 0 and not entropy
     _launch_forward(
         min(N * parts if split else N, MAX_PROGRAMS),
         (logits, labels, logps, lse, entropies, partial),
@@ -87,8 +87,8 @@ def _forward(logits, labels, logps, lse, entropies, temperature, logit_scale, so
         (pre, post),
         {
             "SPLIT": split, "IS_SHARD": is_shard, "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy,
-            "POLYNOMIAL": settings.polynomial, "LANES": settings.lanes, "VEC": settings.vec, "STAGES": settings.num_stages,
-            **options,
+            "POLYNOMIAL": settings.polynomial if plain else 0, "LANES": settings.lanes, "VEC": settings.vec,
+            "STAGES": settings.num_stages, **settings.compiler[plain],
         },
     )  # fmt: skip
     if split:
@@ -126,7 +126,7 @@ def vocabulary_backward(
     settings = launch_settings("backward", V, out.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile) if splits_rows(N, logits.device) else V
     pieces = -(-V // width)
-    options = settings.compiler[softcap == 0 and entropy_coef is None]
+    plain = softcap == 0 and entropy_coef is None
     _launch_backward(
         min(N * pieces, MAX_PROGRAMS),
         (logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out),
@@ -135,6 +135,6 @@ def vocabulary_backward(
         {
             "IN_PLACE": logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
             "HAS_SOFTCAP": softcap > 0, "HAS_ENTROPY": entropy_coef is not None, "HAS_UPSTREAM": upstream is not None,
-            "LANES": settings.lanes, "VEC": settings.vec, **options,
+            "LANES": settings.lanes, "VEC": settings.vec, **settings.compiler[plain],
         },
     )  # fmt: skip
