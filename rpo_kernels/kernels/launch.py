@@ -132,7 +132,8 @@ class Launcher:
 
     Triton looks at every argument of every launch for what to compile, 20 to 40 us for as many as our kernels have. They are
     compiled for types and constants alone, of which a training loop has few: what was compiled for them once is launched without a
-    look. And on the device of the first tensor, on its current stream, whichever device is current.
+    look; knobs of Triton's compiler count at the first launch. And on the device of the first tensor, on its current stream,
+    whichever device is current.
 
     Args:
         kernel: takes pointers, integers, floats and constexprs, in this order. Compiled neither for values of numbers nor for
