@@ -17,7 +17,7 @@ import torch
 from measure import Step, check, peak_bytes, quartiles
 from providers import Ours
 
-from rpo_kernels.commands.timing import clock, seconds
+from rpo_kernels.commands.timing import clock, is_device_lost, seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS, ROUNDS = (1.0, (5, 30)) if DEVICE == "cuda" else (0.1, (3, 10))
@@ -32,20 +32,24 @@ def test_head(case, provider, bench, timer):
     if reason := provider.missing(case, bench.device):
         bench.results.add(case, provider, "skipped", reason=reason)
         pytest.skip(f"{provider.name} {reason}")
+    lost = False
     try:
         measure(case, provider, bench, timer)
     except torch.OutOfMemoryError:
         bench.results.add(case, provider, "out of memory")
         pytest.xfail("out of memory")
     except Exception as error:
-        bench.results.add(case, provider, "failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-        if "CUDA error" in str(error):
+        words = (str(error).splitlines() or [""])[0][:200]
+        bench.results.add(case, provider, "failed", reason=f"{type(error).__name__}: {words}")
+        if is_device_lost(error):
+            lost = True
             pytest.exit(f"{provider.name} left the device unusable; start again, and the run goes on behind it", returncode=1)
         if isinstance(provider, Ours):
             raise
         pytest.xfail(f"{provider.name}: {error}")
     finally:
-        bench.free()
+        if not lost:
+            bench.free()
 
 
 def measure(case, provider, bench, timer) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +31,8 @@ FULL = {"case": (QWEN, 8192), "rounds": 15, "chunks": [(1024, w) for w in WORKSP
 DRY = {"case": (TINY, 4 * SEQUENCES), "rounds": 1, "chunks": [(8, 1 << 20), (16, 1 << 20)]}
 
 
-def timings(sizes: dict, device: str, ceilings: Ceilings, ends: float) -> list[dict]:
+def timings(sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Callable[[list[dict]], None]) -> list[dict]:
+    """``save`` is called after each: a run may be cut short."""
     case = Case(next(part for part in PARTS if part.group_size == 2), *sizes["case"])
     inputs, limit = [case.inputs(device)], ceilings.limit(case)[0]
     truth, found = truth_of(case, inputs[0]), []
@@ -51,6 +53,7 @@ def timings(sizes: dict, device: str, ceilings: Ceilings, ends: float) -> list[d
             median = statistics.median(seconds(step, step.prepare, device, sizes["rounds"]))
             row |= {"status": "ok", "median_s": median, "peak_bytes": peak_bytes(step, device), "limit_s": limit}
             found.append(row)
+        save(found)
         print(f"chunks of {chunk} rows, workspace {workspace >> 20} MiB: {median / limit:.2f} x its bare GEMMs")
     return found
 
@@ -66,10 +69,13 @@ def main() -> None:
         parser.error("chunks are timed on a GPU, and there is none; --dry-run goes through the motions")
     ends, ceilings = time.monotonic() + args.budget, Ceilings(device)
     facts = about(device, "dry run" if args.dry_run else "full", copy_rate=ceilings.copy_rate)
-    rows = timings(DRY if args.dry_run else FULL, device, ceilings, ends)
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n  ".join(map(json.dumps, rows))
-    args.results.write_text(f'{{\n "about": {json.dumps(facts, indent=1)},\n "chunks": [\n  {lines}\n ]\n}}\n')
+
+    def save(rows: list[dict]) -> None:
+        lines = ",\n  ".join(map(json.dumps, rows))
+        args.results.write_text(f'{{\n "about": {json.dumps(facts, indent=1)},\n "chunks": [\n  {lines}\n ]\n}}\n')
+
+    save(timings(DRY if args.dry_run else FULL, device, ceilings, ends, save))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -151,7 +152,10 @@ def main() -> None:
     rows = compare(args.cases, args.threads, args.repeat, args.scale)
     print(table(rows))
     if args.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        try:
+            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            commit = os.environ.get("RPO_COMMIT", "")
         about = {
             "processor": processor(),
             "threads": args.threads,

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, the benchmark table, launch settings
-# (rpo_kernels tune: writes rpo_kernels/kernels/launch_table.json), chunks of the linear path, what calls cost the CPU. Needs torch,
-# triton and pytest.
+# An hour on a GPU, in stages that are useful alone: the test suite with compiled kernels, launch settings (rpo_kernels tune: writes
+# rpo_kernels/kernels/launch_table.json, and a copy of it), chunks of the linear path, what calls cost the CPU, and with these settings
+# the benchmark table. Needs torch, triton and pytest.
 #
-#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [bench] [tune] [chunks] [host]       (all by default)
+#   benchmarks/gpu.sh [--dry-run] [--out FOLDER] [tests] [tune] [chunks] [host] [bench]       (all by default)
 #
-# Limits in seconds, each a variable: TESTS_S=540 BENCH_S=540 TUNE_S=540 CHUNKS_S=200. A stage that is cut short keeps what it has
-# measured, and bench goes on where it stopped when started again on the same device and commit. PYTHON chooses the interpreter,
-# TESTS names test files, BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192"). The exit code is the first that was not 0.
+# Limits in seconds, each a variable: TESTS_S=540 TUNE_S=540 CHUNKS_S=200 BENCH_S=540. A stage that is cut short keeps what it has
+# measured, and bench goes on where it stopped when started again on the same device and commit (RPO_COMMIT names that of a copy
+# without history). PYTHON chooses the interpreter, TESTS names test files, BENCH_ARGS is handed to pytest (-k "Qwen3 and 8192").
+# The exit code is the first that was not 0.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD out=benchmarks/results dry="" stages=()
@@ -16,11 +17,11 @@ while (($#)); do
     --dry-run) dry=yes ;;
     --out) out=$2; shift ;;
     tests | bench | tune | chunks | host) stages+=("$1") ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
-((${#stages[@]})) || stages=(tests bench tune chunks host)
+((${#stages[@]})) || stages=(tests tune chunks host bench)
 mkdir -p "$out"
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
@@ -40,8 +41,9 @@ fi
 limited() { timeout --signal=INT --kill-after=30 "$@"; }
 
 tests() {
-  local options=(-q --continue-on-collection-errors -p no:cacheprovider)
-  has xdist && [[ -z $dry ]] && options+=(-n "${TEST_WORKERS:-4}")
+  # Warnings of another torch or of other plugins are no failures here.
+  local options=(-q --continue-on-collection-errors -p no:cacheprovider -W default)
+  has xdist && [[ -z $dry ]] && options+=(-n "${TEST_WORKERS:-12}" --dist loadgroup)
   [[ -n $dry ]] && options=(-q -p no:cacheprovider --collect-only)
   limited "${TESTS_S:-540}" "$PYTHON" -m pytest ${TESTS:-tests} "${options[@]}" >"$out/tests.txt" 2>&1
   local status=$?
@@ -63,7 +65,9 @@ tune() {
   # Dry, settings are chosen by machine code for another table: no GPU is needed for that.
   [[ -n $dry ]] && table=$out/launch_table.json options=(--vocab 151936 --dtype bfloat16 --op backward --audit sm_90)
   limited $((seconds + 60)) "$PYTHON" -m rpo_kernels tune "${options[@]}" --output "$table" | tee "$out/tune.txt"
-  return "${PIPESTATUS[0]}"
+  local status=${PIPESTATUS[0]}
+  [[ -n $dry ]] || cp "$table" "$out/launch_table.json"
+  return "$status"
 }
 
 chunks() {

@@ -9,6 +9,7 @@ peak_bytes, limit_s (what the hardware would need, measured in the same run) and
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def about(device: str, sizes: str, **more: object) -> dict:
         facts["commit"] = run("git", "rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except OSError:
         facts["commit"] = ""
+    facts["commit"] = facts["commit"] or os.environ.get("RPO_COMMIT", "")  # of a copy without its history
     facts |= {"torch": torch.__version__, "python": platform.python_version()}
     words = ["-m pytest" if word.endswith("pytest/__main__.py") else word.removeprefix(f"{ROOT}/") for word in sys.argv]
     facts["command"] = " ".join(["python", *words])
@@ -61,14 +63,21 @@ class Results:
                 self.rows = old["rows"]
 
     def has(self, case: Case, provider: Provider) -> bool:
-        return any(row["case"] == case.id and row["provider"] == provider.name for row in self.rows)
+        done = [row for row in self.rows if row["status"] != "skipped"]  # what was not installed may be by now
+        return any(row["case"] == case.id and row["provider"] == provider.name for row in done)
 
     def add(self, case: Case, provider: Provider, status: str, **facts: object) -> None:
-        self.rows.append({
+        row = {
             "case": case.id, "part": case.part.name, "model": case.model.name, "N": case.rows, "H": case.model.H, "V": case.model.V,
             "share": case.share, "dtype": str(case.dtype)[6:], "provider": provider.name, "version": provider.version,
             "status": status, **facts,
-        })  # fmt: skip
+        }  # fmt: skip
+        for i, old in enumerate(self.rows):
+            if (old["case"], old["provider"]) == (case.id, provider.name):
+                self.rows[i] = row
+                break
+        else:
+            self.rows.append(row)
         self.save()
 
     def save(self) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from rpo_kernels.objectives import PRESETS, RPOObjective
 
+from .helpers import HAS_GPU
+
 GROUPS = 6
 
 
@@ -220,6 +222,7 @@ def published(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def ours(case: Case, batch: Batch, engine: Engine) -> tuple[Tensor, Tensor]:
+    batch = Batch(*(x.to("cuda" if engine.options and HAS_GPU else "cpu") for x in batch))
     logps = batch.logps.flatten().to(engine.dtype).requires_grad_()
     out = engine.preference_loss(
         logps,
@@ -231,7 +234,7 @@ def ours(case: Case, batch: Batch, engine: Engine) -> tuple[Tensor, Tensor]:
         **engine.options,
     )
     (grad,) = torch.autograd.grad(out.loss, logps)
-    return out.loss.detach().double(), grad.view(GROUPS, case.K).double()
+    return out.loss.detach().double().cpu(), grad.view(GROUPS, case.K).double().cpu()
 
 
 def assert_as_accurate(actual: Tensor, truth: Tensor, formula: Tensor, dtype: torch.dtype) -> None:

@@ -119,7 +119,7 @@ def _job(job: tuple[str, int, int, bool]) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", action="append", choices=CHIPS, help="a chip; may be repeated (default: all)")
     parser.add_argument("--kernel", default="", metavar="NAME", help="only kernels with this in their name, such as forward")
-    parser.add_argument("--full", action="store_true", help="every dtype, option and alignment, not the common, lightest and heaviest")
+    parser.add_argument("--full", action="store_true", help="every dtype, option and alignment, not the common and extreme")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, with more figures")
 

@@ -92,7 +92,7 @@ def judged(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, rounding: flo
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """New tensors hold NaN, so that an element that is not written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def poison(x: Tensor) -> Tensor:
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
@@ -100,6 +100,7 @@ def poisoned_memory() -> Iterator[None]:
     with (
         mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
         mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
+        mock.patch.object(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
     ):
         yield
 

@@ -24,6 +24,12 @@ def clock(device: str) -> Callable[[], Tick | float]:
     return Tick if device == "cuda" else time.perf_counter
 
 
+def is_device_lost(error: Exception) -> bool:
+    """Whether an error, in the words of PyTorch or of Triton, leaves the CUDA context unusable."""
+    by_triton = "[CUDA]" in str(error) and any(word in str(error) for word in ("illegal", "launch failure", "misaligned"))
+    return by_triton or "CUDA error" in str(error)
+
+
 _cache: dict[torch.device, torch.Tensor] = {}
 
 

@@ -32,7 +32,7 @@ from .. import __version__, reference
 from ..kernels.launch import LaunchSettings, arch_of, assumed_arch, read_table
 from .chips import CHIPS
 from .table import show
-from .timing import flush_cache, seconds
+from .timing import flush_cache, is_device_lost, seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("forward", "backward")
@@ -130,7 +130,7 @@ def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS
                 return {"status": "wrong", "figure": f"error {error:.3g} times what the arithmetic allows"}
             median = statistics.median(seconds(step, lambda: flush_cache(torch.device(work.device)), work.device, rounds))
     except Exception as error:  # too many registers, too much shared memory: no candidate then
-        if "CUDA error" in str(error):
+        if is_device_lost(error):
             raise
         return {"status": "failed", "figure": f"{type(error).__name__}: {str(error)[:80]}"}
     finally:
@@ -289,9 +289,9 @@ def run(args: argparse.Namespace) -> int:
             else:
                 without.append(f"{op} {what['dtype']} V {V}")
         table += table_rows(arch, op, dtype.itemsize, winners)
+        if table:  # as soon as there is something: a run may be cut short
+            write_table(args.output, table)
     print(show(rows, COLUMNS, "json" if args.json else "text"))
-    if table:
-        write_table(args.output, table)
     print(f"tune: {len(table)} rows of {arch} written to {args.output}", file=sys.stderr)
     if without:
         print(f"tune: no candidate serves for {'; '.join(without)}: no row", file=sys.stderr)

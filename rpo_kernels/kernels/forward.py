@@ -20,8 +20,13 @@ from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
 
 @triton.jit
 def _integer(t):
-    """The integer next to t; 0 where there is none."""
-    return tl.where(tl.abs(t) < float("inf"), tl.floor(t + 0.5), 0.0)
+    """The integer next to t; 0 where there is none.
+
+    2^23 at most: beyond it a fused y * scale2 - shift is what rounding left of the product, up to half an ulp of it, and a
+    logsumexp has no room for that.
+    """
+    near = tl.minimum(tl.maximum(tl.floor(t + 0.5), -8388608.0), 8388608.0)
+    return tl.where(tl.abs(t) < float("inf"), near, 0.0)
 
 
 @triton.jit
@@ -40,7 +45,8 @@ def finish(shift, total, moment, y_label, scale2):
     exponent, mantissa = split_exponent(total)
     log2_mantissa = tl.log2(mantissa)
     odds = LN2 * (exponent + log2_mantissa - t_label)  # lse of the others - z_label
-    odds = tl.where(y_label == float("inf"), float("nan"), odds)
+    lost = (total == 0.0) & (t_label < -1.0) & (t_label > float("-inf"))  # all of them are below -2^23
+    odds = tl.where((y_label == float("inf")) | lost, float("nan"), odds)
     logp = -softplus(odds)
     log_p_not = -softplus(-odds)
     whole = tl.where(odds > 0.0, exponent, 0.0)

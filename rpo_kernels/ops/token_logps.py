@@ -53,7 +53,8 @@ def token_logps(
 
     Returns:
         float32 in the shape of labels, in nats. A row's value does not depend on its batch. NaN and infinite logits behave
-        as in :func:`torch.log_softmax`. Second derivatives raise.
+        as in :func:`torch.log_softmax`; on a GPU a row whose largest logit is beyond 5.8e6 in size, and not the label's, is NaN.
+        Second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
