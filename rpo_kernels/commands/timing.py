@@ -39,6 +39,7 @@ def flush_cache(device: torch.device) -> None:
         if device not in _cache:
             _cache[device] = torch.empty(256 << 20, dtype=torch.int8, device=device)
         _cache[device].zero_()
+        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead of the device
 
 
 def seconds(step: Callable[[], object], prepare: Callable[[], object], device: str, rounds: int) -> list[float]:
