@@ -6,7 +6,7 @@ puts the same numbers together in the same order. So log-probabilities agree bit
 
 Every such call begins with an agreement: the ranks tell each other their shards' widths, what they are about to do, and whether
 their arguments are good. A rank that raises makes all raise. The agreement goes over the group's CPU backend where it has one
-(``init_process_group()`` without a backend makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
+(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
 captured no rank may look: the widths of the last agreement stand, so run a step before, as for any capture.
 
 Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of `process_group` alone. A DTensor weight

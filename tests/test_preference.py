@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from rpo_kernels import RPOObjective, preference_loss, reference, rpo_loss, sequence_logps, token_logps
+from rpo_kernels import RPOObjective, checks, linear_rpo_loss, preference_loss, reference, rpo_loss, sequence_logps, token_logps
 from rpo_kernels.objectives import COMPARISONS, DISTANCES, PRESETS
 
 from .helpers import poisoned_memory, worst
@@ -252,3 +252,46 @@ def test_group_passes_repeat_bit_for_bit(backend, device):
         out.loss.backward()
         runs.append((out.loss, out.losses, out.rewards, x.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+# ---- what no check sees on a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Values are not looked at, as on a GPU."""
+    monkeypatch.setattr(checks, "_may_look", lambda _: False)
+
+
+def test_strided_lengths_and_offsets_are_read_where_they_lie(device):
+    logps, rewards, ref_logps = torch.randn(3, 4, device=device)
+    lengths = torch.randint(1, 9, (4, 2), device=device)[:, 0]
+    cu_groups = torch.tensor([[0, 9], [2, 9], [4, 9]], dtype=torch.int32, device=device)[:, 0]
+    objective = RPOObjective("squared", average=True)
+    strided, plain = (
+        preference_loss(logps, rewards, objective, ref_logps=ref_logps, lengths=a, cu_groups=b, backend="triton").loss
+        for a, b in ((lengths, cu_groups), (lengths.contiguous(), cu_groups.contiguous()))
+    )
+    assert torch.equal(strided, plain)
+
+
+@pytest.mark.parametrize("distance, comparison", list(itertools.product(DISTANCES, COMPARISONS)))
+@pytest.mark.parametrize("rewards", [[math.nan] * 4, [math.nan, math.nan, 0.0, 1.0], [0.0, 1.0, math.nan, 1.0]])
+def test_rewards_that_are_nan_make_the_loss_nan(unseen, distance, comparison, rewards, device):
+    """A group whose rewards are all NaN is no group with nothing to compare."""
+    objective = RPOObjective(distance, comparison=comparison)
+    logps = torch.randn(4, device=device, requires_grad=True)
+    out = preference_loss(logps, torch.tensor(rewards, device=device), objective, ref_logps=logps.detach() * 0.9, backend="triton")
+    assert out.loss.isnan()
+    (gradient,) = torch.autograd.grad(out.loss, logps)
+    assert gradient.isnan().any()
+
+
+@pytest.mark.parametrize("offsets", [(0, 2, 3), (1, 3, 4), (0, 2, 7), (0, 3, 2, 4)])
+def test_bad_groups_of_hidden_states_raise_though_no_check_sees_them(unseen, offsets, device):
+    """Each chunk would see offsets that are good for it."""
+    hidden, weight = torch.randn(4, 3, 8, device=device, requires_grad=True), torch.randn(11, 8, device=device)
+    cu_groups = torch.tensor(offsets, dtype=torch.int32, device=device)
+    labels, values = torch.randint(0, 11, (4, 3), device=device), torch.randn(4, device=device)
+    with pytest.raises(ValueError, match="`cu_groups` must begin at 0"):
+        linear_rpo_loss(hidden, weight, labels, values, RPOObjective(), ref_logps=values, cu_groups=cu_groups, backend="triton")

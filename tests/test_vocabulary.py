@@ -7,7 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
-from rpo_kernels import reference, token_logps, token_logps_and_entropy
+from rpo_kernels import (
+    RPOObjective,
+    linear_rpo_loss,
+    linear_token_logps,
+    reference,
+    rpo_loss,
+    token_logps,
+    token_logps_and_entropy,
+)
 from rpo_kernels.kernels import launch, vocabulary
 from rpo_kernels.kernels.primitives import exp2_polynomial
 
@@ -214,6 +222,32 @@ def test_labels_may_be_int32_or_strided(backend, device):
     expected = token_logps(x, labels.contiguous(), backend=backend)
     assert torch.equal(token_logps(x, labels, backend=backend), expected)
     assert torch.equal(token_logps(x, labels.int(), backend=backend), expected)
+
+
+@pytest.mark.parametrize("layout", ["every other", "last dimension", "expanded", "every other of one dimension"])
+def test_strided_labels_are_read_where_they_lie(layout, device):
+    """Flattened, these are views with strides 2, 2, 0 and 2."""
+    big = torch.randint(0, 11, (4, 6), device=device)
+    labels = {
+        "every other": big[:, ::2],
+        "last dimension": big.view(4, 3, 2)[..., 0],
+        "expanded": torch.tensor([[5]], device=device).expand(4, 3),
+        "every other of one dimension": big.view(-1)[::2],
+    }[layout]
+    shape = (*labels.shape, 11)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    expected, found = (token_logps(x, y, backend="triton") for y in (labels.contiguous(), labels))
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, *(torch.autograd.grad(y.sum(), x) for y in (expected, found))))
+    hidden, weight = torch.randn(*labels.shape, 8, device=device), torch.randn(11, 8, device=device)
+    expected, found = (linear_token_logps(hidden, weight, y, backend="triton") for y in (labels.contiguous(), labels))
+    assert torch.equal(found, expected)
+    if labels.dim() == 2:
+        rewards = torch.randn(4, device=device)
+        objective = RPOObjective(reference="none")
+        for loss, inputs in ((rpo_loss, (x,)), (linear_rpo_loss, (hidden, weight))):
+            expected, found = (loss(*inputs, y, rewards, objective, backend="triton").loss for y in (labels.contiguous(), labels))
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="on a CPU such labels raise (test_bad_input)")

@@ -69,5 +69,5 @@ def labelled(d, label, CROSS_ENTROPY: tl.constexpr):
     if not CROSS_ENTROPY:
         safe = tl.where((label > 0.0) & (label < 1.0), label, 0.5)
         entropy = -safe * tl.log(safe) - (1.0 - safe) * tl.log(1.0 - safe)
-        value = tl.maximum(value - tl.where(safe == label, entropy, 0.0), 0.0)
+        value = tl.maximum(value - tl.where(safe == label, entropy, 0.0), 0.0, tl.PropagateNan.ALL)
     return value, tl.exp(log_p) * (1.0 - label) - label * tl.exp(log_1p)

@@ -160,6 +160,8 @@ class Launcher:
         args = (*pointers, *integers, *map(float, floats))
         is_short = -(2**31) <= min(integers) and max(integers) < 2**31
         key = (device, *[x if x is None else x.dtype for x in pointers], *constants.values())
+        if torch.version.hip:  # Triton compiles for AMD whether tensors are within reach of 32-bit offsets
+            key += tuple(x is not None and x.untyped_storage().nbytes() < 2**31 for x in pointers)
         known = self._compiled.get(key) if is_short else None
         if known is not None:
             compiled, tail = known

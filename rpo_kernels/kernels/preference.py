@@ -206,6 +206,7 @@ def _constants(spec: str, ref: int, group_size: int, short: bool, **has: bool) -
         "BLOCK_I": 1024 // block_j,
         "BLOCK_J": block_j,
         "num_warps": 8,
+        "enable_fp_fusion": False,  # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
     }
 
 

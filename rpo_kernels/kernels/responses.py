@@ -83,6 +83,7 @@ def compare_responses(
         count = tl.zeros([BLOCK_I], tl.int32)
         top_t = tl.full([BLOCK_I], float("-inf"), tl.float32)
         chosen = tl.full([BLOCK_I], 2147483647, tl.int32)
+        nans = tl.zeros([BLOCK_I], tl.int32)
         for k0 in range(0, members, BLOCK_J):
             j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             partner = j < last[:, None]
@@ -90,10 +91,13 @@ def compare_responses(
             count += tl.sum(partner.to(tl.int32), axis=1)
             if TARGET != LABEL:
                 t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
+                nans += tl.sum((partner & (t != t)).to(tl.int32), axis=1)
+                t = tl.where(t != t, float("inf"), t)  # the chosen one, so that the group counts
                 t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
                 where_top = tl.min(tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1)
                 chosen = tl.where((t_block > top_t) | (chosen == 2147483647), where_top, chosen)
                 top_t = tl.maximum(top_t, t_block)
+        top_t = tl.where(nans > 0, float("nan"), top_t)
         if TARGET == GAP or TARGET == LABEL:
             chosen = first
         chosen_length = tl.load(lengths_ptr + chosen, mask=live & (chosen < S), other=0)

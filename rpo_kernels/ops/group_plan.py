@@ -95,6 +95,11 @@ def forward_op(
         # Elsewhere wrong counts leave units whose offsets do not partition their tokens: the group pass makes NaN of those.
         if device.type == "cpu" and counts != (true := lengths.tolist()):
             raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true[:16]}; got {counts[:16]}")
+    # Here, with values at hand on any device: bad offsets of the whole would be good ones of its units.
+    if bounds[0] != 0 or bounds[-1] != S or any(b < a for a, b in itertools.pairwise(bounds)):
+        raise ValueError(f"{op}: `cu_groups` must begin at 0, not decrease, and end at {S}, the sequences; got {bounds[:16]}")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"{op}: `cu_seqlens` must begin at 0, not decrease, and end at {N}, the number of tokens")
     context = None
     if context_group:
         facts = {"gradients": needs, "`objective`": objective, "`reduction`": mean, "`group_size`": group_size}

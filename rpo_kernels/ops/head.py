@@ -91,7 +91,7 @@ class Scored(NamedTuple):
     @staticmethod
     def of(hidden: Tensor, labels: Tensor, options: Options, count: int | None, lora_hidden: Tensor | None = None) -> Scored:
         """Rows whose label is not ignored. Their number decides shapes: one look at the device, unless it is given."""
-        labels = labels.reshape(-1)
+        labels = labels.reshape(-1).contiguous()  # kernels know no strides of labels
         scored = labels != options.ignore_index
         if count is None:
             index = scored.nonzero()[:, 0]

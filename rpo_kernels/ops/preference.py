@@ -193,6 +193,8 @@ def group_pass(
 ):  # fmt: skip
     """Run the group pass of the chosen engine, on values that ``checks.check_group_values`` has seen."""
     objective = RPOObjective.from_spec(spec)
+    # kernels know no strides of these
+    lengths, cu_seqlens, cu_groups = [None if x is None else x.contiguous() for x in (lengths, cu_seqlens, cu_groups)]
     return engine(op, backend, logps.device, "preference").preference_forward(
         logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
         cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_per_token=ref_per_token, ref_weights=ref_weights,

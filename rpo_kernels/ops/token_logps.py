@@ -119,7 +119,8 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
 
 
 def flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 1 else x.reshape(-1)
+    """``[N]`` and contiguous, as kernels read it: a reshape may be a strided view."""
+    return (x if x.dim() == 1 else x.reshape(-1)).contiguous()
 
 
 def shard_of(

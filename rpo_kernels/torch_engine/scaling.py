@@ -5,5 +5,10 @@ import torch
 
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor in place; a look at the factor is free on a CPU alone."""
-    if x.device.type != "cpu" or float(factor) != 1.0:
+    if x.device.type == "cpu":
+        if float(factor) != 1.0:
+            x.mul_(factor)
+    elif x.dtype == torch.float32:
         x.mul_(factor)
+    else:  # a GPU would round the factor to the dtype of x
+        x.copy_(x.float().mul_(factor))
