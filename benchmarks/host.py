@@ -28,7 +28,6 @@ import torch
 import triton
 
 from rpo_kernels import RPOObjective, backend, checks, rpo_loss, token_logps
-from rpo_kernels.kernels.launch import Launcher
 
 HAS_GPU = torch.cuda.is_available()
 clock = time.perf_counter if HAS_GPU else time.thread_time
@@ -131,14 +130,13 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
 @contextmanager
 def bare_launches() -> Iterator[list[Callable[[], object]]]:
     """Within it launches of the package are appended to the list that it yields, to be made again by Triton alone."""
-    launch, bare = Launcher.__call__, []
+    run, bare = triton.JITFunction.run, []
 
-    def record(launcher, programs, pointers, integers, floats, constants):
-        arguments = *pointers, *integers, *floats
-        bare.append(lambda: launcher.kernel[(programs,)](*arguments, **constants))
-        launch(launcher, programs, pointers, integers, floats, constants)
+    def record(kernel, *arguments, **options):
+        bare.append(lambda: run(kernel, *arguments, **options))
+        return run(kernel, *arguments, **options)
 
-    with mock.patch.object(Launcher, "__call__", record):
+    with mock.patch.object(triton.JITFunction, "run", record):
         yield bare
 
 

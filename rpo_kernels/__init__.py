@@ -1,7 +1,7 @@
 """Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of preference training."""
 
 from .objectives import RPOObjective
-from .ops.gather import gather_responses
+from .ops.ranks import gather_responses
 from .ops.labels import shift_labels
 from .ops.linear_rpo_loss import linear_rpo_loss
 from .ops.linear_token_logps import linear_token_logps, linear_token_logps_and_entropy

@@ -35,6 +35,6 @@ def interpreted() -> bool:
     """Whether the kernels were decorated for Triton's interpreter."""
     import triton
 
-    from .kernels.vocabulary import _vocabulary_forward_kernel
+    from .kernels.vocabulary_forward import _vocabulary_forward_kernel
 
     return not isinstance(_vocabulary_forward_kernel, triton.JITFunction)

@@ -199,13 +199,15 @@ def check_reference(
     shapes: list[tuple[int, ...]],
     G: int,
     device: torch.device,
+    is_live: bool = False,
 ) -> None:
-    """``shapes`` are those one reference may have: per sequence, and per token where there are tokens."""
+    """``shapes`` are those one reference may have: per sequence, and per token where there are tokens. ``is_live``: its
+    log-probabilities are still to be computed."""
     several = objective.reference in ("harmonic", "geometric")
     if objective.reference == "none":
         if ref_logps is not None:
             raise ValueError(f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None")
-    elif ref_logps is None:
+    elif ref_logps is None and not is_live:
         raise ValueError(
             f"{op}: `ref_logps` are missing: this objective compares with a reference; for a reference-free one build it "
             "with reference='none'"

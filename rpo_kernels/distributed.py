@@ -16,7 +16,6 @@ without a group (FSDP2) is gathered by DTensor, whose ranks learn of each other'
 from __future__ import annotations
 
 import contextlib
-import functools
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .inputs import LogitTransform
 
 ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
 _agreements: Counter[str] = Counter()  # made so far in this process, by group
@@ -55,12 +56,12 @@ class Shard(NamedTuple):
         return torch.where(labels == ignore_index, IGNORED, local)
 
     def forward(
-        self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, **options: Any
+        self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner, columns]`` and shard labels ``[N]``."""
-        options["ignore_index"] = IGNORED
-        statistics = engine("vocabulary").shard_statistics(rows, labels, **options)
-        return engine("shards").combine(gather(statistics, self.group), labels, **options)
+        transform = transform._replace(ignore_index=IGNORED)
+        statistics = engine("vocabulary_forward").shard_statistics(rows, labels, transform, entropy)
+        return engine("shards").combine(gather(statistics, self.group), labels, transform, entropy)
 
 
 def start_sum(x: Tensor, name: str) -> Callable[[], object]:
@@ -96,30 +97,25 @@ def resolve(name: str) -> dist.ProcessGroup:
 # ---- agreement -------------------------------------------------------------------------------------------------------
 
 
-ARGUMENTS = ("process_group", "context_group")  # of public functions; agreements follow this order
+class raising_together:
+    """Around the checks of a public function that takes groups of ranks: what raises before the agreement with one of them
+    raises on all its ranks. A class, so that it is no frame of what runs inside."""
 
+    def __init__(self, op: str, **groups: object) -> None:
+        self.op = op
+        traced = torch.compiler.is_compiling()
+        self.groups = {} if traced else {name: x for name, x in groups.items() if isinstance(x, dist.ProcessGroup)}
 
-def agreeing(function: Callable) -> Callable:
-    """A public function that takes groups of ranks: what it raises before its agreement with one, it raises on all ranks of it."""
+    def __enter__(self) -> None:
+        self.before = _agreements.copy() if self.groups else None
 
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if torch.compiler.is_compiling() or kwargs.keys().isdisjoint(ARGUMENTS):
-            return function(*args, **kwargs)
-        groups = {argument: kwargs[argument] for argument in ARGUMENTS if isinstance(kwargs.get(argument), dist.ProcessGroup)}
-        if not groups:
-            return function(*args, **kwargs)
-        before = _agreements.copy()
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            for argument, group in groups.items():
-                if _agreements[group.group_name] == before[group.group_name]:
-                    with contextlib.suppress(Exception):  # the error itself, which is raised below
-                        _exchange(group, function.__name__, 0, {}, error, argument)
-            raise
-
-    return call
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, Exception):
+            return
+        for argument, group in self.groups.items():
+            if _agreements[group.group_name] == self.before[group.group_name]:
+                with contextlib.suppress(Exception):  # the error itself is raised when this returns
+                    _exchange(group, self.op, 0, {}, error, argument)
 
 
 def agree(

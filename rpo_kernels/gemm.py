@@ -41,30 +41,35 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
 
 
 @_as_given
-def backproject(dlogits: Tensor, weight: Tensor) -> Tensor:
-    """dhidden ``[n, H]`` = dlogits ``[n, V]`` weight."""
-    if not is_emulated(dlogits):
-        return torch.mm(dlogits, weight)
-    total = torch.zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
-    for rows, columns in blocks(weight, dlogits.t()):
-        total.addmm_(columns.t().float(), rows.float())
-    return total.to(dlogits.dtype)
+def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out ``[n, H]`` fp32 = p ``[n, V]`` weight ``[V, H]``, never rounded to the 16 bits of its inputs on the way."""
+    if p.is_cuda or p.dtype == torch.float32:
+        _multiply(out, p, weight, accumulate=False)
+        return out
+    out.zero_()
+    with _bf16_products() if p.dtype == torch.bfloat16 else contextlib.nullcontext():
+        for rows, columns in blocks(weight, p.t()):
+            out.addmm_(columns.t().float(), rows.float())
+    return out
 
 
 @_as_given
-def weight_gradient(dlogits: Tensor, hidden: Tensor, total: Tensor | None) -> Tensor:
-    """dweight ``[V, H]`` = dlogits^T hidden in the inputs' dtype, or added to ``total`` of any float dtype."""
-    accumulate = total is not None
-    if total is None:
-        total = torch.empty((dlogits.shape[1], hidden.shape[1]), dtype=hidden.dtype, device=hidden.device)
-    if is_emulated(hidden):
-        hidden = hidden.float()
-    elif total.dtype == hidden.dtype or _mixed_addmm(hidden.device, hidden.dtype, total.dtype):
-        _multiply(total, dlogits.t(), hidden, accumulate)
-        return total
-    for rows, columns in blocks(total, dlogits.t()):
-        _multiply(rows, columns.to(hidden.dtype), hidden, accumulate)
-    return total
+def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
+    """out ``[V, H]`` of any float dtype = p^T x, of p ``[n, V]`` and x ``[n, H]``, or added to it."""
+    direct = out.dtype == x.dtype and not is_emulated(x)
+    if direct or (x.is_cuda and (not accumulate or _mixed_addmm(x.device, x.dtype, out.dtype))):
+        return _multiply(out, p.t(), x, accumulate)
+    exact = _bf16_products() if x.dtype == torch.bfloat16 and not x.is_cuda else contextlib.nullcontext()
+    x = x if x.is_cuda else x.float()
+    with exact:
+        for rows, columns in blocks(out, p.t()):
+            _multiply(rows, columns.to(x.dtype), x, accumulate)
+
+
+def bias_gradient(p: Tensor, coef: Tensor, total: Tensor) -> None:
+    """total ``[V]`` fp32 += p^T coef, of p ``[n, V]`` and coef ``[n]`` fp32, which is not rounded to the dtype of p."""
+    for out, columns in blocks(total[:, None], p.t(), width=len(p)):
+        out[:, 0].addmv_(columns.float(), coef)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
@@ -80,9 +85,9 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         out.add_(product) if accumulate else out.copy_(product)
 
 
-def blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that fp32 copies of them stay in the cache."""
-    rows = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+def blocks(weight: Tensor, other: Tensor, width: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of ``[V, H]`` and of ``[V, n]`` side by side; fp32 copies of the first, or of ``width`` columns, stay in the cache."""
+    rows = max(1, _BLOCK_BYTES // (4 * max(1, width or weight.shape[1])))
     return zip(weight.split(rows), other.split(rows))
 
 

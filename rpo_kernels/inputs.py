@@ -88,15 +88,15 @@ class Groups(NamedTuple):
     @staticmethod
     def of(
         op: str, objective: RPOObjective, sequences: Sequences, tokens: tuple[int, ...] | None, device: torch.device, *,
-        rewards, ref_logps, ref_weights, group_size, cu_groups, reduction, normalizer,
+        rewards, ref_logps, ref_weights, group_size, cu_groups, reduction, normalizer, is_live=False,
     ) -> Groups:  # fmt: skip
-        """``tokens``: shape that ref_logps may have beside ``[S]``, or None."""
+        """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they are still to be computed."""
         S = sequences.number
         group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
         G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
         checks.check_rewards(op, rewards, objective, S, device)
         shapes = [(S,)] if tokens is None else [(S,), tokens]
-        checks.check_reference(op, objective, ref_logps, ref_weights, shapes, G, device)
+        checks.check_reference(op, objective, ref_logps, ref_weights, shapes, G, device, is_live)
         checks.check_normalizer(op, reduction, normalizer, device)
         per_token = False
         if ref_logps is not None:
@@ -119,17 +119,18 @@ class Groups(NamedTuple):
         """G, of S sequences."""
         return S // self.group_size if self.cu_groups is None else self.cu_groups.shape[0] - 1
 
-    def of_sequence(self, S: int, device: torch.device) -> Tensor:
-        """The group ``[S]`` of each sequence."""
-        sequence = torch.arange(S, device=device, dtype=torch.int32)
-        if self.cu_groups is None:
-            return sequence // self.group_size
-        return torch.searchsorted(self.cu_groups[1:-1], sequence, right=True)
-
     def check_values(self, op: str, device: torch.device, sequences: Sequences, N: int) -> None:
         """What only the values of tensors tell; on a CPU, where reading them is free."""
         checks.check_group_values(op, device, self.objective, sequences.number, N, sequences.cu_seqlens, self.cu_groups,
                                   self.rewards, self.ref_weights, self.normalizer)  # fmt: skip
+
+
+def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
+    """The group ``[S]`` of each sequence."""
+    sequence = torch.arange(S, device=device, dtype=torch.int32)
+    if cu_groups is None:
+        return sequence // group_size
+    return torch.searchsorted(cu_groups[1:-1], sequence, right=True)
 
 
 def _constant(x: Tensor) -> Tensor:

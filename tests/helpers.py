@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from rpo_kernels.ops.operator import Operator
+
 HAS_GPU = torch.cuda.is_available()
 # For what `benchmarks/host.py` does: without a GPU there is a libcuda to compile.
 needs_a_driver = pytest.mark.skipif(not HAS_GPU and shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
@@ -61,3 +63,19 @@ def peak_memory(step) -> int:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+
+
+@contextlib.contextmanager
+def operator_calls():
+    """Sends every call inside through torch.library, and lists (operator, arguments) as they came."""
+    seen, inner = [], Operator._traced
+
+    def recording(self, *args):
+        kept = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in args]
+        seen.append((self, kept))
+        return inner(self, *args)
+
+    with mock.patch.object(Operator, "_traced", recording), mock.patch.object(
+        Operator, "on", lambda self, x: self._traced
+    ):
+        yield seen

@@ -15,9 +15,9 @@ from rpo_kernels import (
     reference,
     rpo_loss,
 )
-from rpo_kernels.ops.units import pack_groups
+from rpo_kernels.ops.windows import split_into_windows
 
-from .helpers import HAS_GPU, kernel_dtypes, peak_memory, worst
+from .helpers import HAS_GPU, kernel_dtypes, operator_calls, peak_memory, worst
 from .test_preference import OBJECTIVES, batch, in_float64
 
 H = 6
@@ -120,17 +120,26 @@ def gemms(monkeypatch):
         monkeypatch.setattr(gemm, name, counting)
 
     count("project", lambda hidden, weight, out: len(hidden))
-    count("backproject", lambda dlogits, weight: len(dlogits))
-    count("weight_gradient", lambda dlogits, hidden, total: len(hidden))
+    count("backproject", lambda p, weight, out: len(p))
+    count("weight_gradient", lambda p, x, out, accumulate: len(x))
     return done
 
 
+ROW_OF_P = 5 * 4  # bytes: fp32 logits and P share their rows
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    ("trainable", "workspace", "expected"),
-    [(True, None, 3), (True, 5 * 4 * 12, 3), (False, None, 2), (None, None, 1), (None, 5 * 4, 1), (True, 5 * 4, 4)],
+    ("trainable", "rows", "dropped"),
+    # groups of 6, 3 and 6 rows; one loss per group keeps P of all of them until the backward, beside a chunk that is computed anew
+    [(True, None, (0, 0)), (True, 12, (0, 4)), (True, 1, (12, 15)), (False, None, (0, 0)), (False, 1, (0, 0)), (None, 1, (0, 0))],
 )
-def test_the_loss_costs_three_gemms_two_when_frozen_one_without_gradients(trainable, workspace, expected, gemms, backend, device):
-    """Of the scored rows alone. A group beyond the workspace pays one more."""
+def test_linear_rpo_loss_costs_three_gemms_and_one_for_rows_whose_p_was_dropped(
+    trainable, rows, dropped, reduction, gemms, backend, device, monkeypatch
+):
+    """Two when the head is frozen, one without gradients; of the scored rows only."""
+    monkeypatch.setattr("rpo_kernels.ops.head.CPU_CHUNK_ROWS", 1)
+    monkeypatch.setattr("rpo_kernels.ops.head.GPU_CHUNK_ROWS", 1)
     labels = torch.randint(0, 5, (6, 4), device=device)
     labels[:, 0], labels[2] = -100, -100
     hidden, weight, _ = head(torch.empty(6, 4, 5), device)
@@ -138,31 +147,34 @@ def test_the_loss_costs_three_gemms_two_when_frozen_one_without_gradients(traina
     weight.requires_grad_(bool(trainable))
     out = linear_rpo_loss(
         hidden, weight, labels, torch.randn(6, device=device), RPOObjective(), ref_logps=torch.zeros(6, device=device),
-        workspace_bytes=workspace, backend=backend,
+        reduction=reduction, workspace_bytes=rows and rows * ROW_OF_P, backend=backend,
     )  # fmt: skip
     before = len(gemms)
     if trainable is not None:
-        out.loss.backward()
-    assert len(gemms) == before  # the gradients were ready
-    assert sum(rows for _, rows in gemms) == expected * 5 * 3
+        out.loss.sum().backward()
+    assert reduction == "none" or len(gemms) == before  # the gradients were ready
+    expected = {True: 3, False: 2, None: 1}[trainable]
+    assert sum(n for _, n in gemms) == expected * 15 + dropped[reduction == "none"]
 
 
 @pytest.mark.parametrize(
-    ("trainable", "workspace", "expected"),
-    [(True, 5 * 4, 4), (True, None, 3), (False, 5 * 4, 2), (False, None, 2), (None, None, 1)],
+    ("trainable", "rows", "dropped"), [(True, 1, 6), (True, 4, 3), (True, None, 0), (False, 1, 0), (False, None, 0), (None, 1, 0)]
 )
-def test_token_logps_cost_four_gemms_three_if_the_logits_fit_two_when_frozen(
-    trainable, workspace, expected, gemms, backend, device
+def test_linear_token_logps_costs_three_gemms_and_one_for_rows_whose_p_was_dropped(
+    trainable, rows, dropped, gemms, backend, device, monkeypatch
 ):
+    monkeypatch.setattr("rpo_kernels.ops.head.CPU_CHUNK_ROWS", 1)
+    monkeypatch.setattr("rpo_kernels.ops.head.GPU_CHUNK_ROWS", 1)
     labels = torch.randint(0, 5, (9,), device=device)
     labels[:3] = -100
     hidden, weight, _ = head(torch.empty(9, 5), device)
     hidden.requires_grad_(trainable is not None)
     weight.requires_grad_(bool(trainable))
-    logps = linear_token_logps(hidden, weight, labels, workspace_bytes=workspace, backend=backend)
+    logps = linear_token_logps(hidden, weight, labels, workspace_bytes=rows and rows * ROW_OF_P, backend=backend)
     if trainable is not None:
         (logps * torch.randn(9, device=device)).sum().backward()
-    assert sum(rows for _, rows in gemms) == expected * 6
+    expected = {True: 3, False: 2, None: 1}[trainable]
+    assert sum(n for _, n in gemms) == expected * 6 + dropped
 
 
 def test_a_reference_in_the_same_call_equals_its_log_probs_and_is_exactly_the_policy_when_equal(backend, device):
@@ -305,13 +317,13 @@ def test_gemms_of_16_bits_are_what_they_are_whether_or_not_the_cpu_has_them(know
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             gemm.project(hidden, weight, exact)
-            dhidden, total = gemm.backproject(dlogits, weight), torch.zeros(24, 16)
-            gemm.weight_gradient(dlogits, hidden, total)
+            dhidden, total = gemm.backproject(dlogits, weight, torch.empty(5, 16)), torch.zeros(24, 16)
+            gemm.weight_gradient(dlogits, hidden, total, True)
     finally:
         gemm._has_instructions.cache_clear()
     torch.testing.assert_close(exact.double(), hidden.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total.double(), dlogits.double().t() @ hidden.double(), rtol=1e-5, atol=1e-5)
-    assert dhidden.dtype == torch.bfloat16
+    torch.testing.assert_close(dhidden.double(), dlogits.double() @ weight.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(device):
@@ -368,7 +380,7 @@ def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, 
     assert out.loss == 0 and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
 
-def test_a_second_backward_raises_and_results_repeat_bit_for_bit(backend, device):
+def test_linear_rpo_loss_second_backward_raises_and_results_repeat_bit_for_bit(backend, device):
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     labels = torch.randint(0, 5, (4, 3), device=device)
     objective, rewards = RPOObjective("squared", 0.5, reference="none"), torch.randn(4, device=device)
@@ -378,11 +390,20 @@ def test_a_second_backward_raises_and_results_repeat_bit_for_bit(backend, device
         runs.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)))
         with pytest.raises(RuntimeError, match="linear_rpo_loss: no second backward"):
             out.loss.backward()
-        with pytest.raises(RuntimeError, match="linear_token_logps: no second backward"):
-            logps = linear_token_logps(hidden, weight, labels, backend=backend).sum()
-            torch.autograd.grad(logps, (hidden, weight), retain_graph=True)
-            logps.backward()
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_linear_token_logps_second_backward_gives_the_same_numbers(workspace, backend, device):
+    hidden, weight, bias = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
+    labels, rewards = torch.randint(0, 5, (4, 3), device=device), torch.randn(4, device=device)
+    options = {"bias": bias, "workspace_bytes": WORKSPACES[workspace], "backend": backend}
+    logps = linear_token_logps(hidden, weight, labels, **options).pow(2).sum()
+    objective = RPOObjective("squared", 0.5, reference="none")
+    losses = linear_rpo_loss(hidden, weight, labels, rewards, objective, reduction="none", **options).loss.pow(2).sum()
+    for loss in (logps, losses):
+        first, second = (torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(first, second))
 
 
 def test_a_weight_that_is_emptied_after_the_forward_still_gets_its_gradient(device):
@@ -416,9 +437,11 @@ def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
 
 
 def test_groups_are_packed_whole():
-    units = pack_groups([3, 2, 0, 0, 9, 1, 1, 1], [0, 2, 4, 6, 6, 8], rows=7)
-    assert [(u.groups.start, u.groups.stop, u.size) for u in units] == [(0, 2, 5), (2, 4, 10), (4, 5, 2)]
-    assert [u.size for u in pack_groups([0, 0], [0, 2], rows=1)] == [0]
+    windows = split_into_windows([3, 2, 0, 0, 9, 1, 1, 1], [0, 2, 4, 6, 6, 8], rows=7)
+    expected = [(slice(0, 2), slice(0, 4), slice(0, 5)), (slice(2, 4), slice(4, 6), slice(5, 15)), (slice(4, 5), slice(6, 8), slice(15, 17))]
+    assert [tuple(window) for window in windows] == expected
+    (window,) = split_into_windows([0, 0], [0, 2], rows=1)
+    assert window.rows == slice(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -480,32 +503,32 @@ def test_bad_input_is_told_apart(change, error, message):
         linear_rpo_loss(**arguments)
 
 
-@pytest.mark.parametrize("keep", ["nothing", "logits", "unit gradients"])
-def test_the_operators_keep_the_promises_of_torch_library(keep, device):
+@pytest.mark.parametrize("workspace", [40, None], ids=["rows dropped", "all rows kept"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_operators_keep_the_promises_of_torch_library(frozen, workspace, device):
     hidden, weight, bias = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
-    if keep == "unit gradients":
+    if frozen:
         weight, bias = weight.detach(), None
     labels = torch.randint(0, 5, (4, 3), device=device)
     labels[0, 1] = -100
-    options = (1.0, 1.0, 0.0, -100, torch.float32, torch.float32, 1 << 20, "torch")
-    entropy = keep != "unit gradients"
-    arguments = (hidden, weight, bias, None, None, labels, None, None, entropy, keep, *options)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    checks += ["test_aot_dispatch_dynamic"] if keep != "logits" else []  # kept logits are not for traced graphs
-    torch.library.opcheck(torch.ops.rpo_kernels.linear_token_logps, arguments, test_utils=checks)
-    if keep == "nothing":
-        logps = torch.zeros(4, device=device)
-        leaves = [x.detach() for x in (hidden, weight, bias)]
-        for weight_grad in (None, torch.zeros_like(weight)):
-            arguments = (
-                *leaves, None, None, weight_grad, labels, None, None, None, None, torch.randn(4, device=device), logps[None], None,
-                None, None, 2, RPOObjective().spec, True, "torch", None, [True, True, True, False, False], *options[:-1],
-            )  # fmt: skip
-            checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            torch.library.opcheck(torch.ops.rpo_kernels.linear_rpo_loss, arguments, test_utils=checks)
-        gradients = [torch.randn_like(hidden), torch.randn_like(bias)]
-        arguments = (torch.ones((), device=device), [hidden, bias], gradients, -1, "torch")
-        torch.library.opcheck(torch.ops.rpo_kernels.with_gradients, arguments)
+    options = {"bias": bias, "workspace_bytes": workspace, "backend": "torch"}
+    objective, rewards = RPOObjective("squared", reference="none"), torch.randn(4, device=device)
+    with operator_calls() as seen:
+        total = linear_token_logps(hidden, weight, labels, **options).sum()
+        total = total + sum(x.sum() for x in linear_token_logps_and_entropy(hidden, weight, labels, **options))
+        for reduction in ("mean", "none"):
+            out = linear_rpo_loss(hidden, weight, labels, rewards, objective, reduction=reduction, **options)
+            total = total + out.loss.sum()
+        total.backward()
+    names = {operator.name for operator, _ in seen}
+    assert names >= {"linear_token_logps", "linear_rpo_loss", "linear_rpo_loss_ready", "linear_rpo_loss_per_group", "linear_settle"}
+    for operator, args in seen:
+        if operator.name.startswith("linear"):
+            checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+            if operator.name in ("linear_rpo_loss", "linear_settle"):  # have no derivative
+                checks.remove("test_autograd_registration")
+                args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            torch.library.opcheck(operator._operator, operator.packed(args), test_utils=checks)
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rpo_kernels import RPOObjective, checks, linear_rpo_loss, preference_loss, reference, rpo_loss, sequence_logps, token_logps
+from rpo_kernels.inputs import Groups, Sequences
 from rpo_kernels.objectives import COMPARISONS, DISTANCES, PRESETS
 
 from .helpers import poisoned_memory, worst
@@ -155,14 +156,12 @@ def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
     labels = torch.zeros(2, T, dtype=torch.int64, device=device)
     truth = (lp.double() - ref.double()).sum(1)
     if backend == "triton":
-        from rpo_kernels.kernels.preference import preference_forward
+        from rpo_kernels.kernels.group_pass import group_pass
     else:
-        from rpo_kernels.torch_engine.preference import preference_forward
-    _, _, (s, l, *_), _, _ = preference_forward(
-        lp.flatten(), RPOObjective("squared", 1.0), labels=labels.flatten(), ignore_index=-100, sequences=2, group_size=2,
-        lengths=None, cu_seqlens=None, cu_groups=None, ref_logps=ref.view(1, -1), ref_per_token=True, ref_weights=None,
-        rewards=torch.zeros(2, device=device), normalizer=None, sft_share=None, mean=True,
-    )  # fmt: skip
+        from rpo_kernels.torch_engine.group_pass import group_pass
+    rewards = torch.zeros(2, device=device)
+    groups = Groups(RPOObjective("squared", 1.0), rewards, ref.view(1, -1), None, None, None, 2, True, ref_per_token=True)
+    _, _, (s, l, *_), _, _ = group_pass(lp.flatten(), labels.flatten(), None, Sequences(2), groups, -100)
     assert float(((s.double() - truth) / truth).abs().max()) <= 1e-6
     assert float((l.double() / lp.double().sum(1) - 1).abs().max()) <= 1e-6
 

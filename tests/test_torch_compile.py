@@ -24,11 +24,14 @@ from rpo_kernels import (
     token_logps_and_entropy,
 )
 
-from .helpers import HAS_GPU
+from rpo_kernels.inputs import Groups, LogitTransform, Sequences
+from rpo_kernels.ops.preference import _preference_loss
+from rpo_kernels.ops.rpo_loss import _rpo_loss
+
+from .helpers import HAS_GPU, operator_calls
 
 IGNORE = -100
 OBJECTIVE = RPOObjective(beta=0.5)
-OPS = torch.ops.rpo_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -57,46 +60,29 @@ def gradient(loss, x, **options):
 # ---- torch.library ----------------------------------------------------------------------------------------------------
 
 
-def operator_calls(device, backend):
-    logits, labels, rewards, ref_logps = batch(device)
-    objective, options = OBJECTIVE.spec, (1.0, 1.0, 0.0, IGNORE)
-    packed = logits.detach().view(12, 5).requires_grad_(), labels.view(12)
-    cu_seqlens, cu_groups = ints(0, 3, 6, 6, 12, device=device), ints(0, 1, 4, device=device)
-    logps, lse, entropies = (x.detach() for x in OPS.token_logps(logits, labels, *options, True, False, backend)[:3])
-    coef, upstream = torch.randn_like(logps), torch.tensor(2.0, device=device)
-    group = rewards, ref_logps[None], None
-    return {
-        "token_logps": (OPS.token_logps, (logits, labels, *options, False, False, backend)),
-        "token_logps with entropy": (OPS.token_logps, (logits, labels, 0.7, 1.0, 2.0, IGNORE, True, False, backend)),
-        "preference_loss": (
-            OPS.preference_loss,
-            (logps.sum(1).requires_grad_(), None, *group, None, None, 2, objective, True, backend),
-        ),
-        "rpo_loss": (OPS.rpo_loss, (logits, labels, None, *group, None, None, 2, objective, True, backend, *options, False)),
-        "rpo_loss of packed, ragged": (
-            OPS.rpo_loss,
-            (*packed, cu_seqlens, *group, cu_groups, upstream, 2, objective, False, backend, *options, False),
-        ),
-        "vocabulary_backward": (
-            OPS.vocabulary_backward,
-            (logits.detach(), labels, logps, lse, coef, upstream, None, None, *options, backend),
-        ),
-        "vocabulary_backward with entropy": (
-            OPS.vocabulary_backward,
-            (logits.detach(), labels, logps, lse, coef, None, entropies, coef, *options, backend),
-        ),
-        "vocabulary_backward in place": (
-            OPS.vocabulary_backward_,
-            (logits.detach(), labels, logps, lse, coef, None, None, None, *options, backend),
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", operator_calls("cpu", "torch"))
-def test_operators_keep_the_promises_they_registered(name, device, backend):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_operators_keep_the_promises_they_registered(inplace, device, backend):
     """Schema (what is written, what aliases), fake tensors, autograd registration, and tracing with dynamic shapes."""
-    operator, arguments = operator_calls(device, backend)[name]
-    torch.library.opcheck(operator.default, arguments)
+    logits, labels, rewards, ref_logps = batch(device)
+    flat, ref_tokens = labels.view(12), torch.randn(12, device=device)
+    ragged = {"cu_seqlens": ints(0, 3, 6, 6, 12, device=device), "cu_groups": ints(0, 1, 4, device=device)}
+    options = {"inplace_backward": inplace, "backend": backend}
+    leaf = lambda x: x.detach().clone().requires_grad_() * 1
+    with operator_calls() as seen:
+        logps, entropies = token_logps_and_entropy(leaf(logits), labels, softcap=2.0, temperature=0.7, **options)
+        out = rpo_loss(leaf(logits), labels, rewards, OBJECTIVE, ref_logps=ref_logps, **options)
+        packed = rpo_loss(leaf(logits.view(12, 5)), flat, rewards, OBJECTIVE, ref_logps=ref_tokens, normalizer=2.0, reduction="sum",
+                          **ragged, **options)  # fmt: skip
+        sums = preference_loss(leaf(ref_logps), rewards, OBJECTIVE, ref_logps=ref_logps, backend=backend)
+        plain = token_logps(leaf(logits), labels, **options)
+        (logps.sum() + entropies.sum() + 2 * out.loss + packed.loss + sums.loss + plain.sum()).backward()
+    backward = "vocabulary_backward_" if inplace else "vocabulary_backward"
+    assert {x.name for x, _ in seen} == {"token_logps", "rpo_loss", "preference_loss", backward}
+    assert len(seen) == 9
+    for operator, args in seen:
+        if operator.name == backward:  # has no derivative
+            args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        torch.library.opcheck(operator._operator, operator.packed(args))
 
 
 # ---- torch.compile ----------------------------------------------------------------------------------------------------
@@ -337,13 +323,14 @@ def test_only_logits_get_a_gradient(device, backend):
     logits, labels, rewards, ref_logps = batch(device)
     constants = [x.clone().requires_grad_() for x in (rewards, ref_logps[None], torch.tensor(2.0, device=device))]
     rewards, ref_logps, normalizer = constants
-    group = (rewards, ref_logps, None, None, normalizer, 2, OBJECTIVE.spec, True, backend)
-    loss = OPS.rpo_loss(logits, labels, None, *group, 1.0, 1.0, 0.0, IGNORE, False)[0]
-    grads = torch.autograd.grad(loss, (logits, *constants), allow_unused=True)
-    assert [g is not None for g in grads] == [True, False, False, False]
+    groups = Groups(OBJECTIVE, rewards, ref_logps, None, None, normalizer, group_size=2, mean=True)
     logps = logits.detach().sum((1, 2)).requires_grad_()
-    grads = torch.autograd.grad(OPS.preference_loss(logps, None, *group)[0], (logps, *constants), allow_unused=True)
-    assert [g is not None for g in grads] == [True, False, False, False]
+    for of_logits, of_logps in [(_rpo_loss.eager, _preference_loss.eager), (_rpo_loss._traced, _preference_loss._traced)]:
+        loss = of_logits(logits, labels, Sequences(4), groups, LogitTransform(), False, backend, "")[0]
+        grads = torch.autograd.grad(loss, (logits, *constants), allow_unused=True)
+        assert [g is not None for g in grads] == [True, False, False, False]
+        grads = torch.autograd.grad(of_logps(logps, None, groups, backend)[0], (logps, *constants), allow_unused=True)
+        assert [g is not None for g in grads] == [True, False, False, False]
 
 
 def test_no_graph_is_built_where_no_gradient_is_wanted(device, backend):

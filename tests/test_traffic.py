@@ -22,16 +22,19 @@ import triton
 import triton.language as tl
 
 from rpo_kernels.kernels import launch as launch_settings_module
-from rpo_kernels.kernels import vocabulary
-from rpo_kernels.kernels.preference import preference_forward
+from rpo_kernels.inputs import Groups, LogitTransform, Sequences
+from rpo_kernels.kernels import vocabulary_backward as backward_module
+from rpo_kernels.kernels import vocabulary_forward as forward_module
+from rpo_kernels.kernels.group_pass import group_pass
 from rpo_kernels.kernels.rows import row_offset
 from rpo_kernels.kernels.scaling import scale
 from rpo_kernels.kernels.shards import combine
-from rpo_kernels.kernels.vocabulary import shard_statistics, vocabulary_backward, vocabulary_forward
+from rpo_kernels.kernels.vocabulary_backward import vocabulary_backward
+from rpo_kernels.kernels.vocabulary_forward import shard_statistics, vocabulary_forward
 from rpo_kernels.objectives import PRESETS
 from rpo_kernels.traffic import ledger
 
-PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
+PLAIN = LogitTransform()
 # An odd vocabulary below a tile, and one past the fp32 tile of eight warps.
 CASES = [(31, "contiguous"), (31, "transposed"), (2049, "shifted"), (2049, "padded")]
 
@@ -87,10 +90,9 @@ def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_l
     V, R = 2049, 3
     logits, labels = torch.randn(1, 12, V), some_labels(V).flatten()
     labels[5] = -1  # on another shard
-    options = PLAIN | {"entropy": True}
     with ledger() as launches:
-        statistics = shard_statistics(logits, labels, **options)
-        combine(torch.stack([statistics] * R), labels, **options)
+        statistics = shard_statistics(logits, labels, PLAIN, entropy=True)
+        combine(torch.stack([statistics] * R), labels, PLAIN, entropy=True)
     shard, together = launches
     here = int(((labels != -100) & (labels != -1)).sum())
     assert shard.loaded_bytes["logits"] == 4 * (int((labels != -100).sum()) * V + here)
@@ -139,9 +141,8 @@ def test_labels_outside_the_vocabulary_reach_no_memory():
     for outside in ([V, -1, V + 2, -3], [2**32 + 5, -(2**32), 2**40, -(2**62)]):  # near ones first: far ones would crash
         labels = torch.tensor([*outside, V - 1, 0])
         with ledger() as launches:
-            logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
-            vocabulary_backward(logits, labels, logps, lse, torch.ones(6), entropies=None, entropy_coef=None, upstream=None,
-                                out=torch.empty(1, 6, V), **PLAIN)  # fmt: skip
+            logps, lse, _ = vocabulary_forward(logits, labels, PLAIN)
+            vocabulary_backward(logits, labels, logps, lse, torch.ones(6), PLAIN, torch.empty(1, 6, V))
         assert all(map(clean, launches))
         assert launches[0].loads["logits"].sum() == 6 * V + 2
         assert logps.isnan().tolist() == [True] * 4 + [False] * 2
@@ -160,14 +161,13 @@ def group_batch(packed):
     return torch.where(labels == -100, 0, -torch.rand(shape)), labels, offsets if packed else None
 
 
-def group_pass(logps, labels, cu_seqlens, objective=None, **changes):
-    arguments = {
-        "labels": labels.flatten(), "ignore_index": -100, "sequences": 8, "group_size": 2, "lengths": None,
-        "cu_seqlens": cu_seqlens, "cu_groups": None, "ref_logps": None, "ref_per_token": False, "ref_weights": None,
-        "rewards": torch.randn(8), "normalizer": None, "sft_share": None, "mean": True,
-    }  # fmt: skip
+def one_pass(logps, labels, cu_seqlens, objective=None, sequences=8, lengths=None, **changes):
+    groups = Groups(objective or RPOObjective("squared"), torch.randn(8), None, None, None, None, group_size=2, mean=True)
+    labels = None if labels is None else labels.flatten()
     with ledger() as launches:
-        out = preference_forward(logps.flatten(), objective or RPOObjective("squared"), **arguments | changes)
+        out = group_pass(
+            logps.flatten(), labels, lengths, Sequences(sequences, cu_seqlens), groups._replace(**changes), -100
+        )
     (launch,) = launches
     return out, launch
 
@@ -178,14 +178,14 @@ def test_the_group_pass_reads_log_probs_and_references_once_and_labels_twice_and
     scored = (labels != -100).flatten().numpy()
     N = scored.size
     for objective in (RPOObjective("squared"), RPOObjective(average=True, sft_weight=0.1, sft_normalizer="tokens")):
-        _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True)
+        _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True)
         assert clean(launch)
         assert (launch.loads["logps"] == scored).all() and (launch.loads["ref_logps"][0] == scored).all()
         assert (launch.loads["labels"] == 2).all()  # to sum, and to spread the coefficients
         assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and once(launch.stores["sequence"])
         assert once(launch.stores["lengths"]) and launch.stores["loss"] == 1
         assert launch.loads["coef"].sum() == launch.loads["losses"].sum() == 0
-        _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, 8))
+        _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, 8))
         assert clean(launch) and once(launch.loads["ref_logps"]) and (launch.loads["logps"] == scored).all()
 
 
@@ -193,7 +193,7 @@ def test_each_further_reference_reads_the_log_probs_and_labels_again():
     logps, labels, offsets = group_batch(True)
     scored = (labels != -100).numpy()
     objective = RPOObjective("squared", reference="harmonic")
-    _, launch = group_pass(logps, labels, offsets, objective, ref_logps=torch.randn(3, scored.size), ref_per_token=True,
+    _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(3, scored.size), ref_per_token=True,
                            ref_weights=torch.full((3, 4), 1 / 3))  # fmt: skip
     assert clean(launch)
     assert (launch.loads["ref_logps"] == scored).all()
@@ -214,7 +214,7 @@ BROKEN = {
 @pytest.mark.parametrize("offsets", BROKEN.values(), ids=BROKEN)
 def test_offsets_that_do_not_partition_the_tokens_reach_no_other_memory_and_give_nan(offsets):
     labels = torch.zeros(100, dtype=torch.int64)
-    out, launch = group_pass(torch.randn(100), labels, torch.tensor(offsets, dtype=torch.int32), ref_logps=torch.randn(1, 100),
+    out, launch = one_pass(torch.randn(100), labels, torch.tensor(offsets, dtype=torch.int32), ref_logps=torch.randn(1, 100),
                              ref_per_token=True)  # fmt: skip
     loss, _, _, _, coef = out
     assert clean(launch)
@@ -237,7 +237,7 @@ BROKEN_GROUPS = {
 def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_give_nan(offsets, comparison):
     logps, labels, cu_seqlens = group_batch(True)
     objective = RPOObjective("backward_kl", comparison=comparison, sft_weight=0.1, sft_normalizer="mean", reference="geometric")
-    out, launch = group_pass(logps, labels, cu_seqlens, objective, cu_groups=torch.tensor(offsets, dtype=torch.int32),
+    out, launch = one_pass(logps, labels, cu_seqlens, objective, cu_groups=torch.tensor(offsets, dtype=torch.int32),
                              ref_logps=torch.randn(2, 8), ref_weights=torch.rand(2, 3))  # fmt: skip
     assert clean(launch)
     assert out[0].isnan() and out[4][labels != -100].isnan().all()
@@ -248,7 +248,7 @@ def test_ragged_groups_with_gaps_stay_within_their_tensors():
     logps, labels, cu_seqlens = group_batch(True)
     for offsets in ([0, 1, 1, 6, 8], [0, 0, 0, 8], [0, 8, 8], [0, *[3] * 200, 8]):
         for comparison in ("listwise", "pairwise", "pointwise"):
-            out, launch = group_pass(logps, labels, cu_seqlens, RPOObjective("forward_kl", comparison=comparison),
+            out, launch = one_pass(logps, labels, cu_seqlens, RPOObjective("forward_kl", comparison=comparison),
                                      cu_groups=torch.tensor(offsets, dtype=torch.int32))  # fmt: skip
             assert clean(launch)
             assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and out[0].isfinite()
@@ -276,7 +276,7 @@ def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
     reference = {} if objective.reference == "none" else {"ref_logps": torch.randn(4)}
     with ledger() as launches:
         loss = rpo_loss(logits, labels, rewards, objective, backend="triton", **reference).loss
-        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_preference_kernel"]
+        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_group_pass_kernel"]
         loss.backward()
         assert [launch.kernel for launch in launches[2:]] == ["_vocabulary_backward_kernel"]
     assert all(map(clean, launches))
@@ -284,7 +284,7 @@ def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
     with ledger() as launches:
         logps = torch.randn(4, requires_grad=True)
         preference_loss(logps, rewards, objective, lengths=lengths, backend="triton", **reference).loss.backward()
-    assert [launch.kernel for launch in launches] == ["_preference_kernel"]
+    assert [launch.kernel for launch in launches] == ["_group_pass_kernel"]
     assert clean(launches[0])
 
 
@@ -371,10 +371,9 @@ def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V)
         logits = memory[offset : offset + 3 * V].view(1, 3, V)
         labels = torch.tensor([0, V // 2, V - 1])
         with ledger() as launches:
-            logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+            logps, lse, _ = vocabulary_forward(logits, labels, PLAIN)
             for out in (torch.empty(1, 3, V, dtype=dtype), logits):
-                vocabulary_backward(logits, labels, logps, lse, torch.ones(3), entropies=None, entropy_coef=None, upstream=None,
-                                    out=out, **PLAIN)  # fmt: skip
+                vocabulary_backward(logits, labels, logps, lse, torch.ones(3), PLAIN, out)
         forward, beside, inplace = launches
         assert all(map(clean, launches))
         assert forward.loads["logits"].sum() == 3 * (V + 1)
@@ -385,13 +384,13 @@ def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V)
 def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
     """Forward a second launch puts the parts together; it reads three numbers of each part and the label's logit."""
     monkeypatch.setattr(launch_settings_module, "PART", 512)
-    monkeypatch.setattr(vocabulary, "splits_rows", lambda N, device: True)
+    for module in (forward_module, backward_module):
+        monkeypatch.setattr(module, "splits_rows", lambda N, device: True)
     V = 2048 + 777
     logits, labels = torch.randn(1, 3, V).half(), torch.tensor([7, -100, V - 1])
     with ledger() as launches:
-        logps, lse, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
-        vocabulary_backward(logits, labels, logps, lse, torch.ones(3), entropies=None, entropy_coef=None, upstream=None,
-                            out=logits, **PLAIN)  # fmt: skip
+        logps, lse, _ = vocabulary_forward(logits, labels, PLAIN)
+        vocabulary_backward(logits, labels, logps, lse, torch.ones(3), PLAIN, logits)
     forward, merge, backward = launches
     assert [x.kernel for x in launches] == ["_vocabulary_forward_kernel", "_vocabulary_merge_kernel", "_vocabulary_backward_kernel"]
     assert all(map(clean, launches))
@@ -409,7 +408,7 @@ def test_only_a_part_far_above_its_label_is_read_again(monkeypatch):
     logits, labels = torch.zeros(1, 2, V), torch.tensor([5, 5])
     logits[0, 1, V - 3] = 200.0
     with ledger() as launches:
-        logps, _, _ = vocabulary_forward(logits, labels, **PLAIN, entropy=False)
+        logps, _, _ = vocabulary_forward(logits, labels, PLAIN)
     loads = launches[0].loads["logits"][0].copy()
     loads[:, 5] -= 1
     assert (loads[0] == 1).all() and set(loads[1].tolist()) == {1, 3} and loads[1, V - 3] == 3 and loads[1, 0] == 1
@@ -460,21 +459,22 @@ class _Unlaunched:
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_logits_path_never_looks_at_its_device(monkeypatch, packed):
     """Tensors without values go through what runs on a GPU, so any look at a value raises: no sync, and a graph may capture it."""
-    from rpo_kernels.kernels import preference
-    from rpo_kernels.ops import rpo_loss as op
-    from rpo_kernels.ops import token_logps as rows
+    from rpo_kernels.kernels import group_pass as group_module
+    from rpo_kernels.ops.rpo_loss import _rpo_loss
+    from rpo_kernels.ops.token_logps import _dlogits_inplace_op, _dlogits_op
 
-    for launcher in (vocabulary._launch_forward, vocabulary._launch_backward, preference._launch):
-        monkeypatch.setattr(launcher, "kernel", _Unlaunched())
+    for module, kernel in [
+        (forward_module, "_vocabulary_forward_kernel"), (forward_module, "_vocabulary_merge_kernel"),
+        (backward_module, "_vocabulary_backward_kernel"), (group_module, "_group_pass_kernel"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(module, kernel, _Unlaunched())
     S, T, V = 4, 5, 33
     meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
     logits, labels = (meta(S * T, V), meta(S * T, dtype=torch.int64)) if packed else (meta(S, T, V), meta(S, T, dtype=torch.int64))
-    offsets = meta(S + 1, dtype=torch.int32) if packed else None
-    spec = RPOObjective().spec
+    sequences = Sequences(S, meta(S + 1, dtype=torch.int32) if packed else None)
+    groups = Groups(RPOObjective(), meta(S), meta(1, S), None, None, None, group_size=2, mean=True)
     with pytest.raises(RuntimeError, match="meta"):
         logits[0].sum().item()
-    loss, _, _, _, coef, logps, lse, _ = op._forward_op.function(
-        logits, labels, offsets, meta(S), meta(1, S), None, None, None, 2, spec, True, "triton", 1.0, 1.0, 0.0, -100, True
-    )
-    for backward in (rows._backward_op, rows._backward_inplace_op):
-        backward.function(logits, labels, logps, lse, coef, loss, None, None, 1.0, 1.0, 0.0, -100, "triton")
+    loss, _, _, _, coef, logps, lse, _ = _rpo_loss.eager(logits, labels, sequences, groups, LogitTransform(), True, "triton", "")
+    for backward in (_dlogits_op, _dlogits_inplace_op):
+        backward.eager(logits, labels, logps, lse, coef, loss, None, None, LogitTransform(), "triton")

@@ -61,7 +61,7 @@ def test_every_candidate_is_a_legal_row_of_a_table(tmp_path):
 
 
 def test_the_table_keeps_other_rows_and_merges_equal_neighbours(tmp_path):
-    one = {"lanes": 256, "vec": 8, "num_warps": 8, "num_stages": 1, "polynomial": 0, "max_registers": 0}
+    one = {"lanes": 256, "vec": 8, "num_warps": 8, "num_stages": 1, "max_registers": 0}
     two = one | {"num_stages": 2}
     winners = {5000: one | {"evidence": "e1"}, 6000: one | {"evidence": "e2"}, 9000: two | {"evidence": "e3"}}
     rows = tune.table_rows("sm_90", "forward", 2, winners | {300: one | {"evidence": "e0"}})

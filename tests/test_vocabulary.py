@@ -16,8 +16,9 @@ from rpo_kernels import (
     token_logps,
     token_logps_and_entropy,
 )
-from rpo_kernels.kernels import launch, vocabulary
-from rpo_kernels.kernels.primitives import exp2_polynomial
+from rpo_kernels.backend import engine
+from rpo_kernels.inputs import LogitTransform
+from rpo_kernels.kernels import launch, vocabulary_backward, vocabulary_forward
 
 from .helpers import HAS_GPU, kernel_dtypes, poisoned_memory, worst
 
@@ -305,7 +306,12 @@ def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, arch, de
 def many_parts(monkeypatch):
     """Rows in parts of one tile or a few; yields a switch between one program per row and one per part."""
     monkeypatch.setattr(launch, "PART", 512)
-    return lambda split: monkeypatch.setattr(vocabulary, "splits_rows", lambda N, device: split)
+
+    def switch(split):
+        for module in (vocabulary_forward, vocabulary_backward):
+            monkeypatch.setattr(module, "splits_rows", lambda N, device: split)
+
+    return switch
 
 
 def test_a_row_has_the_same_bits_whether_one_program_reads_it_or_several(many_parts, device):
@@ -375,61 +381,67 @@ def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatev
 def test_more_rows_than_programs_are_all_done(monkeypatch, device):
     x, labels = torch.randn(7, 33, device=device), torch.randint(0, 33, (7,), device=device)
     expected = with_gradient(x, labels, "triton")
-    monkeypatch.setattr(vocabulary, "MAX_PROGRAMS", 3)
+    for module in (vocabulary_forward, vocabulary_backward):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 3)
     assert all(map(torch.equal, with_gradient(x, labels, "triton"), expected))
 
 
 def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
     """Logits in padded rows, gradients in rows without padding: 16-byte writes, and reads as wide as the rows allow."""
     V = 1029
-    plain = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
+    plain, backward = LogitTransform(), vocabulary_backward.vocabulary_backward
     x = torch.randn(1, 4, V + 11, device=device).half()[..., 3 : V + 3]
     labels = torch.tensor([0, -100, 517, V - 1], device=device)
-    logps, lse, _ = vocabulary.vocabulary_forward(x, labels, entropy=False, **plain)
+    logps, lse, _ = vocabulary_forward.vocabulary_forward(x, labels, plain)
     coef = torch.tensor([1.0, 1.0, -2.0, 0.5], device=device)
     out = torch.full((1, 4, V), float("nan"), dtype=torch.float16, device=device)
-    rest = {"entropies": None, "entropy_coef": None, "upstream": None, **plain}
-    vocabulary.vocabulary_backward(x, labels, logps, lse, coef, out=out, **rest)
+    backward(x, labels, logps, lse, coef, plain, out)
     inplace = x.clone()
-    vocabulary.vocabulary_backward(
-        inplace, labels, logps, lse, coef, entropies=None, entropy_coef=None, upstream=None, out=inplace, **plain
-    )
+    backward(inplace, labels, logps, lse, coef, plain, inplace)
     assert torch.equal(out, inplace)
     _, _, truth64 = truth(x[0], labels, logp_weight=coef.double())
     assert worst(out[0], truth64) <= torch.finfo(torch.float16).eps * float(truth64.abs().max())
 
 
-@triton.jit
-def _polynomial_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, exp2_polynomial(tl.load(x_ptr + at)))
-
-
-def test_the_polynomial_is_as_exact_as_the_chip_s_exponential(device):
-    """Relative error below 2^-22, which PTX promises of ex2.approx; NaN and what is beyond fp32 are seen as such."""
-    x = torch.cat([torch.linspace(-126, 126.9, 1 << 16), torch.linspace(-2, 2, 1 << 16)]).to(device)
-    out = torch.empty_like(x)
-    _polynomial_kernel[(len(x) // 4096,)](x, out, BLOCK=4096)
-    assert float((out.double() / x.double().exp2() - 1).abs().max()) < 2**-22
+@pytest.mark.parametrize("entropy", [False, True])
+def test_shards_without_a_finite_column_add_nothing(entropy, backend, device):
+    """A vocabulary that is padded with -inf meets them on its last rank; a part of a row may be one too."""
     inf = float("inf")
-    x = torch.tensor([-127.0, -300.0, -inf, 128.0, 1e6, inf, float("nan"), 0.0], device=device)
-    out = torch.empty_like(x)
-    _polynomial_kernel[(1,)](x, out, BLOCK=8)
-    assert (out[:3] <= 2.0**-126).all() and not (out[3:7] < 2.0**100).any() and abs(float(out[7]) - 1) < 2**-22
+    rows = torch.tensor([
+        [-inf, -inf, -inf, -inf, -inf, -8.4, -inf, -inf],  # nothing but the label
+        [-inf, -inf, -inf, -inf, -120.0, -117.0, -118.5, -119.0],  # nothing on the first shard, little on the second
+        [-120.0, -117.0, -118.5, -119.0, -inf, -inf, -inf, -inf],
+        [1.0, 2.0, 3.0, 4.0, -inf, -inf, -inf, -inf],
+        [-inf, -inf, -inf, -inf, 90.0, -3.0, 2.0, 91.0],
+    ], device=device)  # fmt: skip
+    labels, transform = torch.tensor([5, 5, 1, 2, 5], device=device), LogitTransform()
+    modules = {x: engine("test", backend, torch.device(device), x) for x in ("vocabulary_forward", "shards")}
+    statistics = [
+        modules["vocabulary_forward"].shard_statistics(part[None].contiguous(), local, transform, entropy)
+        for part, local in (
+            (rows[:, :4], torch.where(labels < 4, labels, -1)),
+            (rows[:, 4:], torch.where(labels >= 4, labels - 4, -1)),
+        )
+    ]
+    logps, lse, entropies = modules["shards"].combine(torch.stack(statistics), labels, transform, entropy)
+    assert worst(logps, reference.token_logps(rows.double(), labels)) < 1e-5
+    assert lse.isfinite().all()
+    if entropy:
+        assert worst(entropies, reference.token_entropy(rows.double(), labels)) < 1e-5
 
 
-def test_the_share_of_the_polynomial_changes_nothing_but_last_digits(device):
-    V = 8 * 2048
-    x = (torch.randn(2, V, device=device) * 6).half()
-    labels = torch.tensor([3, V - 1], device=device)
-    assert (
-        launch.launch_settings("forward", V, 2, "sm_100").polynomial
-        and not launch.launch_settings("forward", V, 2, "sm_90").polynomial
-    )
-    with launch.assumed_arch("sm_100"):
-        with_polynomial = token_logps(x, labels, backend="triton")
-    expected = reference.token_logps(x.double(), labels)
-    assert worst(with_polynomial, expected) <= 2 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+@pytest.mark.parametrize("split", [False, True])
+def test_parts_of_a_row_without_a_finite_column_add_nothing(split, many_parts, device):
+    many_parts(split)
+    V = 2048 + 777
+    x = torch.full((3, V), float("-inf"), device=device)
+    x[0, 5] = -8.4
+    x[1, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)
+    x[2, 7], x[2, 2500:2502] = -90.0, 3.0
+    labels = torch.tensor([5, 2001, 7], device=device)
+    ours = with_gradient(x, labels, "triton")
+    assert worst(ours[0], reference.token_logps(x.double(), labels)) < 1e-5
+    assert ours[-1].isfinite().all()
 
 
 def test_launch_settings_come_from_the_table_and_a_user_s_table_comes_first(monkeypatch, tmp_path):

@@ -92,7 +92,7 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
     # Beside the logits: a few numbers per token, and the logit of the label once more.
     models = {
         "_vocabulary_forward_kernel": (scored * (V + 1) * size, 0, "each scored row read once"),
-        "_preference_kernel": (0, 0, "log-probs and references once, labels twice"),
+        "_group_pass_kernel": (0, 0, "log-probs and references once, labels twice"),
         "_vocabulary_backward_kernel": (scored * V * size, N * V * size, "each scored row read once, every row written once"),
     }
     rows = []
@@ -101,7 +101,7 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
         reads, writes, model = models[launch.kernel]
         per_token = 64 * N + 4096  # bytes
         ok = read <= reads + per_token and written <= writes + per_token and not launch.stray and not launch.races
-        over_tokens = launch.kernel == "_preference_kernel"
+        over_tokens = launch.kernel == "_group_pass_kernel"
         unit, units = ("token", N) if over_tokens else ("logit", N * V)
         rows.append(_row(call, launch.kernel.strip("_").removesuffix("_kernel"), read, written, unit, units, model, ok))
     rows.append(

@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 
 from .. import __version__, reference
+from ..inputs import LogitTransform
 from ..kernels.launch import LaunchSettings, arch_of, assumed_arch, read_table
 from .chips import CHIPS
 from .table import show
@@ -36,14 +37,13 @@ from .timing import flush_cache, is_device_lost, seconds
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("forward", "backward")
-TUNED = ("lanes", "vec", "num_warps", "num_stages", "polynomial", "max_registers")
+TUNED = ("lanes", "vec", "num_warps", "num_stages", "max_registers")
 COLUMNS = {"op": "pass", "dtype": "dtype", "V": "V", **dict(zip(TUNED, TUNED)), "status": "status", "figure": ""}
 LOGITS_BYTES = 2 << 30  # of one launch: several times any cache
 ROUNDS = 15
 WITHIN = 0.01  # of the fastest, an earlier candidate is preferred
 ENOUGH = 1.3  # times the bandwidth, that arithmetic must allow
 SMALL_V = 4096  # below it a row is one warp's work
-PLAIN = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "ignore_index": -100}
 
 
 def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[LaunchSettings]:
@@ -57,20 +57,19 @@ def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[Launch
         shapes = [(8, 64), (4, 64), (4, 72), (4, 80), (4, 96), (16, 64), (8, 0)]
     else:
         shapes = [(8, 0), (4, 0), (16, 0)]
-    # Exponentials bind where the memory is as fast as Blackwell's, and then for 2-byte logits that are only read.
-    polynomials = (8, 0) if op == "forward" and element_size == 2 and arch.startswith("sm_10") else (0,)
     stages, vectors = ((2, 1), (1, 2)) if op == "forward" else ((1,), (2, 1))
-    for polynomial, stage, vector, (warps, registers) in itertools.product(polynomials, stages, vectors, shapes):
+    for stage, vector, (warps, registers) in itertools.product(stages, vectors, shapes):
         lanes = (64 if amd else 32) * warps * vector
-        yield LaunchSettings(lanes, 16 // element_size, warps, stage, polynomial, registers)
+        yield LaunchSettings(lanes, 16 // element_size, warps, stage, registers)
 
 
 @contextlib.contextmanager
 def launching_with(settings: LaunchSettings) -> Iterator[None]:
     """Row passes launched with these settings, whatever their table says. The one place that knows how kernels take them."""
-    from ..kernels import vocabulary
+    from ..kernels import vocabulary_backward, vocabulary_forward
 
-    with mock.patch.object(vocabulary, "launch_settings", lambda *_, **__: settings):
+    given = {"launch_settings": lambda *_: settings}
+    with mock.patch.multiple(vocabulary_forward, **given), mock.patch.multiple(vocabulary_backward, **given):
         yield
 
 
@@ -95,16 +94,15 @@ class RowPass:
         self.forward()  # with the settings of the table: what a backward needs
 
     def forward(self) -> None:
-        from ..kernels.vocabulary import vocabulary_forward
+        from ..kernels.vocabulary_forward import vocabulary_forward
 
-        self.saved = vocabulary_forward(self.logits, self.labels, entropy=False, **PLAIN)
+        self.saved = vocabulary_forward(self.logits, self.labels, LogitTransform())
 
     def backward(self) -> None:
-        from ..kernels.vocabulary import vocabulary_backward
+        from ..kernels.vocabulary_backward import vocabulary_backward
 
         logps, lse, _ = self.saved
-        vocabulary_backward(self.logits, self.labels, logps, lse, self.coef, entropies=None, entropy_coef=None, upstream=None,
-                            out=self.out, **PLAIN)  # fmt: skip
+        vocabulary_backward(self.logits, self.labels, logps, lse, self.coef, LogitTransform(), self.out)
 
     def bytes(self, op: str) -> int:
         return self.logits.nbytes * (1 if op == "forward" else 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..inputs import Groups, LogitTransform, Sequences
 from ..objectives import COMPARISONS, DISTANCES, RPOObjective
 from ..offline import Launch, recorded_launches
 
@@ -77,42 +78,43 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) -> None:
     """Forward and backward of three rows."""
-    from ..kernels.vocabulary import vocabulary_backward, vocabulary_forward
+    from ..kernels.vocabulary_backward import vocabulary_backward
+    from ..kernels.vocabulary_forward import vocabulary_forward
 
     logits, labels = meta(1, 3, V, dtype=dtype), meta(3, dtype=torch.int64)
-    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0 if softcap else 0.0, "ignore_index": -100}
-    vocabulary_forward(logits, labels, entropy=entropy, **options)
+    transform = LogitTransform(softcap=30.0 if softcap else 0.0)
+    vocabulary_forward(logits, labels, transform, entropy)
     entropies = meta(3) if entropy else None
-    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), entropies=entropies, entropy_coef=entropies,
-                        upstream=meta(), out=logits, **options)  # fmt: skip
+    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), transform, logits, entropies=entropies,
+                        entropy_coef=entropies, upstream=meta())  # fmt: skip
 
 
 def launch_shards(dtype: torch.dtype, columns: int) -> None:
-    """Statistics of one of eight shards of a vocabulary, and what puts those of three rows together."""
+    """Statistics of one of eight shards of a vocabulary, and what combines those of three rows."""
     from ..kernels.shards import combine
-    from ..kernels.vocabulary import shard_statistics
+    from ..kernels.vocabulary_forward import shard_statistics
 
-    options = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 30.0, "ignore_index": -2, "entropy": True}
-    shard_statistics(meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), **options)
-    combine(meta(8, 4, 3), meta(3, dtype=torch.int64), **options)
+    transform = LogitTransform(softcap=30.0, ignore_index=-2)
+    shard_statistics(meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), transform, entropy=True)
+    combine(meta(8, 4, 3), meta(3, dtype=torch.int64), transform, entropy=True)
 
 
 def launch_group_pass(
     objective: RPOObjective, *, tokens: int = 512, packed: bool = False, K: int = 2, per_token: bool = True
 ) -> None:
     """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for ragged groups."""
-    from ..kernels.preference import preference_forward
+    from ..kernels.group_pass import group_pass
 
     S, N = 256, 256 * max(tokens, 1)
     offsets = meta(S + 1, dtype=torch.int32)
     R = 0 if objective.reference == "none" else 1 if objective.reference == "single" else 3
-    preference_forward(
-        meta(N), objective, labels=meta(N, dtype=torch.int64) if tokens else None, ignore_index=-100, sequences=S,
-        group_size=K or 2, lengths=None if tokens else offsets[1:], cu_seqlens=offsets if packed else None,
-        cu_groups=None if K else offsets[:101], ref_logps=meta(R, N if per_token else S) if R else None,
-        ref_per_token=per_token and R > 0, ref_weights=meta(R, S // K if K else 100) if R > 1 else None,
-        rewards=meta(S) if objective.uses_rewards else None, normalizer=meta() if packed else None, sft_share=None, mean=True,
+    groups = Groups(
+        objective, rewards=meta(S) if objective.uses_rewards else None, ref_logps=meta(R, N if per_token else S) if R else None,
+        ref_weights=meta(R, S // K if K else 100) if R > 1 else None, cu_groups=None if K else offsets[:101],
+        normalizer=meta() if packed else None, group_size=K or 2, mean=True, ref_per_token=per_token and R > 0,
     )  # fmt: skip
+    labels, lengths = (meta(N, dtype=torch.int64), None) if tokens else (None, offsets[1:])
+    group_pass(meta(N), labels, lengths, Sequences(S, offsets if packed else None), groups, -100)
 
 
 def launch_scale(dtype: torch.dtype) -> None:

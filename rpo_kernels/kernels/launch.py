@@ -10,11 +10,10 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,8 +36,6 @@ class LaunchSettings:
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
         num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
-        polynomial: of every so many columns two get their exponentials from multiply-adds instead; 2, 4 or 8; 0: none (forward
-            without softcap and entropy).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
@@ -47,7 +44,6 @@ class LaunchSettings:
     vec: int
     num_warps: int
     num_stages: int = 1
-    polynomial: int = 0
     max_registers: int = 0
     evidence: str = ""
 
@@ -91,7 +87,7 @@ def read_table(path: Path) -> list[dict]:
     except (OSError, ValueError) as error:
         raise ValueError(f"expected a JSON list of launch settings in {path}; {error}") from None
     known = {f.name for f in fields(LaunchSettings)} | {"arch", "op", "element_size", "V_at_least"}
-    needed = known - {"num_stages", "polynomial", "max_registers"}
+    needed = known - {"num_stages", "max_registers"}
     for row in rows:
         if not needed <= set(row) <= known:
             wrong = sorted(needed - set(row)) or sorted(set(row) - known)
@@ -103,8 +99,6 @@ def read_table(path: Path) -> list[dict]:
             raise ValueError(f"`vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
         if row.get("num_stages", 1) < 1:
             raise ValueError(f"`num_stages` must be >= 1 in {path}, got {row}")
-        if row.get("polynomial", 0) not in (allowed := [0, *(n for n in (2, 4, 8) if n <= row["vec"])]):
-            raise ValueError(f"`polynomial` must be one of {allowed} in {path}, got {row}")
     return rows
 
 
@@ -127,49 +121,11 @@ def _age(arch: str, listed: str) -> int | None:
     return age if age >= 0 else None
 
 
-class Launcher:
-    """Launches one kernel as ``kernel[(programs,)](...)`` does, at a fraction of the time that takes the CPU.
-
-    Triton looks at every argument of every launch for what to compile, 20 to 40 us for as many as our kernels have. They are
-    compiled for types and constants alone, of which a training loop has few: what was compiled for them once is launched without a
-    look; knobs of Triton's compiler count at the first launch. And on the device of the first tensor, on its current stream,
-    whichever device is current.
-
-    Args:
-        kernel: takes pointers, integers, floats and constexprs, in this order. Compiled neither for values of numbers nor for
-            alignments of pointers.
-    """
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self._compiled: dict[tuple, tuple[Any, list]] = {}
-
-    def __call__(
-        self,
-        programs: int,
-        pointers: Sequence[torch.Tensor | None],
-        integers: Sequence[int],
-        floats: Sequence[float],
-        constants: dict[str, Any],
-    ) -> None:
-        """``constants``: constexprs by name, and options of the compiler, in the same order in every call."""
-        device = pointers[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self(programs, pointers, integers, floats, constants)
-        args = (*pointers, *integers, *map(float, floats))
-        is_short = -(2**31) <= min(integers) and max(integers) < 2**31
-        key = (device, *[x if x is None else x.dtype for x in pointers], *constants.values())
-        if torch.version.hip:  # Triton compiles for AMD whether tensors are within reach of 32-bit offsets
-            key += tuple(x is not None and x.untyped_storage().nbytes() < 2**31 for x in pointers)
-        known = self._compiled.get(key) if is_short else None
-        if known is not None:
-            compiled, tail = known
-            compiled[programs, 1, 1](*args, *tail)
-            return
-        compiled = self.kernel[(programs,)](*args, **constants)
-        if is_short and compiled is not None:  # there is none in the interpreter
-            self._compiled[key] = compiled, [constants[name] for name in self.kernel.arg_names[len(args) :]]
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Within it the device of x is the current one, on which Triton launches."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 _assumed: str | None = None

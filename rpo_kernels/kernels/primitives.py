@@ -67,26 +67,6 @@ def tanh(x):
 
 
 @triton.jit
-def exp2_polynomial(x):
-    """2^x by multiply-adds alone, relative error below 2^-22 for results in fp32's normal range; 0 below it.
-
-    x = n + f with |f| <= 1/2; the polynomial gives 2^f to 8e-8, and n is added to its exponent. Above 127 the result is huge, but
-    not inf; so it may be for NaN.
-    """
-    x = tl.minimum(tl.maximum(x, -127.0, tl.PropagateNan.ALL), 127.0, tl.PropagateNan.ALL)
-    rounder = 12582912.0  # 1.5 * 2^23: added to it, x becomes an integer in the low bits
-    shifted = x + rounder
-    f = x - (shifted - rounder)
-    series = 9.675574114366148e-3 + f * 1.3280353488866817e-3
-    series = 5.5507012822408046e-2 + f * series
-    series = 2.4022118906920903e-1 + f * series
-    series = 6.931469743860004e-1 + f * series
-    series = 1.0000000719066822 + f * series
-    bits = series.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def split_exponent(x):
     """(k, m) with x = 2^k m and 1 <= m < 2, both fp32, for normal x > 0; m = 0 for 0."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) - 127

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import exp2_polynomial, tanh
+from .primitives import tanh
 
 # Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
 RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width", "ignore_index"]
@@ -59,15 +59,9 @@ def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFT
 
 
 @triton.jit
-def _add(sums, moments, t, cols, HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr):
-    """Add the powers 2^t of one tile, slot by slot, and 2^t t; cols ``[1, VEC]`` are those of its first vector.
-
-    Two adjacent of every POLYNOMIAL columns (0: none) cost multiply-adds, in pairs where the chip has such: which ones depends on
-    nothing but the column. Where cols are not constants, every element costs both ways.
-    """
+def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr):
+    """Add the powers 2^t of one tile, slot by slot, and 2^t t."""
     weights = tl.exp2(t)
-    if POLYNOMIAL > 0:
-        weights = tl.where((cols & (POLYNOMIAL - 2)) == 0, exp2_polynomial(t), weights)
     if HAS_ENTROPY:
         moments = tl.fma(weights, tl.maximum(t, NOTHING), moments)
     return sums + weights, moments
@@ -76,29 +70,28 @@ def _add(sums, moments, t, cols, HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.const
 @triton.jit
 def _add_edge(
     sums, moments, ptr, column, lane, label, width, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Add the vector from ``column`` on, as far as it lies in [0, width), to one lane."""
     cols = column + tl.arange(0, sums.shape[1])[None, :]
     valid = (cols >= 0) & (cols < width)
     _, t = exponents(tl.load(ptr + cols, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
     here = valid & (cols != label) & (tl.arange(0, sums.shape[0])[:, None] == lane)
-    return _add(sums, moments, tl.where(here, t, float("-inf")), cols, HAS_ENTROPY, POLYNOMIAL)
+    return _add(sums, moments, tl.where(here, t, float("-inf")), HAS_ENTROPY)
 
 
 @triton.jit
 def _add_tiles(
     sums, moments, body, vectors, label, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    POLYNOMIAL: tl.constexpr, PHASE: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add whole vectors from an aligned address on. ``label`` counts from there; ``PHASE`` is the column there, mod POLYNOMIAL."""
+    """Add whole vectors from an aligned address on. ``label`` counts from there."""
     LANES: tl.constexpr = sums.shape[0]
     VEC: tl.constexpr = sums.shape[1]
     dtype: tl.constexpr = body.dtype.element_ty
     lanes = tl.arange(0, LANES)[:, None]
     in_vector = tl.arange(0, VEC)[None, :]
     words = tl.multiple_of(body.to(tl.pointer_type(tl.int32), bitcast=True), 16) + (lanes * 4 + tl.arange(0, 4)[None, :])
-    cols = PHASE + in_vector
     full = vectors // LANES
     tiles = (vectors + LANES - 1) // LANES
     tile = 0
@@ -107,7 +100,7 @@ def _add_tiles(
         if (label >= tile * LANES * VEC) & (label < full * LANES * VEC):
             until = label // (LANES * VEC)
         pairs = (until - tile) // 2 if STAGES > 1 else 0
-        if pairs > 0:  # two tiles are on their way while one is worked off
+        if pairs > 0:  # two tiles are loaded while one is processed
             at = words + tile * (LANES * 4)
             x = tl.load(at)
             x1 = tl.load(at + LANES * 4)
@@ -115,14 +108,14 @@ def _add_tiles(
                 at += 2 * LANES * 4
                 t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
                 x = tl.load(at)
-                sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+                sums, moments = _add(sums, moments, t, HAS_ENTROPY)
                 t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
                 x1 = tl.load(at + LANES * 4)
-                sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+                sums, moments = _add(sums, moments, t, HAS_ENTROPY)
             t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
             t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
             tile += 2 * pairs
         for i in range(tile, tl.minimum(until + 1, tiles)):
             valid = i * LANES + lanes < vectors  # constant over a vector
@@ -130,7 +123,7 @@ def _add_tiles(
             _, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
             at = label - i * LANES * VEC
             t = tl.where(valid & ((lanes != at // VEC) | (in_vector != at % VEC)), t, float("-inf"))
-            sums, moments = _add(sums, moments, t, cols, HAS_ENTROPY, POLYNOMIAL)
+            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
         tile = until + 1
     return sums, moments
 
@@ -156,15 +149,14 @@ def _exact_sum(x, LIMIT: tl.constexpr):
 @triton.jit
 def sums_of_exponentials(
     row_ptr, first, stop, label, shift, pre, scale2, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    POLYNOMIAL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(sum of 2^t, sum of 2^t t) over columns [first, stop) without the label's.
 
-    Columns a whole number of tiles apart share a sum, in their order, and these sums are put together exactly: wherever the row
-    lies in memory, the result has the same bits. Two of every POLYNOMIAL columns are spared the unit for exponentials.
+    Columns a whole number of tiles apart share a sum, in their order, and these sums are added exactly: wherever the row lies in
+    memory, the result has the same bits.
     ``stop - first`` is a multiple of the tile, but in the last part of a row.
     """
-    PHASES: tl.constexpr = POLYNOMIAL if POLYNOMIAL > 0 else 1
     width = stop - first
     label -= first
     ptr = row_ptr + first
@@ -175,14 +167,11 @@ def sums_of_exponentials(
     moments = tl.zeros([LANES, VEC], tl.float32)
     if head > 0:
         sums, moments = _add_edge(sums, moments, ptr, head - VEC, LANES - 1, label, width, pre, scale2, shift,
-                                  HAS_SOFTCAP, HAS_ENTROPY, POLYNOMIAL)  # fmt: skip
-    for phase in tl.static_range(PHASES):  # code for each, so that registers know what columns they hold
-        if head % PHASES == phase:
-            sums, moments = _add_tiles(sums, moments, body, vectors, label - head, pre, scale2, shift, HAS_SOFTCAP, HAS_ENTROPY,
-                                       POLYNOMIAL, phase, STAGES)  # fmt: skip
+                                  HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
+    sums, moments = _add_tiles(sums, moments, body, vectors, label - head, pre, scale2, shift, HAS_SOFTCAP, HAS_ENTROPY, STAGES)
     if vectors * VEC < width - head:
         sums, moments = _add_edge(sums, moments, ptr, head + vectors * VEC, vectors % LANES, label, width, pre, scale2, shift,
-                                  HAS_SOFTCAP, HAS_ENTROPY, POLYNOMIAL)  # fmt: skip
+                                  HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
     moment = 0.0
     if HAS_ENTROPY:
         moment = _exact_sum(moments, 100)

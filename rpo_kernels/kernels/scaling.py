@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import on_device_of
 
 _BLOCK = 4096
 _PROGRAMS = 1024  # several per multiprocessor; a program that has nothing to do costs nanoseconds
@@ -35,13 +35,10 @@ def _scale_kernel(
             tl.store(at + offsets, (x * factor).to(x_ptr.dtype.element_ty), mask=offsets < left)
 
 
-_launch = Launcher(_scale_kernel)
-
-
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor in place; x contiguous, factor fp32 ``[]``."""
     size = x.numel()
     if size:
         aligned = x.data_ptr() % 16 == 0 and size % 16 == 0
-        constants = {"ALIGNED": aligned, "BLOCK": _BLOCK, "num_warps": 8}
-        _launch(min(_PROGRAMS, -(-size // _BLOCK)), (x, factor), (size,), (), constants)
+        with on_device_of(x):
+            _scale_kernel[(min(_PROGRAMS, -(-size // _BLOCK)),)](x, factor, size, ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8)

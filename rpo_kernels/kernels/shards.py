@@ -1,4 +1,4 @@
-"""Rows whose columns lie on several ranks: their statistics put together."""
+"""Rows whose columns lie on several ranks: their statistics combined."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .forward import finish, merge
-from .launch import Launcher
+from ..inputs import LogitTransform
+from .launch import on_device_of
 from .primitives import ANYWHERE, LOG2E
-from .vocabulary import transform_factors
+from .vocabulary_forward import LEAST, finish, merge
 
 BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["N", "R", "ignore_index"], do_not_specialize_on_alignment=ANYWHERE)
 def _shards_combine_kernel(
-    statistics_ptr,  # in   [R, 3 or 4, N] fp32, of ``vocabulary.shard_statistics``
+    statistics_ptr,  # in   [R, 3 or 4, N] fp32, of ``vocabulary_forward.shard_statistics``
     labels_ptr,  # in   [N] int
     logps_ptr,  # out  [N] fp32; 0 where ignored, NaN where two shards hold the label
     lse_ptr,  # out  [2, N] fp32, (integer, fraction)
@@ -38,7 +38,7 @@ def _shards_combine_kernel(
     pitch = (tl.zeros([], tl.int64) + N) * fields
     y_label = tl.full([BLOCK], float("-inf"), tl.float32)
     owners = tl.zeros([BLOCK], tl.int32)
-    top = tl.full([BLOCK], -1e30, tl.float32)  # less than any
+    top = tl.full([BLOCK], LEAST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
     for r in range(R):
@@ -62,27 +62,18 @@ def _shards_combine_kernel(
         tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=valid)
 
 
-_launch = Launcher(_shards_combine_kernel)
-
-
 def combine(
-    statistics: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    entropy: bool,
+    statistics: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``vocabulary.vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
+    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
     R, _, N = statistics.shape
     logps = torch.empty(N, dtype=torch.float32, device=statistics.device)
     lse = torch.empty((2, N), dtype=torch.float32, device=statistics.device)
     entropies = torch.empty_like(logps) if entropy else None
     if N:
-        _launch(
-            -(-N // BLOCK), (statistics, labels, logps, lse, entropies), (N, R, ignore_index),
-            transform_factors(temperature, logit_scale, softcap)[1:], {"HAS_ENTROPY": entropy, "BLOCK": BLOCK, "num_warps": 4},
-        )  # fmt: skip
+        with on_device_of(statistics):
+            _shards_combine_kernel[(-(-N // BLOCK),)](
+                statistics, labels, logps, lse, entropies, N, R, transform.ignore_index, transform.factors[1],
+                HAS_ENTROPY=entropy, BLOCK=BLOCK, num_warps=4,
+            )  # fmt: skip
     return logps, lse, entropies

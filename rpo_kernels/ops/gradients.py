@@ -1,166 +1,356 @@
-"""Gradients of an lm_head's leaves, gathered chunk by chunk from dlogits.
+"""Gradients of an lm_head whose coefficients come late.
 
-dlogits wait in a buffer until it is full, so that few large GEMMs make the weight's gradient. Rows of hidden states, of which each
-rank of a process group has a part, are summed over the ranks as soon as a chunk's are there, beside the GEMMs of the next.
+The gradient of a token's log-probability in its logits, P = d logp / d logits, does not depend on the loss. So a chunk of logits turns
+into P at once, P into U = P weight, and the coefficients c = dL / dlogp enter when they are known, on the small side of both GEMMs:
+
+    dhidden = c * U        dweight = P^T (c * hidden)        dbias = P^T c
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import distributed, gemm
-from .head import Chunks, Head, Leaves, Scored
+from .head import Chunks, Head, Leaves, Options, Rows, buffer
+
+
+def over_tokens(needs: list[bool]) -> bool:
+    """Whether a gradient is asked for that sums over tokens, for which P is kept."""
+    needs = Leaves(*needs)
+    return bool(needs.weight or needs.bias or needs.lora_weight)
+
+
+def spared_bytes(leaves: Leaves, needs: list[bool], options: Options, weight_grad: Tensor | None) -> int:
+    """Of a column of the head: what an fp32 sum of dweight takes that is not needed where it comes from one GEMM."""
+    sums = needs[1] and leaves.weight.dtype == options.compute_dtype == torch.bfloat16
+    return 4 * leaves.weight.shape[1] if sums and (weight_grad is None or weight_grad.dtype != torch.float32) else 0
+
+
+class Kept(NamedTuple):
+    """What waits for coefficients, as tensors that autograd can save. Buffers may have more rows than are in use."""
+
+    index: Tensor  # [n] int64: flat positions of the rows
+    labels: Tensor  # [n] int64
+    logps: Tensor  # [n] fp32
+    lse: Tensor  # [2, n] fp32
+    entropies: Tensor  # [n] fp32, or empty
+    p: Tensor  # [k, V]: P of the last rows
+    u: Tensor  # [n, H] fp32: P weight
+    u_lora: Tensor  # [n, r] fp32: P lora_weight
+    sizes: Tensor  # [2] int64 on the CPU: n, and how many of the rows have no P
+
+
+class LiveReference(NamedTuple):
+    """A reference policy whose log-probabilities of the same rows are computed beside the policy's."""
+
+    head: Head
+    rows: Rows
+    logps: Tensor  # [n] fp32
+
+
+class Store:
+    """Log-probabilities of rows, and what their gradients are made of once their coefficients are known.
+
+    P of as many rows as fit the workspace waits for coefficients, the last ones read; logits of the others are computed once more.
+    U of all rows waits.
+    """
+
+    def __init__(self, head: Head, rows: Rows, needs: list[bool], chunks: Chunks, entropy: bool = False, size: int | None = None):
+        """``size``: of the buffers, where it is to be another than the number of rows."""
+        n = rows.size if size is None else size
+        self.head, self.rows, self.chunks, self.needs = head, rows, chunks, Leaves(*needs)
+        floats = {"dtype": torch.float32, "device": head.device}
+        self.logps, self.lse = torch.empty(n, **floats), torch.empty((2, n), **floats)
+        self.entropies = torch.empty(n, **floats) if entropy else None
+        self.differentiable = any(needs)
+        wants_u = self.needs.hidden, self.needs.lora_hidden
+        self.u, self.u_lora = (
+            torch.empty((n, 0 if x is None or not want else x.shape[1]), **floats)
+            for x, want in zip((rows.hidden, rows.lora_hidden), wants_u)
+        )
+        self.p = head.buffer(min(n, max(chunks.waiting, chunks.logits)) if self.differentiable else 0, head.options.compute_dtype)
+        shared = head.in_place and self.differentiable
+        self.scratch = head.buffer(0 if shared else min(n, chunks.logits), head.options.logits_dtype)
+        self.ones = torch.ones(chunks.logits if self.differentiable else 0, **floats)
+        self.held = slice(0, 0)  # rows that p holds
+        if n > rows.size:
+            for x in (self.logps, self.lse.t(), self.u, self.u_lora, self.p, self.logps if self.entropies is None else self.entropies):
+                x[rows.size :] = 0
+
+    def read(self, part: slice, reference: LiveReference | None = None) -> None:
+        """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside them), P and U."""
+        head, p = self.head, self.p
+        for batch in self._batches(part):
+            for chunk in _split(batch, self.chunks.logits):
+                size, offset = chunk.stop - chunk.start, chunk.start - batch.start
+                slot = p[offset : offset + size]
+                out = slot if head.in_place and self.differentiable else self.scratch[:size]
+                labels = self.rows.labels[chunk]
+                if reference is not None:
+                    logits = reference.head.logits(reference.rows, chunk, out)
+                    reference.logps[chunk] = reference.head.vocabulary_forward(logits[None], labels, head.transform)[0]
+                logits = head.logits(self.rows, chunk, out)
+                head.show(logits, labels)
+                logps, lse, h = head.vocabulary_forward(logits[None], labels, head.transform, self.entropies is not None)
+                self.logps[chunk], self.lse[:, chunk] = logps, lse
+                if h is not None:
+                    self.entropies[chunk] = h
+                if self.differentiable:
+                    head.vocabulary_backward(
+                        logits[None], labels, logps, lse, self.ones[:size], head.transform, slot[None]
+                    )
+            if self.differentiable:
+                self.held = batch if batch.stop - batch.start <= self.chunks.waiting else slice(batch.stop, batch.stop)
+                for u, weight in ((self.u, head.weight), (self.u_lora, head.lora_weight)):
+                    if u.shape[1]:
+                        gemm.backproject(p[: batch.stop - batch.start], weight, u[batch])
+
+    def _batches(self, part: slice) -> Iterator[slice]:
+        """Rows that share the buffer of P, the last batch the largest that may wait. All begin at whole chunks."""
+        chunk, waiting = self.chunks
+        size = part.stop - part.start
+        if not self.differentiable:
+            yield part
+            return
+        first = part.start + (0 if size <= waiting else -(-(size - waiting) // chunk) * chunk)
+        yield from _split(slice(part.start, min(first, part.stop)), max(waiting, chunk))
+        if first < part.stop:
+            yield slice(first, part.stop)
+
+    def settle(self, part: slice, coef: Tensor, gradients: Gradients) -> None:
+        """Gradients of a part of the rows, the last that was read, from dL/dlogp ``[n]`` of it."""
+        gradients.add_hidden(part, self.u[part], self.u_lora[part], coef)
+        if not over_tokens(self.needs):
+            return
+        held = self.held
+        if held.stop > held.start:
+            gradients.add_tokens(held, self.p[: held.stop - held.start], coef[held.start - part.start :])
+        without = slice(part.start, held.start)
+        recompute(self.head, self.rows, without, self.chunks.logits, self.p, self.scratch, self.logps, self.lse, coef, gradients)
+
+    def kept(self) -> Kept:
+        """The store as tensors; rows without P come first."""
+        n, size = self.rows.size, self.logps.shape[0]
+        index, labels = (torch.nn.functional.pad(x, (0, size - n)) for x in (self.rows.index, self.rows.labels.long()))
+        waits = over_tokens(self.needs) and self.chunks.waiting > 0
+        return Kept(
+            index, labels, self.logps, self.lse, self.logps.new_empty(0) if self.entropies is None else self.entropies,
+            self.p if waits else self.head.buffer(0, self.p.dtype), self.u, self.u_lora,
+            torch.tensor([n, self.held.start if over_tokens(self.needs) else 0]),
+        )  # fmt: skip
+
+    @staticmethod
+    def fake_kept(leaves: Leaves, needs: list[bool], options: Options, chunks: Chunks, size: int, entropy: bool) -> Kept:
+        """Empty tensors of the shapes of :meth:`kept`."""
+        x, needs = leaves.hidden, Leaves(*needs)
+        floats, ints = x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int64)
+        waits = over_tokens(needs) and chunks.waiting > 0
+        p = buffer(min(size, chunks.waiting) if waits else 0, leaves.weight.shape[0], options.compute_dtype, x.device)
+        widths = x.shape[-1] if needs.hidden else 0, leaves.lora_hidden.shape[-1] if needs.lora_hidden else 0
+        return Kept(
+            ints, torch.empty_like(ints), floats, floats.new_empty((2, size)), floats.new_empty(size if entropy else 0), p,
+            *(floats.new_empty((size, width)) for width in widths), torch.empty(2, dtype=torch.int64, device="cpu"),
+        )  # fmt: skip
+
+
+def recompute(
+    head: Head, rows: Rows, part: slice, chunk: int, p: Tensor, scratch: Tensor, logps: Tensor, lse: Tensor, coef: Tensor,
+    gradients: Gradients,
+) -> None:  # fmt: skip
+    """dweight, dlora_weight and dbias of rows whose P was dropped, from their logits, computed once more."""
+    for batch in _split(part, p.shape[0]):
+        for at in _split(batch, chunk):
+            size, offset = at.stop - at.start, at.start - batch.start
+            slot = p[offset : offset + size]
+            logits = head.logits(rows, at, slot if head.in_place else scratch[:size])
+            ones = torch.ones(size, dtype=torch.float32, device=head.device)
+            head.vocabulary_backward(
+                logits[None], rows.labels[at], logps[at], lse[:, at].contiguous(), ones, head.transform, slot[None]
+            )
+        local = slice(batch.start - part.start, batch.stop - part.start)
+        gradients.add_tokens(batch, p[: batch.stop - batch.start], coef[local])
+
+
+def add_with_entropies(
+    head: Head, rows: Rows, chunks: Chunks, kept: Kept, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients
+) -> None:
+    """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits; these are made of logits computed anew."""
+    p = head.buffer(min(rows.size, chunks.waiting), head.options.compute_dtype)
+    scratch = head.buffer(0 if head.in_place else min(rows.size, chunks.logits), head.options.logits_dtype)
+    entropies = None
+    scale = torch.ones((), device=head.device)
+    if entropy_coef is not None:
+        entropies = kept.entropies
+    if p.dtype == torch.float16 and rows.size:
+        scale = _near_one(torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max())
+    unscale = (1 / scale).expand(len(p))
+    for batch in _split(slice(0, rows.size), len(p)):
+        for at in _split(batch, chunks.logits):
+            size, offset = at.stop - at.start, at.start - batch.start
+            slot = p[offset : offset + size]
+            logits = head.logits(rows, at, slot if head.in_place else scratch[:size])
+            head.vocabulary_backward(
+                logits[None], rows.labels[at], kept.logps[at], kept.lse[:, at].contiguous(), coef[at] * scale, head.transform,
+                slot[None], entropies=None if entropies is None else entropies[at],
+                entropy_coef=None if entropies is None else entropy_coef[at] * scale,
+            )  # fmt: skip
+        size = batch.stop - batch.start
+        gradients.add_hidden(batch, *gradients.backprojected(head, p[:size]), unscale[:size])
+        gradients.add_tokens(batch, p[:size], unscale)
+
+
+def _near_one(largest: Tensor) -> Tensor:
+    """A power of two whose product with a number is near 1, where fp16 keeps its digits."""
+    return torch.ldexp(torch.ones_like(largest), -largest.log2().ceil().nan_to_num(0, 0, 0).clamp(-60, 60))
+
+
+def _split(part: slice, rows: int) -> Iterator[slice]:
+    for start in range(part.start, part.stop, max(rows, 1)):
+        yield slice(start, min(start + rows, part.stop))
 
 
 class Gradients:
-    """Gradients of :class:`Leaves`, gathered chunk by chunk."""
+    """Gradients of :class:`Leaves`, summed over parts of the rows in fp32 and rounded once."""
 
     def __init__(
-        self, head: Head, leaves: Leaves, needs: Sequence[bool], chunks: Chunks, rows: int, weight_grad: Tensor | None = None,
-        buffer: Tensor | None = None, scale: Tensor | None = None, early: bool = False,
+        self, leaves: Leaves, needs: list[bool], rows: Rows, options: Options, *, once: bool, weight_grad: Tensor | None = None,
+        early: bool = False,
     ):  # fmt: skip
-        """``rows`` will come in all. ``weight_grad`` takes in dweight, if it is given; ``buffer`` ``[rows, V]`` holds all dlogits.
-
-        dlogits come times ``scale`` ``[]``, which is taken out of what is made of them. With ``early`` an upstream gradient is
-        still to come: gradients of fp16 leaves, which could not hold them before, stay in fp32.
-        """
-        self.head, self.leaves, self.early = head, leaves, early
+        """``once``: all rows' P comes at once. ``weight_grad`` takes in dweight, if it is given. With ``early`` an upstream gradient
+        is still to come: gradients of fp16 leaves, which could not hold them before, stay in fp32."""
+        self.leaves, self.rows, self.weight_grad, self.early = leaves, rows, weight_grad, early
         needs = Leaves(*needs)
-        group = head.options.group if head.options.reduce_dhidden else ""
-        self.dhidden = _HiddenGradient(leaves.hidden, rows, group, scale) if needs.hidden else None
-        self.dlora_hidden = _HiddenGradient(leaves.lora_hidden, rows, group, scale) if needs.lora_hidden else None
-        self.dbias = torch.zeros(head.V, dtype=torch.float32, device=head.weight.device) if needs.bias else None
-        once = rows <= chunks.waiting or buffer is not None
-        self.dweight = _WeightGradient(leaves.weight, once, weight_grad, scale) if needs.weight else None
-        self.dlora_weight = _WeightGradient(leaves.lora_weight, once, None, scale) if needs.lora_weight else None
-        self.scale = scale
-        self.buffer = head.buffer(min(chunks.waiting, rows), head.options.compute_dtype) if buffer is None else buffer
-        self.waiting: list[Scored] = []
-        self.filled = 0
+        group = options.vocab_ranks if options.reduce_dhidden else ""
+        dtype = functools.partial(dtype_of, early=early)
+        self.dhidden = _HiddenGradient(leaves.hidden, rows, dtype(leaves.hidden), group) if needs.hidden else None
+        self.dlora_hidden = (
+            _HiddenGradient(leaves.lora_hidden, rows, dtype(leaves.lora_hidden), group) if needs.lora_hidden else None
+        )
+        self.dweight = _WeightGradient(leaves.weight, dtype(leaves.weight), once, weight_grad) if needs.weight else None
+        self.dlora_weight = (
+            _WeightGradient(leaves.lora_weight, dtype(leaves.lora_weight), once, None) if needs.lora_weight else None
+        )
+        self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32) if needs.bias else None
 
-    @staticmethod
-    def keep_dlogits(needs: Sequence[bool]) -> bool:
-        """Whether dlogits wait for others: for the GEMMs over tokens."""
-        return Leaves(*needs).weight or Leaves(*needs).lora_weight
+    def backprojected(self, head: Head, p: Tensor) -> list[Tensor | None]:
+        """U = P weight and P lora_weight in fp32, where they are needed."""
+        weights = (self.dhidden, head.weight), (self.dlora_hidden, head.lora_weight)
+        floats = {"dtype": torch.float32, "device": p.device}
+        return [
+            gradient and gemm.backproject(p, w, torch.empty((len(p), w.shape[1]), **floats)) for gradient, w in weights
+        ]
 
-    def slot(self, rows: int) -> Tensor:
-        """Where the next ``rows`` rows of dlogits go; logits too, where they share a dtype."""
-        if self.filled + rows > self.buffer.shape[0]:
-            self._flush()
-        return self.buffer[self.filled : self.filled + rows]
+    def add_hidden(self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor) -> None:
+        """dhidden = coef * U of these rows, coef ``[n]``."""
+        for gradient, x in ((self.dhidden, u), (self.dlora_hidden, u_lora)):
+            if gradient is not None:
+                gradient.add(part, x, coef)
 
-    def add(self, rows: Scored, dlogits: Tensor) -> None:
-        """Take in the dlogits of a slot."""
-        if self.dhidden:
-            self.dhidden.add(rows.index, gemm.backproject(dlogits, self.head.weight))
-        if self.dlora_hidden:
-            self.dlora_hidden.add(rows.index, gemm.backproject(dlogits, self.head.lora_weight))
+    def add_tokens(self, part: slice, p: Tensor, coef: Tensor) -> None:
+        """What P of these rows ``[n, V]`` adds to gradients that sum over tokens, times coef ``[>= n]``."""
+        coef = coef[: len(p)]
+        for gradient, x in ((self.dweight, self.rows.hidden), (self.dlora_weight, self.rows.lora_hidden)):
+            if gradient is not None:
+                gradient.add(p, x[part], coef)
         if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=torch.float32)
-        if self.dweight or self.dlora_weight:
-            self.waiting.append(rows)
-            self.filled += rows.size
+            gemm.bias_gradient(p, coef, self.dbias)
 
-    def _flush(self) -> None:
-        if not self.filled:
-            return
-        dlogits = self.buffer[: self.filled]
-        if self.dweight:
-            self.dweight.add(dlogits, _joined([rows.hidden for rows in self.waiting]))
-        if self.dlora_weight:
-            self.dlora_weight.add(dlogits, _joined([rows.lora for rows in self.waiting]))
-        self.waiting, self.filled = [], 0
-
-    def finish(self) -> list[Tensor]:
-        """Gradients in the order, shapes and dtypes of the leaves; empty where none is asked for or autograd gets none."""
-        self._flush()
-        del self.buffer
-        if self.dbias is not None and self.scale is not None:
-            self.dbias /= self.scale
+    def finish(self) -> tuple[Tensor, ...]:
+        """In the order, shapes and dtypes of the leaves; empty where none is asked for or ``weight_grad`` has it."""
         gradients = [
             self.dhidden and self.dhidden.finish(), self.dweight and self.dweight.finish(), self.dbias,
             self.dlora_hidden and self.dlora_hidden.finish(), self.dlora_weight and self.dlora_weight.finish(),
         ]  # fmt: skip
-        return [
-            self.leaves.hidden.new_empty(0) if gradient is None else gradient.to(_dtype(leaf, self.early)).view(leaf.shape)
-            for gradient, leaf in zip(gradients, self.leaves)
-        ]
+        empty = empty_gradients(self.leaves, [False] * 5, None, self.early)
+        return tuple(
+            none if x is None else x.to(dtype_of(leaf, self.early)).view(leaf.shape)
+            for leaf, x, none in zip(self.leaves, gradients, empty)
+        )
 
 
-def empty_gradients(leaves: Leaves, needs: Sequence[bool], weight_grad: Tensor | None, early: bool = False) -> tuple[Tensor, ...]:
-    """What :meth:`Gradients.finish` returns, without values."""
+def empty_gradients(leaves: Leaves, needs: list[bool], weight_grad: Tensor | None, early: bool = False) -> tuple[Tensor, ...]:
+    """Of the shapes and dtypes of :meth:`Gradients.finish`."""
     wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
     return tuple(
-        leaf.new_empty(leaf.shape, dtype=_dtype(leaf, early)) if want else leaves.hidden.new_empty(0)
+        leaf.new_empty(leaf.shape, dtype=dtype_of(leaf, early)) if want else leaves.hidden.new_empty(0)
         for leaf, want in zip(leaves, wanted)
     )
 
 
-def _dtype(leaf: Tensor, early: bool) -> torch.dtype:
+def dtype_of(leaf: Tensor, early: bool) -> torch.dtype:
     return torch.float32 if early and leaf.dtype == torch.float16 else leaf.dtype
 
 
 class _HiddenGradient:
-    """dlogits weight at the scored rows, 0 elsewhere, in the dtype of the hidden states; in fp32 where scale is taken out."""
+    """coef * U at the scored rows, 0 elsewhere; summed over the ranks of a named group, beside what comes after it."""
 
-    def __init__(self, hidden: Tensor, rows: int, group: str, scale: Tensor | None):
-        """For ``rows`` scored rows, which are summed over the ranks of a named group, chunk by chunk and in their order."""
+    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype, group: str):
+        self.index, self.group = rows.index, group
         self.shape = hidden.shape[:-1].numel(), hidden.shape[-1]
-        self.group, self.filled, self.scale = group, 0, scale
-        dtype = hidden.dtype if scale is None else torch.float32
-        # Rows that travel lie side by side.
-        self.rows = hidden.new_empty((rows, self.shape[1]), dtype=dtype) if group else hidden.new_zeros(self.shape, dtype=dtype)
-        self.indices: list[Tensor] = []
         self.waits: list[Callable[[], object]] = []
+        # rows that travel lie side by side
+        self.total = (
+            hidden.new_empty((rows.size, self.shape[1]), dtype=dtype) if group else hidden.new_zeros(self.shape, dtype=dtype)
+        )
 
-    def add(self, index: Tensor, rows: Tensor) -> None:
-        if self.scale is not None:
-            rows = rows.float() / self.scale
-        if not self.group:
-            self.rows[index] = rows.to(self.rows.dtype)
-            return
-        part = self.rows[self.filled : self.filled + rows.shape[0]].copy_(rows)
-        self.filled += rows.shape[0]
-        self.indices.append(index)
-        self.waits.append(distributed.start_sum(part, self.group))
+    def add(self, part: slice, u: Tensor, coef: Tensor) -> None:
+        coef = coef[:, None]
+        u = torch.where(coef == 0, 0, coef * u)
+        if self.group:
+            self.waits.append(distributed.start_sum(self.total[part].copy_(u), self.group))
+        else:
+            self.total[self.index[part]] = u.to(self.total.dtype)
 
     def finish(self) -> Tensor:
         for wait in self.waits:
             wait()
-        if not self.group or self.filled == self.shape[0]:  # rows come in order
-            return self.rows
-        everywhere = self.rows.new_zeros(self.shape)
-        return everywhere.index_copy_(0, _joined(self.indices), self.rows) if self.filled else everywhere
+        if not self.group or len(self.total) == self.shape[0]:
+            return self.total
+        return self.total.new_zeros(self.shape).index_copy_(0, self.index, self.total)
 
 
 class _WeightGradient:
-    """dlogits^T x, summed over flushes in fp32 and rounded once, or added to a buffer of the caller's."""
+    """P^T (coef * x), summed in fp32 and rounded once, or added to a buffer of the caller's."""
 
-    def __init__(self, weight: Tensor, once: bool, into: Tensor | None, scale: Tensor | None):
-        """``once`` if there is one flush at most; ``into`` ``[V, H]`` takes in the gradient."""
-        self.weight, self.into, self.scale = weight, into, scale
-        self.once = once and scale is None  # scale is taken out of an fp32 sum
-        at_once = scale is None and into is not None and (once or into.dtype == torch.float32)
-        self.total = into if at_once else None
+    def __init__(self, weight: Tensor, dtype: torch.dtype, once: bool, into: Tensor | None):
+        """``once`` if nothing is added twice; ``into`` ``[V, H]`` takes in the gradient."""
+        self.weight, self.dtype, self.once, self.into = weight, dtype, once, into
+        self.scale: Tensor | None = None
+        self.total: Tensor | None = None
 
-    def add(self, dlogits: Tensor, x: Tensor) -> None:
-        if self.total is None and not self.once:
-            self.total = torch.zeros(self.weight.shape, dtype=torch.float32, device=x.device)
-        self.total = gemm.weight_gradient(dlogits, x, self.total)
+    def add(self, p: Tensor, x: Tensor, coef: Tensor) -> None:
+        """p ``[n, V]``, x ``[n, H]`` of one dtype, coef ``[n]``."""
+        scale = None
+        if x.dtype == torch.float16:
+            scale = _near_one(coef.abs().max())  # taken out of the fp32 sum
+            coef = coef * scale
+        x = torch.where(coef[:, None] == 0, 0, coef[:, None] * x).to(x.dtype)
+        accumulate = self.total is not None
+        if scale is not None and accumulate:
+            self.total *= scale / self.scale
+        self.scale = scale
+        if not accumulate and self._adds_to_buffer(x):
+            self.total, accumulate = self.into, True
+        elif not accumulate:
+            exact = not self.once or scale is not None or self.dtype != x.dtype or self.into is not None
+            self.total = torch.empty_like(self.weight, dtype=torch.float32 if exact else self.dtype)
+        gemm.weight_gradient(p, x, self.total, accumulate)
+
+    def _adds_to_buffer(self, x: Tensor) -> bool:
+        """Whether the products can go straight into the caller's buffer: into fp32, or all at once."""
+        return self.into is not None and x.dtype != torch.float16 and (self.once or self.into.dtype == torch.float32)
 
     def finish(self) -> Tensor | None:
-        if self.scale is not None and self.total is not None:
+        if self.scale is not None:
             self.total /= self.scale
         if self.into is None:
-            return torch.zeros_like(self.weight) if self.total is None else self.total
+            return torch.zeros_like(self.weight, dtype=self.dtype) if self.total is None else self.total
         if self.total is not None and self.total is not self.into:
             for into, rows in gemm.blocks(self.into, self.total):  # a CPU upcasts what is added to
                 into.add_(rows)
         return None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,8 +1,4 @@
-"""An lm_head worked off in chunks of rows: what both linear operations are made of.
-
-Only scored rows take part. A chunk's logits are computed, read by the vocabulary pass, and turned into dlogits, in place
-where the dtypes agree; `gradients` holds what becomes of these.
-"""
+"""An lm_head whose logits exist a chunk of scored rows at a time."""
 
 from __future__ import annotations
 
@@ -17,21 +13,24 @@ from torch import Tensor
 
 from .. import distributed, gemm
 from ..backend import engine
+from ..inputs import LogitTransform
 
-GPU_WORKSPACE = 1 << 30
+GPU_WORKSPACE = 2 << 30
 CPU_WORKSPACE = 256 << 20
 # Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes find them in the cache.
 GPU_CHUNK_ROWS = 1024
 CPU_CHUNK_ROWS = 256
+# Rows of P that one dhidden GEMM takes under a frozen head: enough tiles for every multiprocessor.
+GPU_FROZEN_ROWS = 4096
 
 
-# Who wants to see the logits of the operator that runs now. Operators take plain types, so it travels beside them.
+# The function that is shown the logits of the call that runs now; operators take plain types, so it does not travel with them.
 OnLogits = Callable[[Tensor, Tensor, dict], None] | None
 _on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
 
 
 def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
-    """Within, heads that compute logits show them to ``on_logits``."""
+    """Within it, heads that compute logits show them to ``on_logits``."""
     if on_logits is None:
         return contextlib.nullcontext()
     if not callable(on_logits):
@@ -53,20 +52,17 @@ def _showing(on_logits: OnLogits) -> Iterator[None]:
 class Options(NamedTuple):
     """How hidden states become logits, and where."""
 
-    temperature: float
-    logit_scale: float
-    softcap: float
-    ignore_index: int
+    transform: LogitTransform
     compute_dtype: torch.dtype  # of the GEMMs' inputs
     logits_dtype: torch.dtype
     workspace_bytes: int
     backend: str
-    group: str = ""  # name of the process group whose ranks hold the vocabulary together
-    reduce_dhidden: bool = True  # whether gradients of hidden states are summed over its ranks
+    vocab_ranks: str = ""  # name of the process group whose ranks hold the vocabulary together
+    reduce_dhidden: bool = True  # whether gradients of hidden states are summed over these ranks
 
 
 class Leaves(NamedTuple):
-    """What logits are made of, and may have gradients: z = hidden weight^T + lora_hidden lora_weight^T + bias."""
+    """What logits are made of, and may have gradients: x = hidden weight^T + lora_hidden lora_weight^T + bias."""
 
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
@@ -80,133 +76,115 @@ class Leaves(NamedTuple):
         return [grad and x is not None and x.requires_grad for x in self]
 
 
-class Scored(NamedTuple):
-    """The scored rows of a batch, pulled together."""
+class Rows(NamedTuple):
+    """The scored rows of a batch, gathered."""
 
     index: Tensor  # [n] int64, flat positions
     hidden: Tensor  # [n, H] in the compute dtype
-    labels: Tensor  # [n]
-    lora: Tensor | None = None  # [n, r] in the compute dtype
-
-    @staticmethod
-    def of(hidden: Tensor, labels: Tensor, options: Options, count: int | None, lora_hidden: Tensor | None = None) -> Scored:
-        """Rows whose label is not ignored. Their number decides shapes: one look at the device, unless it is given."""
-        labels = labels.reshape(-1).contiguous()  # kernels know no strides of labels
-        scored = labels != options.ignore_index
-        if count is None:
-            index = scored.nonzero()[:, 0]
-        else:
-            index = torch.argsort(scored, descending=True, stable=True)[:count]
-        everything = index.shape[0] == labels.shape[0]
-
-        def pull(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            x = x.reshape(-1, x.shape[-1])
-            return (x if everything else x[index]).to(options.compute_dtype)
-
-        return Scored(index, pull(hidden), labels if everything else labels[index], pull(lora_hidden))
+    lora_hidden: Tensor | None  # [n, r] in the compute dtype
+    labels: Tensor  # [n] int64; of a shard, counted from its first column
 
     @property
     def size(self) -> int:
         return self.index.shape[0]
 
-    def part(self, rows: slice) -> Scored:
-        return Scored(*(None if x is None else x[rows] for x in self))
+
+class Chunks(NamedTuple):
+    """How many rows exist at a time."""
+
+    logits: int  # of logits
+    waiting: int  # of P: a multiple of the above, or all rows
 
 
 class Head:
-    """Weights, bias and the vocabulary passes over chunks of their logits."""
+    """Weights, bias, and the vocabulary pass over chunks of their logits."""
 
-    def __init__(
-        self, op: str, weight: Tensor, bias: Tensor | None, options: Options, lora_weight: Tensor | None = None,
-        shard: distributed.Shard | None = None, widest: int | None = None,
-    ):  # fmt: skip
-        """With a shard, its columns alone; labels count from its first one. ``widest``: columns of the largest shard,
-        without one: plans are made for it, so that they are the same on all ranks, which gather and sum chunk by chunk."""
+    def __init__(self, op: str, leaves: Leaves, options: Options, shard: distributed.Shard | None = None):
+        """With a shard, only its columns; labels count from its first one."""
         self.op, self.options, self.shard = op, options, shard
-        self.weight = weight.to(options.compute_dtype)
-        self.lora_weight = None if lora_weight is None else lora_weight.to(options.compute_dtype)
-        self.bias = bias
-        self.engine = functools.partial(engine, op, options.backend, weight.device)
-        self.transform = {name: getattr(options, name) for name in ("temperature", "logit_scale", "softcap", "ignore_index")}
-        self.widest = max(1, shard.widest if shard is not None else widest or self.V)
+        self.weight = leaves.weight.to(options.compute_dtype)
+        self.lora_weight = None if leaves.lora_weight is None else leaves.lora_weight.to(options.compute_dtype)
+        self.bias = leaves.bias
+        self.V, self.device = self.weight.shape[0], self.weight.device
+        self.on_logits = _on_logits.get()
+        # dlogits are written over the logits where both have one dtype
+        self.in_place = options.logits_dtype == options.compute_dtype
+        self.transform = options.transform
+        choose = functools.partial(engine, op, options.backend, self.device)
+        self.vocabulary_forward = choose("vocabulary_forward").vocabulary_forward
+        self.vocabulary_backward = choose("vocabulary_backward").vocabulary_backward
         if shard is not None:
-            self.transform["ignore_index"] = distributed.IGNORED
+            self.transform = self.transform._replace(ignore_index=distributed.IGNORED)
+            self.vocabulary_forward = functools.partial(shard.forward, choose)
 
     @property
-    def V(self) -> int:
-        return self.weight.shape[0]
+    def widest(self) -> int:
+        """Columns of the widest shard, for plans that are the same on all ranks."""
+        return self.V if self.shard is None else self.shard.widest
 
-    def labelled(self, rows: Scored) -> Scored:
-        """Rows with labels as :meth:`forward` and :meth:`backward` take them."""
-        if self.shard is None:
-            return rows
-        return rows._replace(labels=self.shard.labels(rows.labels, self.options.ignore_index))
+    def rows(self, leaves: Leaves, labels: Tensor, index: Tensor) -> Rows:
+        """The rows of these positions."""
+        labels = labels.reshape(-1)[index]
+        if self.shard is not None:
+            labels = self.shard.labels(labels, self.options.transform.ignore_index)
+        return gathered(leaves, self.options.compute_dtype, index, labels)
 
-    @property
-    def in_place(self) -> bool:
-        """Whether dlogits take the logits' place."""
-        return self.options.logits_dtype == self.options.compute_dtype
+    def plan(self, rows: int, keeps: bool, spared: int) -> Chunks:
+        """See :func:`plan`."""
+        return plan(self.op, self.options, self.widest, rows, self.device.type == "cuda", keeps, spared)
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """``[rows, V]`` whose rows begin at multiples of 16 bytes."""
-        pitch = -(-self.V // 16) * 16
-        return torch.empty((rows, pitch), dtype=dtype, device=self.weight.device)[:, : self.V]
+        return buffer(rows, self.V, dtype, self.device)
 
-    def logits(self, rows: Scored, out: Tensor) -> Tensor:
-        gemm.project(rows.hidden, self.weight, out)
-        if rows.lora is not None:
-            gemm.project(rows.lora, self.lora_weight, out, accumulate=True)
+    def logits(self, rows: Rows, part: slice, out: Tensor) -> Tensor:
+        gemm.project(rows.hidden[part], self.weight, out)
+        if rows.lora_hidden is not None:
+            gemm.project(rows.lora_hidden[part], self.lora_weight, out, accumulate=True)
         return out if self.bias is None else out.add_(self.bias)
 
-    def forward(self, logits: Tensor, labels: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        if self.shard is not None:
-            return self.shard.forward(self.engine, logits[None], labels, entropy=entropy, **self.transform)
-        return self.engine("vocabulary").vocabulary_forward(logits[None], labels, entropy=entropy, **self.transform)
-
-    def shown(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The logits, once the caller's function has seen them."""
-        on_logits = _on_logits.get()
-        if on_logits is not None:
-            transform = {name: getattr(self.options, name) for name in ("temperature", "logit_scale")}
-            on_logits(logits, labels, transform | {"softcap": self.options.softcap or None})
-        return logits
-
-    def backward(self, logits, labels, logps, lse, coef, out, entropies=None, entropy_coef=None, upstream=None) -> None:
-        self.engine("vocabulary").vocabulary_backward(
-            logits[None], labels, logps, lse, coef, entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
-            out=out[None], **self.transform,
-        )  # fmt: skip
+    def show(self, logits: Tensor, labels: Tensor) -> None:
+        """To the caller's function, where there is one."""
+        if self.on_logits is not None:
+            t = self.options.transform
+            transform = {"temperature": t.temperature, "logit_scale": t.logit_scale, "softcap": t.softcap or None}
+            self.on_logits(logits, labels, transform)
 
 
-class Chunks(NamedTuple):
-    """Sizes, in rows, of what the workspace holds: one chunk of logits and the dlogits that wait."""
+def gathered(leaves: Leaves, dtype: torch.dtype, index: Tensor, labels: Tensor) -> Rows:
+    """Rows of these positions, in the GEMMs' dtype, with their labels ``[n]``."""
 
-    logits: int
-    waiting: int
+    def gather(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        x = x.reshape(-1, x.shape[-1])
+        return (x if index.shape[0] == len(x) else x[index]).to(dtype)
 
-    @staticmethod
-    def plan(head: Head, rows: int, largest: int, keeps_dlogits: bool) -> Chunks:
-        """For ``rows`` rows in all, some ``largest`` of which would like to share a chunk of logits."""
-        options, V = head.options, head.widest
-        per_logit, per_dlogit = options.logits_dtype.itemsize * V, options.compute_dtype.itemsize * V
-        budget = options.workspace_bytes
-        most = Chunks.capacity(options, V)
-        if most < 1:
-            raise ValueError(
-                f"{head.op}: `workspace_bytes` is too small for one row of {V} logits: expected at least "
-                f"{per_logit + (0 if head.in_place else per_dlogit)}, got {budget}"
-            )
-        chunk = GPU_CHUNK_ROWS if head.weight.is_cuda else CPU_CHUNK_ROWS
-        chunk = max(1, min(max(chunk, largest), most, rows))
-        if not keeps_dlogits:
-            return Chunks(chunk, chunk)
-        left = budget // per_dlogit if head.in_place else (budget - chunk * per_logit) // per_dlogit
-        return Chunks(chunk, max(chunk, min(left, rows)))
+    return Rows(index, gather(leaves.hidden), gather(leaves.lora_hidden), labels)
 
-    @staticmethod
-    def capacity(options: Options, V: int) -> int:
-        """Rows whose logits and dlogits fit the workspace together."""
-        logit, dlogit = options.logits_dtype, options.compute_dtype
-        return options.workspace_bytes // (max(V, 1) * (logit.itemsize + (0 if logit == dlogit else dlogit.itemsize)))
+
+def buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[rows, V]`` whose rows begin at multiples of 16 bytes."""
+    return torch.empty((rows, -(-V // 16) * 16), dtype=dtype, device=device)[:, :V]
+
+
+def plan(op: str, options: Options, V: int, rows: int, is_gpu: bool, keeps: bool, spared: int = 0) -> Chunks:
+    """How many of ``rows`` rows in all exist at a time.
+
+    ``keeps``: P waits for coefficients, in what the workspace leaves beside a chunk of logits; and in ``spared`` bytes of a
+    column more, which a sum of dweight would take, where that is room for P of all rows.
+    """
+    V, rows = max(V, 1), max(rows, 1)
+    in_place = options.logits_dtype == options.compute_dtype
+    logits, p = options.logits_dtype.itemsize * V, options.compute_dtype.itemsize * V  # bytes of a row
+    needed = logits if in_place else logits + p
+    if options.workspace_bytes < needed:
+        raise ValueError(
+            f"{op}: `workspace_bytes` is too small for one row of {V} logits: expected at least {needed}, got "
+            f"{options.workspace_bytes}"
+        )
+    chunk = min(GPU_CHUNK_ROWS if is_gpu else CPU_CHUNK_ROWS, options.workspace_bytes // needed, rows)
+    room = options.workspace_bytes - (0 if in_place else chunk * logits)
+    if keeps and rows <= (room + spared * V) // p:
+        return Chunks(chunk, rows)
+    waiting = room // p if keeps else min(GPU_FROZEN_ROWS if is_gpu else chunk, room // p)
+    return Chunks(chunk, rows if rows <= waiting else waiting // chunk * chunk)

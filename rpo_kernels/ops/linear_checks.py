@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import checks, distributed
-from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves
+from ..inputs import LogitTransform
+from ..objectives import RPOObjective
+from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves, Options
 from .token_logps import shard_of
+from .windows import Reference
 
 
 def local_leaves(
@@ -125,9 +128,11 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
         raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
 
 
-def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend) -> tuple:
-    """The fields of :class:`Options`, in types that an operator takes."""
-    checks.check_transform(op, temperature, logit_scale, softcap)
+def options_of(
+    op: str, hidden: Tensor, *, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int,
+    logits_dtype: torch.dtype | None, workspace_bytes: int | None, backend: str, process_group: object, reduce_dhidden: bool,
+) -> Options:  # fmt: skip
+    transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
     checks.check_backend(op, backend)
     compute = compute_dtype(hidden)
     logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
@@ -139,16 +144,18 @@ def options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logi
         raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
     elif workspace_bytes <= 0:
         raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
-    return (
-        float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, compute, logits_dtype, workspace_bytes, backend
-    )  # fmt: skip
+    group = distributed.group_name(op, process_group)
+    return Options(transform, compute, logits_dtype, workspace_bytes, backend, group, reduce_dhidden)
 
 
-def shard_of_head(op, options, hidden, weight, labels, check, **facts) -> distributed.Shard | None:
-    """See :func:`shard_of`."""
-    facts["the shape of `hidden`"] = tuple(hidden.shape)
-    facts |= {name: str(x) for name, x in options._asdict().items() if name not in ("backend", "group", "ignore_index")}
-    return shard_of(op, options.group, weight.shape[0], labels, options.ignore_index, check, **facts)
+def shard_of_head(
+    op: str, options: Options, leaves: Leaves, labels: Tensor, check: Callable[[], None], **facts: object
+) -> distributed.Shard | None:
+    """This rank's shard of the vocabulary, after all ranks agreed and labels were checked; None without ranks."""
+    said = options.transform._asdict() | options._asdict()
+    told = {name: str(x) for name, x in said.items() if name not in ("transform", "ignore_index", "backend", "vocab_ranks")}
+    facts |= {"the shape of `hidden`": tuple(leaves.hidden.shape), **told}
+    return shard_of(op, options.vocab_ranks, leaves.weight.shape[0], labels, options.transform.ignore_index, check, **facts)
 
 
 def check_count(op: str, count: object, total: int) -> None:
@@ -170,26 +177,47 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
     return list(counts)
 
 
+@torch.no_grad()
+def local_reference(
+    op: str, hidden: Tensor, reference: Reference, process_group: object
+) -> Reference:
+    """The reference's tensors without DTensors."""
+    ref_hidden, ref_weight, ref_bias = reference
+    if distributed.is_dtensor(ref_hidden):
+        ref_hidden, _ = distributed.local_hidden(op, "ref_hidden", ref_hidden, None)
+    named = {"ref_weight": ref_weight, "ref_bias": ref_bias}
+    return Reference(ref_hidden, *(
+        distributed.local_parameter(op, name, x, process_group, compute_dtype(hidden)) for name, x in named.items()
+    ))  # fmt: skip
+
+
 def check_live_reference(
-    op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias, is_shard
-):  # fmt: skip
-    """(ref_hidden, ref_weight, ref_bias), the head filled in from the policy's."""
+    op: str, objective: RPOObjective, leaves: Leaves, labels: Tensor, ignore_index: int, ref_logps: Tensor | None,
+    reference: Reference, is_shard: bool,
+) -> Reference:  # fmt: skip
+    """The reference, detached; its head is None where it is the policy's."""
+    hidden, weight, bias, *_ = leaves
+    ref_hidden, ref_weight, ref_bias = reference
     if ref_hidden is None:
         for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if x is not None:
                 raise ValueError(f"{op}: `{name}` belongs to `ref_hidden`, which is None")
-        return None, None, None
+        return reference
     if ref_logps is not None:
         raise ValueError(f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them")
     if objective.reference != "single":
         raise ValueError(f"{op}: `ref_hidden` is one reference, got an objective with reference={objective.reference!r}")
+    is_shared = ref_weight is None and ref_bias is None
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
-    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, ("ref_hidden", "ref_weight", "ref_bias"), is_shard)
+    names = ("ref_hidden", "ref_weight", "ref_bias")
+    check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, names, is_shard)
     checks.check_constant(op, "ref_hidden", ref_hidden)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
     if ref_hidden.dtype != hidden.dtype and not under_autocast(hidden.device.type):
         raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
     checks.check_device(op, "ref_hidden", ref_hidden, hidden.device)
-    return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
+    if is_shared:
+        return Reference(ref_hidden.detach())
+    return Reference(*(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias)))

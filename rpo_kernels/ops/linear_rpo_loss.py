@@ -1,34 +1,37 @@
-"""The RPO loss from hidden states and an lm_head in three GEMMs, none of them a recomputation."""
+"""The RPO loss from hidden states and an lm_head: three GEMMs, whatever the length of a group."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
+from ..inputs import Groups, Sequences, groups_of
 from ..objectives import RPOObjective
-from .group_plan import forward_op, with_gradients
-from .head import Leaves, OnLogits, shown_to
+from .gradients import Gradients, Kept, LiveReference, Store, empty_gradients, over_tokens, spared_bytes
+from .head import Head, Leaves, OnLogits, Options, Rows, shown_to
 from .linear_checks import (
     check_counts,
     check_leaves,
     check_live_reference,
     check_on_logits,
     check_weight_grad,
-    compute_dtype,
     local_leaves,
+    local_reference,
     options_of,
+    shard_of_head,
 )
-from .linear_token_logps import linear_token_logps
+from .linear_token_logps import late_chunks, scored_index, settle
+from .operator import Operator, once_differentiable, only_once, require_one, scale_
 from .output import RPOOutput
-from .preference import Segments, output, preference_loss, prepare, sequence_logps
+from .preference import output
+from .windows import Batch, Layout, Reference
 
 
-@distributed.agreeing
 def linear_rpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -68,9 +71,10 @@ def linear_rpo_loss(
         z = hidden weight^T + lora_hidden lora_weight^T + bias
         l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i),   L = mean over groups of D[s || t]
 
-    Costs, in GEMMs of the scored rows with the head: 3 with a trainable head, 2 with a frozen one, 1 without gradients.
-    Gradients are ready when the forward returns; the backward scales them by its upstream gradient, unless that is 1. A
-    group whose logits exceed the workspace costs one GEMM more.
+    Costs, in GEMMs of the scored rows with the head: 3 with a trainable head, 2 with a frozen one, 1 without gradients. Whole groups
+    are processed together, as many as the workspace holds; of a group of its own that is larger, the logits of the rows beyond are
+    computed once more for dweight (docs/memory.md). Gradients are ready when the forward returns; the backward scales them by its
+    upstream gradient, unless that is 1.
 
     Args:
         hidden: ``[S, T, H]``, or packed ``[N, H]`` with cu_seqlens; float32, float16 or bfloat16. Under autocast the GEMMs run
@@ -83,16 +87,16 @@ def linear_rpo_loss(
             and makes other gradients NaN on a GPU. Raises inside a checkpoint, which runs the forward twice.
         labels: ``[S, T]`` or ``[N]``, aligned with hidden; rows that hold ignore_index take part in no GEMM.
         rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for :func:`preference_loss`.
-            ``reduction="none"`` has a free upstream gradient and costs what :func:`linear_token_logps` does.
+            ``reduction="none"`` has a free upstream gradient, so that its gradients are computed in the backward, at the same cost.
         ref_logps: ``[S]``, or per token in the shape of labels; with a leading ``R`` for several references.
-        ref_hidden: instead, the reference's hidden states ``[S, T, H']`` or ``[N, H']``, worked off beside the policy's, one GEMM
+        ref_hidden: instead, the reference's hidden states ``[S, T, H']`` or ``[N, H']``, processed beside the policy's, one GEMM
             more; equal inputs give log-ratios of exactly 0.
         ref_weight, ref_bias: the reference's head ``[V, H']``, ``[V]``; weight and bias if None.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
         logits_dtype, workspace_bytes, on_logits (the policy's logits): as for :func:`linear_token_logps`.
-        counts: scored tokens of each sequence, if the caller knows them: spares the one look at the device (with cu_groups on
-            a GPU one remains). Wrong ones raise on a CPU; on a GPU they give a NaN loss, unless they change no chunk.
+        counts: scored tokens of each sequence, if the caller knows them: avoids the only synchronisation with the device (with
+            cu_groups on a GPU one remains). Wrong ones raise on a CPU; on a GPU they give a NaN loss, unless they change no chunk.
         process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias sharded alike. The ranks hold the
             same batch and return the same loss.
         context_group: ranks that hold parts of the same sequences (context parallelism): each passes its own tokens of every
@@ -103,89 +107,246 @@ def linear_rpo_loss(
 
     Returns:
         :class:`RPOOutput`; float32. Gradients flow to hidden, weight, bias, lora_hidden and lora_weight; sums over chunks are
-        fp32, rounded once. A second backward and second derivatives raise.
+        fp32, rounded once. A second backward (but of ``reduction="none"``) and second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     op = "linear_rpo_loss"
-    checks.check_objective(op, objective)
-    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
-    leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
-    check_on_logits(op, on_logits, process_group)
-    hidden, weight, bias, *_ = leaves
-    ref_hidden, ref_weight, ref_bias = _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group)
-    group, context = distributed.group_name(op, process_group), distributed.group_name(op, context_group, "context_group")
-    if context and context == group:
-        raise ValueError(f"{op}: `context_group` must be another group than `process_group`, got {context_group!r} twice")
-    check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
-    check_weight_grad(op, weight_grad, weight)
-    options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
-    S = Segments.of(op, "labels", labels, cu_seqlens).sequences
-    counts = check_counts(op, counts, S)
-    live_reference = check_live_reference(
-        op, objective, hidden, weight, bias, labels, ignore_index, ref_logps, ref_hidden, ref_weight, ref_bias,
-        bool(group),
-    )  # fmt: skip
-    placeholder = hidden.new_zeros(S, dtype=torch.float32) if ref_hidden is not None else ref_logps
-    inputs = prepare(op, objective, hidden.device, S, [(S,), tuple(labels.shape)], rewards, placeholder, ref_weights, cu_seqlens,
-                     group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
-    if reduction == "none":
-        if context and ref_logps is not None and tuple(ref_logps.shape[-labels.dim() :]) == tuple(labels.shape) == (S,):
-            raise ValueError(
-                f"{op}: `ref_logps` {checks.shape_of(ref_logps)} may be per token or per sequence where a rank of `context_group` "
-                f"has S = {S} positions; pass `reduction` 'mean' or 'sum', or compose linear_token_logps and preference_loss"
-            )
-        return _composed(leaves, labels, rewards, objective, ref_logps, live_reference, ref_weights, group_size, cu_groups,
-                         cu_seqlens, counts, weight_grad, on_logits, dict(
-                             temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-                             logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, process_group=process_group,
-                             reduce_dhidden=reduce_dhidden, backend=backend), context_group)  # fmt: skip
-    if ref_weight is None and ref_bias is None:  # the policy's head serves both
-        live_reference = (live_reference[0], None, None)
-    needs = leaves.needs()
-    with shown_to(op, on_logits):
-        loss, losses, by_sequence, lengths, *gradients = forward_op(
-            *(None if x is None else x.detach() for x in leaves), weight_grad, labels, cu_seqlens, *live_reference, *inputs,
-            counts, needs, *options[:-1], group, reduce_dhidden, context,
+    with distributed.raising_together(op, process_group=process_group, context_group=context_group):
+        checks.check_objective(op, objective)
+        leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+        leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+        check_on_logits(op, on_logits, process_group)
+        reference = local_reference(op, leaves.hidden, Reference(ref_hidden, ref_weight, ref_bias), process_group)
+        vocab_ranks = distributed.group_name(op, process_group)
+        context = distributed.group_name(op, context_group, "context_group")
+        if context and context == vocab_ranks:
+            raise ValueError(f"{op}: `context_group` must be another group than `process_group`, got {context_group!r} twice")
+        check_leaves(op, leaves, labels, ignore_index, is_shard=bool(vocab_ranks))
+        check_weight_grad(op, weight_grad, leaves.weight)
+        options = options_of(
+            op, leaves.hidden, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+            logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
+            reduce_dhidden=reduce_dhidden,
         )  # fmt: skip
-    if any(needs):
-        loss = with_gradients(loss, leaves, gradients, needs, weight_grad is not None, backend)
+        sequences = Sequences.of(op, "labels", labels, cu_seqlens)
+        counts = check_counts(op, counts, sequences.number)
+        reference = check_live_reference(op, objective, leaves, labels, ignore_index, ref_logps, reference, bool(vocab_ranks))
+        groups = Groups.of(
+            op, objective, sequences, tuple(labels.shape), leaves.hidden.device, rewards=rewards, ref_logps=ref_logps,
+            ref_weights=ref_weights, group_size=group_size, cu_groups=cu_groups, reduction=reduction, normalizer=normalizer,
+            is_live=reference.hidden is not None,
+        )  # fmt: skip
+        needs = leaves.needs()
+        data = Batch(labels, sequences, groups, reference, counts, context)
+        with shown_to(op, on_logits):
+            if reduction == "none" and any(needs):
+                size = labels.numel() if counts is None else sum(counts)
+                call = _per_group.on(hidden)
+                losses, by_sequence, lengths, *_ = call(
+                    *leaves, weight_grad, data, needs, -1 if call is _per_group.eager else size, options
+                )
+                return output(reduction, losses, losses, by_sequence, lengths, cu_groups)
+            detached = (None if x is None else x.detach() for x in leaves)
+            loss, losses, by_sequence, lengths, *gradients = _loss.on(hidden)(*detached, weight_grad, data, needs, options)
+        if any(needs):
+            loss = _ready.on(loss)(*leaves, loss, Ready(*gradients), needs, weight_grad is not None, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
-@torch.no_grad()
-def _local_reference(op, hidden, ref_hidden, ref_weight, ref_bias, process_group) -> tuple:
-    """The reference's tensors without DTensors."""
-    if distributed.is_dtensor(ref_hidden):
-        ref_hidden, _ = distributed.local_hidden(op, "ref_hidden", ref_hidden, None)
-    named = {"ref_weight": ref_weight, "ref_bias": ref_bias}
-    return ref_hidden, *(
-        distributed.local_parameter(op, name, x, process_group, compute_dtype(hidden)) for name, x in named.items()
-    )
+# ---- gradients with the loss: mean and sum -----------------------------------------------------------------------------
 
 
-def _composed(leaves, labels, rewards, objective, ref_logps, live, ref_weights, group_size, cu_groups, cu_seqlens, counts,
-              weight_grad, on_logits, options, context_group) -> RPOOutput:  # fmt: skip
-    """One loss per group: token log-probabilities, then the group pass, each with its own backward."""
-    if counts is not None:
-        options["count"] = sum(counts)
-    hidden, weight, bias, lora_hidden, lora_weight = leaves
-    logps = linear_token_logps(
-        hidden, weight, labels, bias=bias, lora_hidden=lora_hidden, lora_weight=lora_weight, weight_grad=weight_grad,
-        on_logits=on_logits, **options,
+def _begin(op: str, leaves: Leaves, data: Batch, needs: list[bool], options: Options) -> tuple[Head, Layout, Rows, LiveReference | None]:
+    """The head, where the batch's rows lie, the scored ones, and the reference that is evaluated beside them."""
+    labels, sequences, groups = data.labels, data.sequences, data.groups
+    facts = {"`counts`": data.counts, "gradients": needs, "`objective`": groups.objective.spec, "`group_size`": groups.group_size}
+    if options.vocab_ranks:
+        digest = distributed.digest(sequences.cu_seqlens, groups.cu_groups)
+        facts["the values of `cu_seqlens` and `cu_groups` (their checksum)"] = digest
+    check = lambda: groups.check_values(op, labels.device, sequences, labels.numel())
+    shard = shard_of_head(op, options, leaves, labels, check, **facts)
+    head = Head(op, leaves, options, shard)
+    layout = Layout(op, data, options, needs, head.widest)
+    index, _ = scored_index(op, labels, options.transform.ignore_index, sum(layout.counts))
+    rows, reference = head.rows(leaves, labels, index), None
+    if data.reference.hidden is not None:
+        hidden, weight, bias = data.reference
+        ref_leaves = Leaves(hidden, *((leaves.weight, leaves.bias) if weight is None else (weight, bias)), None, None)
+        ref_head = Head(op, ref_leaves, options, shard)
+        logps = torch.empty(rows.size, dtype=torch.float32, device=head.device)
+        reference = LiveReference(ref_head, ref_head.rows(ref_leaves, labels, index), logps)
+    layout.refer(index, None if reference is None else reference.logps)
+    return head, layout, rows, reference
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    weight_grad: Tensor | None,
+    data: Batch,
+    needs: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, losses, ``[5, S]`` of the group pass, lengths, and the gradients of the leaves for an upstream gradient of 1."""
+    op, leaves, training = "linear_rpo_loss", Leaves(hidden, weight, bias, lora_hidden, lora_weight), any(needs)
+    if weight_grad is not None and needs[1] and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{op}: `weight_grad` must be None under activation checkpointing, whose second forward would add the gradient again"
+        )
+    head, layout, rows, reference = _begin(op, leaves, data, needs, options)
+    keeps, most = over_tokens(needs), sum(layout.most)
+    chunks = head.plan(most, keeps, spared_bytes(leaves, needs, options, weight_grad))
+    windows = layout.windows(chunks.waiting if keeps else max(most, 1))
+    store = Store(head, rows, needs, chunks)
+    if training:
+        once = len(windows) == 1 and most <= chunks.waiting
+        gradients = Gradients(leaves, needs, rows, options, once=once, weight_grad=weight_grad, early=True)
+    results = []
+    for window in windows:
+        store.read(window.rows, reference)
+        *result, coef = layout.group_pass(window, store.logps)
+        results.append(result)
+        if training:
+            store.settle(window.rows, coef, gradients)
+    loss, losses, by_sequence = (list(x) for x in zip(*results))
+    lengths = layout.lengths
+    store = None  # the workspace is free before gradients are rounded
+    return (
+        torch.stack(loss).sum(), torch.cat(losses), torch.cat(by_sequence, 1), lengths,
+        *(gradients.finish() if training else empty_gradients(leaves, needs, weight_grad, early=True)),
     )  # fmt: skip
-    if live[0] is not None:
-        with torch.no_grad():
-            ref_logps = linear_token_logps(live[0], live[1], labels, bias=live[2], **options)
-    sums = functools.partial(sequence_logps, cu_seqlens=cu_seqlens, process_group=context_group)
-    lengths = sums((labels != options["ignore_index"]).float()).int()
-    per_token = ref_logps is not None and ref_logps.shape[-labels.dim() :] == labels.shape
-    if per_token:
-        references = ref_logps.reshape(-1, *labels.shape)
-        ref_logps = torch.stack([sums(r, labels=labels, ignore_index=options["ignore_index"]) for r in references])
-        ref_logps = ref_logps if objective.reference in ("harmonic", "geometric") else ref_logps[0]
-    return preference_loss(
-        sums(logps), rewards, objective, ref_logps=ref_logps, ref_weights=ref_weights,
-        lengths=lengths, group_size=group_size, cu_groups=cu_groups, reduction="none", backend=options["backend"],
-    )  # fmt: skip
+
+
+def _fake_forward(hidden, weight, bias, lora_hidden, lora_weight, weight_grad, data, needs, options):
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    x, S = hidden.new_empty((), dtype=torch.float32), data.sequences.number
+    losses, lengths = x.new_empty(data.groups.number(S)), x.new_empty(S, dtype=torch.int32)
+    return (x, losses, x.new_empty(5, S), lengths, *empty_gradients(leaves, needs, weight_grad, early=True))
+
+
+# Writes to weight_grad, so that operators allow it no derivative: the loss gets its gradients from `_ready`.
+_loss = Operator("linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",))
+
+
+class Ready(NamedTuple):
+    """Gradients of the leaves; empty where there is none."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_hidden: Tensor
+    lora_weight: Tensor
+
+
+def _ready_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    loss: Tensor,
+    gradients: Ready,
+    needs: list[bool],
+    weight_grad: bool,
+    backend: str,
+) -> Tensor:
+    """The loss; its backward brings the leaves the gradients that are ready, of the weight none if ``weight_grad`` has it."""
+    return loss.clone()
+
+
+def _ready_setup(ctx, inputs, output):
+    *leaves, _, gradients, ctx.needs, ctx.weight_grad, ctx.backend = inputs
+    ctx.save_for_backward(*leaves, *gradients)
+
+
+def _ready_backward(ctx, dloss):
+    only_once("linear_rpo_loss", ctx)
+    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    leaves, gradients, results = saved[:5], saved[5:], []
+    with torch.no_grad():
+        if ctx.weight_grad and ctx.needs[1]:
+            dloss = require_one.on(dloss)(dloss)
+        for i, (leaf, gradient) in enumerate(zip(leaves, gradients)):
+            # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
+            if not ctx.needs[i] or (i == 1 and ctx.weight_grad):
+                results.append(None)
+                continue
+            scale_.on(gradient)(gradient, dloss, ctx.backend)
+            results.append(gradient.detach().to(leaf.dtype))  # detached, it may become a .grad without a copy
+    return (*(None if x is None else once_differentiable(x, *leaves) for x in results), None)
+
+
+_ready = Operator(
+    "linear_rpo_loss_ready", 6, _ready_forward, lambda *inputs: torch.empty_like(inputs[5]), _ready_setup, _ready_backward
+)
+
+
+# ---- gradients in the backward: one loss per group ---------------------------------------------------------------------
+
+
+def _forward_per_group(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    weight_grad: Tensor | None,
+    data: Batch,
+    needs: list[bool],
+    size: int,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """losses, ``[5, S]`` and lengths of the group pass; of each row dL/dlogp and its group; and the fields of :class:`Kept`."""
+    op, leaves = "linear_rpo_loss", Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    head, layout, rows, reference = _begin(op, leaves, data, needs, options)
+    n = rows.size if size < 0 else size
+    chunks = late_chunks(op, leaves, needs, options, head.widest, n, weight_grad, size >= 0)
+    (window,) = layout.windows(max(1, sum(layout.most)))
+    store = Store(head, rows, needs, chunks, size=n)
+    store.read(window.rows, reference)
+    _, losses, by_sequence, coef = layout.group_pass(window, store.logps)
+    S, groups = data.sequences.number, data.groups
+    group = groups_of(S, groups.group_size, groups.cu_groups, head.device)
+    group = group.long().repeat_interleave(layout.offsets.diff(), output_size=rows.size)
+    coef, group = (torch.nn.functional.pad(x, (0, n - rows.size)) for x in (coef, group))
+    return (losses, by_sequence, layout.lengths, coef, group, *store.kept())
+
+
+def _fake_per_group(hidden, weight, bias, lora_hidden, lora_weight, weight_grad, data, needs, size, options):
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    chunks = late_chunks("linear_rpo_loss", leaves, needs, options, weight.shape[0], size, weight_grad, True)
+    x, S = hidden.new_empty(size, dtype=torch.float32), data.sequences.number
+    per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
+    kept = Store.fake_kept(leaves, needs, options, chunks, size, False)
+    return (x.new_empty(data.groups.number(S)), *per_sequence, x, x.new_empty(size, dtype=torch.int64), *kept)
+
+
+def _setup_per_group(ctx, inputs, output):
+    *leaves, ctx.weight_grad, _, _, _, ctx.options = inputs
+    ctx.save_for_backward(*leaves, *output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_per_group(ctx, dlosses, *_):
+    if dlosses is None:
+        return (None,) * 6
+    saved = ctx.saved_tensors
+    leaves, coef, group, kept = saved[:5], saved[5], saved[6], Kept(*saved[7:])
+    needs = list(ctx.needs_input_grad[:5])
+    with torch.no_grad():
+        coef = coef * dlosses[group]
+        gradients = settle.on(leaves[0])(ctx.weight_grad, *leaves, kept, coef, None, False, needs, ctx.options)
+    if ctx.weight_grad is not None:
+        needs[1] = False
+    return (*(once_differentiable(g, *leaves) if need else None for g, need in zip(gradients, needs)), None)
+
+
+_per_group = Operator(
+    "linear_rpo_loss_per_group", 6, _forward_per_group, _fake_per_group, _setup_per_group, _backward_per_group
+)

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import distributed
-from .head import Chunks, Leaves, OnLogits, Options, shown_to
-from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of
-from .token_plan import forward_op
+from .gradients import Gradients, Kept, Store, add_with_entropies, empty_gradients, over_tokens, recompute, spared_bytes
+from .head import Chunks, Head, Leaves, OnLogits, Options, gathered, plan, shown_to
+from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of, shard_of_head
+from .operator import Operator, once_differentiable
 
 
-@distributed.agreeing
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -38,8 +38,9 @@ def linear_token_logps(
 
         x = hidden weight^T + lora_hidden lora_weight^T + bias
 
-    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head (d logp / d hidden is kept
-    from the forward); 3 when all logits fit the workspace, else (and under ``torch.compile``) 4: the backward recomputes them.
+    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head; 3 with a trainable one, whatever
+    the loss. d logp / d logits of each row is computed in the forward and kept for dweight, as far as the workspace goes; the
+    logits of rows beyond it are computed once more, at one GEMM for their share of the rows.
 
     Args:
         hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
@@ -54,7 +55,8 @@ def linear_token_logps(
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
         logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a sequence), or the dtype
             of the GEMMs.
-        workspace_bytes: bound on logits and dlogits held at a time; 1 GiB on a GPU, 256 MiB on a CPU.
+        workspace_bytes: bound on logits and d logp / d logits held at a time, of which as much is allocated as the batch needs; 2 GiB on
+            a GPU, 256 MiB on a CPU. See docs/memory.md.
         count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
         on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
             rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
@@ -69,17 +71,19 @@ def linear_token_logps(
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
-        lora_weight; sums over chunks are fp32, rounded once. Second derivatives raise.
+        lora_weight, from any loss; sums over chunks are fp32, rounded once. A second backward (``retain_graph``) gives the same
+        numbers; second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    return _run("linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad, count, on_logits,
-                False, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, process_group,
-                reduce_dhidden, backend)[0]  # fmt: skip
+    return _linear_token_logps(
+        "linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, NONE, weight_grad, count, on_logits,
+        process_group, reduce_dhidden, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        ignore_index=ignore_index, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend,
+    )[0]  # fmt: skip
 
 
-@distributed.agreeing
 def linear_token_logps_and_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -97,41 +101,205 @@ def linear_token_logps_and_entropy(
     workspace_bytes: int | None = None,
     count: int | None = None,
     on_logits: OnLogits = None,
+    entropy_grad: bool = True,
     process_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass; both differentiable.
+    """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass.
 
-    Arguments and errors as there; a frozen head costs 3 GEMMs.
+    Arguments and errors as there, and:
+
+    Args:
+        entropy_grad: whether the entropies are differentiable. If not (entropies that are only reported), the call costs what
+            :func:`linear_token_logps` does; if so, the backward computes the logits again: 4 GEMMs, 3 with a frozen head.
     """
-    return _run("linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, weight_grad,
-                count, on_logits, True, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes,
-                process_group, reduce_dhidden, backend)  # fmt: skip
+    if not isinstance(entropy_grad, bool):
+        raise TypeError(f"linear_token_logps_and_entropy: `entropy_grad` must be a bool, got {entropy_grad!r}")
+    return _linear_token_logps(
+        "linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels,
+        DIFFERENTIABLE if entropy_grad else REPORTED, weight_grad, count, on_logits, process_group, reduce_dhidden,
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes, backend=backend,
+    )  # fmt: skip
 
 
-def _run(op, leaves, labels, weight_grad, count, on_logits, entropy, temperature, logit_scale, softcap, ignore_index,
-         logits_dtype, workspace_bytes, process_group, reduce_dhidden, backend):  # fmt: skip
-    leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
-    check_on_logits(op, on_logits, process_group)
-    hidden, weight, *_ = leaves
-    group = distributed.group_name(op, process_group)
-    check_leaves(op, leaves, labels, ignore_index, is_shard=bool(group))
-    options = options_of(op, hidden, temperature, logit_scale, softcap, ignore_index, logits_dtype, workspace_bytes, backend)
-    options = (*options, group, reduce_dhidden)
-    check_count(op, count, labels.numel())
-    check_weight_grad(op, weight_grad, weight)
-    keep = _what_to_keep(labels.numel(), weight.shape[0], leaves.needs(), entropy, Options(*options))
-    with shown_to(op, on_logits):
-        logps, entropies, *_ = forward_op(*leaves, labels, weight_grad, count, entropy, keep, *options)
+NONE, REPORTED, DIFFERENTIABLE = range(3)  # what is wanted of entropies
+
+
+def _linear_token_logps(
+    op: str, leaves: Leaves, labels: Tensor, entropy: int, weight_grad: Tensor | None, count: int | None, on_logits: OnLogits,
+    process_group: ProcessGroup | None, reduce_dhidden: bool, **settings: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    with distributed.raising_together(op, process_group=process_group):
+        leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+        check_on_logits(op, on_logits, process_group)
+        distributed.group_name(op, process_group)
+        check_leaves(op, leaves, labels, settings["ignore_index"], is_shard=process_group is not None)
+        options = options_of(op, leaves.hidden, process_group=process_group, reduce_dhidden=reduce_dhidden, **settings)
+        check_count(op, count, labels.numel())
+        check_weight_grad(op, weight_grad, leaves.weight)
+        call = _token_logps.on(leaves.hidden)
+        size = -1 if call is _token_logps.eager else labels.numel() if count is None else count
+        with shown_to(op, on_logits):
+            logps, entropies, *_ = call(*leaves, labels, weight_grad, -1 if count is None else count, entropy, leaves.needs(), size, options)
     return logps, entropies
 
 
-def _what_to_keep(N: int, V: int, needs: list[bool], entropy: bool, options: Options) -> str:
-    """What the forward keeps for the backward: nothing, the unit gradients of hidden states, or the logits."""
-    if needs == [True, False, False, False, False] and not entropy:
-        return "unit gradients"
-    # Traced backward graphs may not overwrite what the forward kept.
-    if any(needs) and N <= Chunks.capacity(options, V) and not torch.compiler.is_compiling():
-        return "logits"
-    return "nothing"
+def scored_index(op: str, labels: Tensor, ignore_index: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """Flat positions ``[n]`` of the scored rows, and with a count from the caller a factor that is NaN if it is wrong.
+
+    Their number decides shapes: one synchronisation, unless the count (>= 0) is known.
+    """
+    scored = labels.reshape(-1) != ignore_index
+    if count < 0:
+        return scored.nonzero()[:, 0], None
+    true = scored.sum()
+    if true.device.type == "cpu" and int(true) != count:
+        raise ValueError(f"{op}: `count` must be the number of labels that are not ignore_index, {int(true)}; got {count}")
+    index = torch.argsort(scored, descending=True, stable=True)[:count]
+    return index, torch.where(true == count, 1.0, torch.nan)
+
+
+def late_chunks(
+    op: str, leaves: Leaves, needs: list[bool], options: Options, V: int, rows: int, weight_grad: Tensor | None, traced: bool
+) -> Chunks:  # fmt: skip
+    """Of a store that is settled in a backward, where P that was kept and the logits that are computed again lie side by side.
+
+    In a trace nothing is known of the widths of other ranks' shards; no P is kept there.
+    """
+    keeps = over_tokens(needs)
+    chunks = plan(op, options, V, rows, leaves.hidden.is_cuda, keeps, spared_bytes(leaves, needs, options, weight_grad))
+    if keeps and (rows > chunks.waiting or (traced and options.vocab_ranks)):
+        return chunks._replace(waiting=0 if traced and options.vocab_ranks else chunks.waiting - chunks.logits)
+    return chunks
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    labels: Tensor,
+    weight_grad: Tensor | None,
+    count: int,  # of scored rows; -1: unknown
+    entropy: int,
+    needs: list[bool],
+    size: int,  # in traces, whose shapes depend on no label: rows of what is kept; else -1
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities and entropies in the shape of labels, and the fields of :class:`Kept`."""
+    op = "linear_token_logps" if entropy == NONE else "linear_token_logps_and_entropy"
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    shard = shard_of_head(
+        op, options, leaves, labels, lambda: None, entropy=entropy, **{"`count`": count, "gradients": needs}
+    )  # fmt: skip
+    head = Head(op, leaves, options, shard)
+    index, valid = scored_index(op, labels, options.transform.ignore_index, count)
+    rows = head.rows(leaves, labels, index)
+    n = rows.size if size < 0 else size
+    now = _needs_now(needs, entropy)
+    chunks = late_chunks(op, leaves, now, options, head.widest, n, weight_grad, size >= 0)
+    store = Store(head, rows, now, chunks, entropy != NONE, n)
+    store.read(slice(0, rows.size))
+
+    def spread(x: Tensor | None) -> Tensor:
+        if x is None:
+            return store.logps.new_empty(0)
+        x = x[: rows.size] if valid is None else x[: rows.size] * valid
+        return x.new_zeros(labels.numel()).index_copy_(0, index, x).view(labels.shape)
+
+    return (spread(store.logps), spread(store.entropies), *store.kept())
+
+
+def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
+    """Gradients that the forward prepares: with entropies to differentiate, none."""
+    return [False] * 5 if entropy == DIFFERENTIABLE else needs
+
+
+def _fake_forward(
+    hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, count, entropy, needs, size, options
+):  # fmt: skip
+    leaves, now = Leaves(hidden, weight, bias, lora_hidden, lora_weight), _needs_now(needs, entropy)
+    chunks = late_chunks("linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad, True)
+    logps = hidden.new_empty(labels.shape, dtype=torch.float32)
+    entropies = torch.empty_like(logps) if entropy != NONE else logps.new_empty(0)
+    return (logps, entropies, *Store.fake_kept(leaves, now, options, chunks, size, entropy != NONE))
+
+
+def _setup_context(ctx, inputs, output):
+    *leaves, _, ctx.weight_grad, _, ctx.entropy, _, _, ctx.options = inputs
+    ctx.save_for_backward(*leaves, *output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2 if ctx.entropy == DIFFERENTIABLE else 1 :])
+
+
+def _backward(ctx, dlogps, dentropies, *_):
+    *leaves, index = ctx.saved_tensors[:6]
+    kept = Kept(*ctx.saved_tensors[5:])
+    needs = list(ctx.needs_input_grad[:5])
+    none = (None,) * 2
+    if dlogps is None and dentropies is None:
+        return (*(None,) * 5, *none)
+    with torch.no_grad():
+        at_rows = lambda x: None if x is None else x.reshape(-1)[index].float()
+        coef = kept.logps.new_zeros(kept.logps.shape) if dlogps is None else at_rows(dlogps)
+        gradients = settle.on(leaves[0])(
+            ctx.weight_grad, *leaves, kept, coef, at_rows(dentropies), ctx.entropy == DIFFERENTIABLE, needs, ctx.options
+        )
+    if ctx.weight_grad is not None:
+        needs[1] = False
+    return (*(once_differentiable(g, *leaves) if need else None for g, need in zip(gradients, needs)), *none)
+
+
+_token_logps = Operator("linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward)
+
+
+# ---- what waited, settled --------------------------------------------------------------------------------------------
+
+
+def _settle(
+    weight_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
+    kept: Kept,
+    coef: Tensor,  # [n], dL / dlogp of the rows
+    entropy_coef: Tensor | None,  # [n], dL / dentropy
+    from_logits: bool,  # whether nothing waited, because coefficients of entropies go into dlogits themselves
+    needs: list[bool],
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the leaves."""
+    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+    n, dropped = kept.sizes.tolist()
+    op, part, V = "linear_token_logps", slice(0, n), weight.shape[0]
+    if options.vocab_ranks:  # labels that were kept count from the shard's first column
+        transform = options.transform._replace(ignore_index=distributed.IGNORED)
+        options = options._replace(transform=transform)
+    head = Head(op, leaves, options) if dropped or from_logits else None
+    chunks = plan(op, options, V, n, hidden.is_cuda, over_tokens(needs), spared_bytes(leaves, needs, options, weight_grad))
+    rows = gathered(leaves, options.compute_dtype, kept.index[:n], kept.labels[:n])
+    once = n <= chunks.waiting if from_logits else not dropped
+    gradients = Gradients(leaves, needs, rows, options, once=once, weight_grad=weight_grad)
+    if from_logits:
+        add_with_entropies(head, rows, chunks, kept, coef, entropy_coef, gradients)
+        return gradients.finish()
+    gradients.add_hidden(part, kept.u[:n], kept.u_lora[:n], coef[:n])
+    if over_tokens(needs) and n > dropped:
+        gradients.add_tokens(slice(dropped, n), kept.p[: n - dropped], coef[dropped:n])
+    if dropped:
+        again = head.buffer(chunks.logits, options.compute_dtype)
+        scratch = head.buffer(0 if head.in_place else chunks.logits, options.logits_dtype)
+        recompute(head, rows, slice(0, dropped), chunks.logits, again, scratch, kept.logps, kept.lse, coef, gradients)
+    return gradients.finish()
+
+
+def _fake_settle(weight_grad, hidden, weight, bias, lora_hidden, lora_weight, kept, coef, entropy_coef, from_logits, needs, _):
+    return empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad)
+
+
+settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",))

@@ -8,10 +8,11 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..backend import engine
+from ..inputs import Groups, Sequences, groups_of
 from ..objectives import RPOObjective
-from .autograd import once_differentiable, operator
-from .gather import gather
+from .operator import Operator, once_differentiable
 from .output import RPOOutput
+from .ranks import gather
 
 
 def preference_loss(
@@ -72,13 +73,15 @@ def preference_loss(
         if lengths.shape != (S,):
             raise ValueError(f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}")
         checks.check_device(op, "lengths", lengths, logps.device)
-    inputs = prepare(op, objective, logps.device, S, [(S,)], rewards, ref_logps, ref_weights, None, group_size, cu_groups,
-                     reduction, normalizer, backend)  # fmt: skip
-    loss, losses, by_sequence = _forward_op(logps.float(), lengths, *inputs)
+    checks.check_backend(op, backend)
+    groups = Groups.of(
+        op, objective, Sequences(S), None, logps.device, rewards=rewards, ref_logps=ref_logps, ref_weights=ref_weights,
+        group_size=group_size, cu_groups=cu_groups, reduction=reduction, normalizer=normalizer,
+    )  # fmt: skip
+    loss, losses, by_sequence = _preference_loss.on(logps)(logps.float(), lengths, groups, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
-@distributed.agreeing
 def sequence_logps(
     token_logps: Tensor,
     *,
@@ -104,6 +107,14 @@ def sequence_logps(
         from the sums; its tokens then get the gradient of that one loss, so gradients of parameters are sums over the ranks.
     """
     op = "sequence_logps"
+    with distributed.raising_together(op, process_group=process_group):
+        return _sequence_logps(op, token_logps, cu_seqlens, average, labels, ignore_index, process_group)
+
+
+def _sequence_logps(
+    op: str, token_logps: Tensor, cu_seqlens: Tensor | None, average: bool, labels: Tensor | None, ignore_index: int,
+    process_group: ProcessGroup | None,
+) -> Tensor:  # fmt: skip
     distributed.group_name(op, process_group)
     checks.check_tensor(op, "token_logps", token_logps)
     checks.check_float(op, "token_logps", token_logps)
@@ -115,140 +126,37 @@ def sequence_logps(
     x = token_logps.double()
     if labels is not None:
         x = torch.where(labels != ignore_index, x, 0)
-    segments = Segments.of(op, "token_logps", token_logps, cu_seqlens)
-    sums = segments.sum(x)[None]
+    sequences = Sequences.of(op, "token_logps", token_logps, cu_seqlens)
+    sums = sequences.sum(x)[None]
     if average:
-        sums = torch.cat([sums, segments.sum((labels != ignore_index).double())[None]])
+        sums = torch.cat([sums, sequences.sum((labels != ignore_index).double())[None]])
     if process_group is not None:
         sums = gather(op, sums, process_group).sum(0)
     return (sums[0] / sums[1].clamp(min=1) if average else sums[0]).float()
 
 
-class Segments:
-    """How tokens lie in sequences: rows of ``[S, T]``, or packed ``[N]`` between offsets."""
-
-    def __init__(self, sequences: int, cu_seqlens: Tensor | None):
-        self.sequences, self.cu_seqlens = sequences, cu_seqlens
-
-    @staticmethod
-    def of(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Segments:
-        if cu_seqlens is None:
-            if tokens.dim() != 2:
-                raise ValueError(
-                    f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got {checks.shape_of(tokens)}"
-                    f"{' without cu_seqlens' if tokens.dim() == 1 else ''}"
-                )
-            return Segments(tokens.shape[0], None)
-        if tokens.dim() != 1:
-            raise ValueError(f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got {checks.shape_of(tokens)}")
-        checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
-        checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")
-        return Segments(cu_seqlens.shape[0] - 1, cu_seqlens)
-
-    def sum(self, x: Tensor) -> Tensor:
-        if self.cu_seqlens is None:
-            return x.sum(1)
-        offsets = self.cu_seqlens.long()
-        inside = offsets.clamp(0, x.shape[0]).cummax(0).values  # where no check sees them, bad offsets give NaN
-        broken = (inside != offsets).any() | (offsets[0] != 0) | (offsets[-1] != x.shape[0])
-        total = torch.segment_reduce(x, "sum", offsets=inside, axis=0, initial=0, unsafe=True)
-        return torch.where(broken, torch.nan, total)
-
-
-def prepare(
-    op, objective, device, S, ref_shapes, rewards, ref_logps, ref_weights, cu_seqlens, group_size, cu_groups, reduction,
-    normalizer, backend,
-) -> tuple:  # fmt: skip
-    """Check what the group pass takes and bring it into the types of an operator."""
-    group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
-    G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
-    checks.check_rewards(op, rewards, objective, S, device)
-    checks.check_reference(op, objective, ref_logps, ref_weights, ref_shapes, G, device)
-    checks.check_normalizer(op, reduction, normalizer, device)
-    checks.check_backend(op, backend)
-    if rewards is not None:
-        rewards = _constant(rewards)
-    if ref_logps is not None:
-        several = objective.reference in ("harmonic", "geometric")
-        ref_logps = _constant(ref_logps).view(ref_logps.shape[0] if several else 1, -1)
-        if several:
-            R = ref_logps.shape[0]
-            ref_weights = torch.full((R,), 1 / R, device=device) if ref_weights is None else ref_weights.detach().float()
-    if normalizer is not None:
-        is_tensor = isinstance(normalizer, Tensor)
-        normalizer = _constant(normalizer).view(()) if is_tensor else torch.full((), normalizer, dtype=torch.float32, device=device)
-    return (rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective.spec, reduction == "mean", backend)
-
-
-def _constant(x: Tensor) -> Tensor:
-    """In float32, contiguous and without a gradient; most are already."""
-    if x.dtype == torch.float32 and not x.requires_grad and x.is_contiguous():
-        return x
-    return x.detach().float().contiguous()
-
-
-def group_pass(
-    op, logps, labels, ignore_index, S, lengths, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, normalizer,
-    group_size, spec, mean, backend, sft_share=None, ref_per_token=False,
-):  # fmt: skip
-    """Run the group pass of the chosen engine, on values that ``checks.check_group_values`` has seen."""
-    objective = RPOObjective.from_spec(spec)
-    # kernels know no strides of these
-    lengths, cu_seqlens, cu_groups = [None if x is None else x.contiguous() for x in (lengths, cu_seqlens, cu_groups)]
-    return engine(op, backend, logps.device, "preference").preference_forward(
-        logps, objective, labels=labels, ignore_index=ignore_index, sequences=S, group_size=group_size, lengths=lengths,
-        cu_seqlens=cu_seqlens, cu_groups=cu_groups, ref_logps=ref_logps, ref_per_token=ref_per_token, ref_weights=ref_weights,
-        rewards=rewards, normalizer=normalizer, sft_share=sft_share, mean=mean,
-    )  # fmt: skip
-
-
-def output(reduction, loss, losses, by_sequence, lengths, cu_groups) -> RPOOutput:
+def output(reduction: str, loss: Tensor, losses: Tensor, by_sequence: Tensor, lengths: Tensor | None, cu_groups: Tensor | None) -> RPOOutput:
     rewards, logps, targets = by_sequence.unbind()[:3]
     return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
 
 
-def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
-    """Group of each sequence, ``[S]``."""
-    sequence = torch.arange(S, device=device, dtype=torch.int32)
-    if cu_groups is None:
-        return sequence // group_size
-    return torch.searchsorted(cu_groups[1:-1], sequence, right=True)
-
-
-@operator("preference_loss")
-def _forward_op(
-    logps: Tensor,
-    lengths: Tensor | None,
-    rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    ref_weights: Tensor | None,
-    cu_groups: Tensor | None,
-    normalizer: Tensor | None,
-    group_size: int,
-    objective: str,
-    mean: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    op, S = "preference_loss", logps.shape[0]
+def _forward(logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    op, sequences = "preference_loss", Sequences(logps.shape[0])
     checks.check_length_values(op, lengths)
-    spec = RPOObjective.from_spec(objective)
-    checks.check_group_values(op, logps.device, spec, S, 0, None, cu_groups, rewards, ref_weights, normalizer)
-    loss, losses, by_sequence, _, _ = group_pass(
-        op, logps.contiguous(), None, 0, S, lengths, None, rewards, ref_logps, ref_weights,
-        cu_groups, normalizer, group_size, objective, mean, backend,
-    )  # fmt: skip
-    return loss, losses, by_sequence
+    groups.check_values(op, logps.device, sequences, 0)
+    group_pass = engine(op, backend, logps.device, "group_pass").group_pass
+    return group_pass(logps.contiguous(), None, lengths, sequences, groups, 0)[:3]
 
 
-@_forward_op.register_fake
-def _(logps, lengths, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, mean, backend):
-    G = logps.shape[0] // group_size if cu_groups is None else cu_groups.shape[0] - 1
-    return logps.new_empty(()), logps.new_empty(G), logps.new_empty(5, logps.shape[0])
+def _fake_forward(logps, lengths, groups, backend):
+    S = logps.shape[0]
+    return logps.new_empty(()), logps.new_empty(groups.number(S)), logps.new_empty(5, S)
 
 
 def _setup_context(ctx, inputs, output):
-    logps, _, _, _, _, cu_groups, _, ctx.group_size, *_ = inputs
-    ctx.save_for_backward(logps, output[2], cu_groups)
+    logps, _, groups, _ = inputs
+    ctx.save_for_backward(logps, output[2], groups.cu_groups)
+    ctx.group_size = groups.group_size
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
 
@@ -259,7 +167,7 @@ def _backward(ctx, dloss, dlosses, _):
     upstream = dloss
     if dlosses is not None:  # reduction "none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]
-    return (None if upstream is None else once_differentiable(coef * upstream, logps), *(None,) * 10)
+    return (None if upstream is None else once_differentiable(coef * upstream, logps),)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_preference_loss = Operator("preference_loss", 1, _forward, _fake_forward, _setup_context, _backward)

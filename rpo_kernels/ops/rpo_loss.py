@@ -9,14 +9,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
+from ..backend import engine
+from ..inputs import Groups, LogitTransform, Sequences, groups_of
 from ..objectives import RPOObjective
-from .autograd import only_once, operator
+from .operator import Operator, only_once
 from .output import RPOOutput
-from .preference import Segments, group_pass, groups_of, output, prepare
-from .token_logps import dlogits_of, flat, vocabulary_forward
+from .preference import output
+from .token_logps import dlogits_of, flat, row_pass
 
 
-@distributed.agreeing
 def rpo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -63,78 +64,63 @@ def rpo_loss(
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     op = "rpo_loss"
-    logits, process_group = distributed.local_logits(op, logits, process_group)
-    group = distributed.group_name(op, process_group)
-    checks.check_objective(op, objective)
-    checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=bool(group))
-    checks.check_transform(op, temperature, logit_scale, softcap)
-    S = Segments.of(op, "labels", labels, cu_seqlens).sequences
-    inputs = prepare(op, objective, logits.device, S, [(S,), tuple(labels.shape)], rewards, ref_logps, ref_weights,
-                     cu_seqlens, group_size, cu_groups, reduction, normalizer, backend)  # fmt: skip
-    loss, losses, by_sequence, lengths, *_ = _forward_op(
-        logits, labels, cu_seqlens, *inputs, float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index,
-        inplace_backward, group,
-    )  # fmt: skip
+    with distributed.raising_together(op, process_group=process_group):
+        logits, process_group = distributed.local_logits(op, logits, process_group)
+        vocab_ranks = distributed.group_name(op, process_group)
+        checks.check_objective(op, objective)
+        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
+        transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
+        checks.check_backend(op, backend)
+        sequences = Sequences.of(op, "labels", labels, cu_seqlens)
+        groups = Groups.of(
+            op, objective, sequences, tuple(labels.shape), logits.device, rewards=rewards, ref_logps=ref_logps,
+            ref_weights=ref_weights, group_size=group_size, cu_groups=cu_groups, reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
+        call = _rpo_loss.on(logits)
+        loss, losses, by_sequence, lengths, *_ = call(
+            logits, labels, sequences, groups, transform, inplace_backward, backend, vocab_ranks
+        )
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
-@operator("rpo_loss")
-def _forward_op(
+def _forward(
     logits: Tensor,
     labels: Tensor,
-    cu_seqlens: Tensor | None,
-    rewards: Tensor | None,
-    ref_logps: Tensor | None,
-    ref_weights: Tensor | None,
-    cu_groups: Tensor | None,
-    normalizer: Tensor | None,
-    group_size: int,
-    objective: str,
-    mean: bool,
-    backend: str,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
+    sequences: Sequences,
+    groups: Groups,
+    transform: LogitTransform,
     inplace: bool,
-    group: str = "",
+    backend: str,
+    vocab_ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    op, N, S = "rpo_loss", labels.numel(), labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check = functools.partial(
-        checks.check_group_values, op, logits.device, RPOObjective.from_spec(objective), S, N, cu_seqlens, cu_groups, rewards,
-        ref_weights, normalizer,
-    )  # fmt: skip
-    flat_labels = flat(labels)
-    logps, lse, _, local_labels = vocabulary_forward(
-        op, logits, flat_labels, temperature, logit_scale, softcap, ignore_index, False, backend, group, check, objective=objective
-    )
-    results = group_pass(
-        op, logps, flat_labels, ignore_index, S, None, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups,
-        normalizer, group_size, objective, mean, backend,
-        ref_per_token=ref_logps is not None and ref_logps.shape[1] == N,
-    )  # fmt: skip
-    return (*results, logps, lse, local_labels)
+    """loss, losses, ``[5, S]`` and lengths of the group pass; coefficients, log-probabilities and logsumexps of the tokens; and of a
+    shard its labels."""
+    op = "rpo_loss"
+    check = functools.partial(groups.check_values, op, logits.device, sequences, labels.numel())
+    read = row_pass(op, logits, labels, transform, backend, vocab_ranks, check, objective=groups.objective.spec)
+    logps, lse, _ = read.forward(read.rows, read.labels, transform, False)
+    group_pass = engine(op, backend, logits.device, "group_pass").group_pass
+    results = group_pass(logps, flat(labels), None, sequences, groups, transform.ignore_index)
+    return (*results, logps, lse, read.labels if vocab_ranks else labels.new_empty(0))
 
 
-@_forward_op.register_fake
-def _(logits, labels, cu_seqlens, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, objective, mean, backend,
-      temperature, logit_scale, softcap, ignore_index, inplace, group=""):  # fmt: skip
-    S = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
-    floats = torch.empty((), dtype=torch.float32, device=logits.device)
-    N = labels.numel()
-    tokens = floats.new_empty(N), floats.new_empty(N), floats.new_empty(2, N), labels.new_empty(N if group else 0)
-    return (floats, floats.new_empty(G), floats.new_empty(5, S), floats.new_empty(S, dtype=torch.int32), *tokens)
+def _fake_forward(logits, labels, sequences, groups, transform, inplace, backend, vocab_ranks):
+    S, N = sequences.number, labels.numel()
+    x = torch.empty((), dtype=torch.float32, device=logits.device)
+    per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
+    per_token = x.new_empty(N), x.new_empty(N), x.new_empty(2, N), labels.new_empty(N if vocab_ranks else 0)
+    return (x, x.new_empty(groups.number(S)), *per_sequence, *per_token)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, cu_seqlens, _, _, _, cu_groups, _, ctx.group_size, _, _, ctx.backend, *ctx.options, ctx.inplace, group = inputs
-    loss, losses, by_sequence, lengths, coef, logps, lse, local_labels = output
-    if group:
-        labels, ctx.options[-1] = local_labels, distributed.IGNORED
-    ctx.save_for_backward(logits, labels, logps, lse, coef, cu_seqlens, cu_groups)
+    logits, labels, sequences, groups, ctx.transform, ctx.inplace, ctx.backend, vocab_ranks = inputs
+    loss, losses, by_sequence, lengths, coef, logps, lse, shard_labels = output
+    if vocab_ranks:
+        labels, ctx.transform = shard_labels, ctx.transform._replace(ignore_index=distributed.IGNORED)
+    ctx.number, ctx.group_size = sequences.number, groups.group_size
+    ctx.save_for_backward(logits, labels, logps, lse, coef, sequences.cu_seqlens, groups.cu_groups)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(by_sequence, lengths, coef, logps, lse, local_labels)
+    ctx.mark_non_differentiable(by_sequence, lengths, coef, logps, lse, shard_labels)
 
 
 def _backward(ctx, dloss, dlosses, *_):
@@ -143,18 +129,12 @@ def _backward(ctx, dloss, dlosses, *_):
     logits, labels, logps, lse, coef, cu_seqlens, cu_groups = ctx.saved_tensors
     upstream = dloss
     if dlosses is not None:  # reduction "none": one factor per group
-        token = torch.arange(coef.shape[0], device=coef.device, dtype=torch.int32)
-        if cu_seqlens is None:
-            sequence = token // max(logits.shape[-2], 1)
-        else:
-            sequence = torch.searchsorted(cu_seqlens[1:-1], token, right=True)
-        S = logits.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        coef = coef * dlosses[groups_of(S, ctx.group_size, cu_groups, coef.device)][sequence]
-        upstream = None
+        sequence = Sequences(ctx.number, cu_seqlens).of_token(coef.shape[0], coef.device)
+        group = groups_of(ctx.number, ctx.group_size, cu_groups, coef.device)
+        coef, upstream = coef * dlosses[group][sequence], None
     elif dloss is None:
-        return (None,) * 18
-    dlogits = dlogits_of(ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, *ctx.options, ctx.backend)
-    return (dlogits, *(None,) * 17)
+        return (None,)
+    return (dlogits_of(ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, ctx.transform, ctx.backend),)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_rpo_loss = Operator("rpo_loss", 1, _forward, _fake_forward, _setup_context, _backward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..backend import engine
-from .autograd import once_differentiable, only_once, operator
+from ..inputs import LogitTransform
+from .operator import Operator, once_differentiable, only_once
 
 
-@distributed.agreeing
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -59,12 +60,16 @@ def token_logps(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    logps, _ = _token_logps("token_logps", logits, labels, temperature, logit_scale, softcap, ignore_index,
-                            inplace_backward, False, process_group, backend)  # fmt: skip
-    return logps
+    op = "token_logps"
+    with distributed.raising_together(op, process_group=process_group):
+        logits, process_group = distributed.local_logits(op, logits, process_group)
+        vocab_ranks = distributed.group_name(op, process_group)
+        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
+        transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
+        checks.check_backend(op, backend)
+        return _token_logps.on(logits)(logits, labels, transform, False, inplace_backward, backend, vocab_ranks)[0]
 
 
-@distributed.agreeing
 def token_logps_and_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -83,22 +88,15 @@ def token_logps_and_entropy(
 
     Arguments and errors as there.
     """
-    return _token_logps("token_logps_and_entropy", logits, labels, temperature, logit_scale, softcap, ignore_index,
-                        inplace_backward, True, process_group, backend)  # fmt: skip
-
-
-def _token_logps(
-    op, logits, labels, temperature, logit_scale, softcap, ignore_index, inplace, entropy, process_group, backend
-):  # fmt: skip
-    logits, process_group = distributed.local_logits(op, logits, process_group)
-    group = distributed.group_name(op, process_group)
-    checks.check_logits(op, logits, labels, ignore_index, inplace, is_shard=bool(group))
-    checks.check_transform(op, temperature, logit_scale, softcap)
-    checks.check_backend(op, backend)
-    logps, _, entropies, _ = _forward_op(
-        logits, labels, float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index, entropy, inplace, backend,
-        group,
-    )  # fmt: skip
+    op = "token_logps_and_entropy"
+    with distributed.raising_together(op, process_group=process_group):
+        logits, process_group = distributed.local_logits(op, logits, process_group)
+        vocab_ranks = distributed.group_name(op, process_group)
+        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
+        transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
+        checks.check_backend(op, backend)
+        call = _token_logps.on(logits)
+        logps, _, entropies, _ = call(logits, labels, transform, True, inplace_backward, backend, vocab_ranks)
     return logps, entropies
 
 
@@ -124,82 +122,74 @@ def flat(x: Tensor) -> Tensor:
 
 
 def shard_of(
-    op: str, group: str, columns: int, labels: Tensor, ignore_index: int, check: Callable[[], None], **facts: object
+    op: str, vocab_ranks: str, columns: int, labels: Tensor, ignore_index: int, check: Callable[[], None], **facts: object
 ) -> distributed.Shard | None:
-    """This rank's shard of the vocabulary, all ranks of the group agreeing; labels checked against all of its columns."""
-    if group:
+    """This rank's shard of the vocabulary, all ranks that share it agreeing; labels checked against all of its columns."""
+    if vocab_ranks:
         facts["the number of `labels`"] = labels.numel()
         facts["`ignore_index`"] = ignore_index
         facts["the values of `labels` (their checksum)"] = distributed.digest(labels)
-    widths = distributed.agree(op, group, columns, facts, check)
-    shard = distributed.Shard.of(group, widths) if group else None
+    widths = distributed.agree(op, vocab_ranks, columns, facts, check)
+    shard = distributed.Shard.of(vocab_ranks, widths) if vocab_ranks else None
     checks.check_label_values(op, labels, columns if shard is None else shard.vocabulary, ignore_index)
     return shard
 
 
-def vocabulary_forward(
-    op, logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, backend, group, check=lambda: None, **facts
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Flat log-probabilities, logsumexps and if asked entropies of every row, by the chosen engine, from flat labels; and labels
-    that count from this rank's first column, none without a group."""
-    if not group:
+class RowPass(NamedTuple):
+    """Rows of logits and how they are read."""
+
+    rows: Tensor  # [outer, inner, V]
+    labels: Tensor  # [N]; of a shard, counted from its first column
+    forward: Callable  # vocabulary_forward(rows, labels, transform, entropy), combined over the ranks
+
+
+def row_pass(
+    op: str, logits: Tensor, labels: Tensor, transform: LogitTransform, backend: str, vocab_ranks: str,
+    check: Callable[[], None] = lambda: None, **facts: object,
+) -> RowPass:  # fmt: skip
+    """Checks of values, agreed on by all ranks, and what reads the rows after them."""
+    choose = functools.partial(engine, op, backend, logits.device)
+    if not vocab_ranks:
         rows = rows_of(op, logits)
         check()
-        checks.check_label_values(op, labels, logits.shape[-1], ignore_index)
-        logps, lse, entropies = engine(op, backend, logits.device, "vocabulary").vocabulary_forward(
-            rows, labels, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-            entropy=entropy,
-        )  # fmt: skip
-        return logps, lse, entropies, labels.new_empty(0)
+        checks.check_label_values(op, labels, logits.shape[-1], transform.ignore_index)
+        return RowPass(rows, flat(labels), choose("vocabulary_forward").vocabulary_forward)
 
-    transform = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-
-    def check_all():
+    def check_all() -> None:
         rows_of(op, logits)
         check()
 
-    shard = shard_of(op, group, logits.shape[-1], labels, ignore_index, check_all, **transform, entropy=entropy, **facts)
-    local = shard.labels(labels, ignore_index)
-    choose = functools.partial(engine, op, backend, logits.device)
-    return (*shard.forward(choose, rows_of(op, logits), local, entropy=entropy, **transform), local)
+    facts |= {name: x for name, x in transform._asdict().items() if name != "ignore_index"}
+    shard = shard_of(op, vocab_ranks, logits.shape[-1], labels, transform.ignore_index, check_all, **facts)
+    labels, forward = shard.labels(labels, transform.ignore_index), functools.partial(shard.forward, choose)
+    return RowPass(rows_of(op, logits), labels, forward)
 
 
-@operator("token_logps")
-def _forward_op(
-    logits: Tensor,
-    labels: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    entropy: bool,
-    inplace: bool,
-    backend: str,
-    group: str = "",
+def _forward(
+    logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool, inplace: bool, backend: str, vocab_ranks: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, logsumexps ``[2, N]``, entropies, and of a shard its labels."""
     op = "token_logps_and_entropy" if entropy else "token_logps"
-    logps, lse, entropies, local_labels = vocabulary_forward(
-        op, logits, flat(labels), temperature, logit_scale, softcap, ignore_index, entropy, backend, group
-    )
+    read = row_pass(op, logits, labels, transform, backend, vocab_ranks, entropy=entropy)
+    logps, lse, entropies = read.forward(read.rows, read.labels, transform, entropy)
     entropies = entropies.view(labels.shape) if entropy else logps.new_empty(0)
-    return logps.view(labels.shape), lse, entropies, local_labels
+    return logps.view(labels.shape), lse, entropies, read.labels if vocab_ranks else labels.new_empty(0)
 
 
-@_forward_op.register_fake
-def _(logits, labels, temperature, logit_scale, softcap, ignore_index, entropy, inplace, backend, group=""):
+def _fake_forward(logits, labels, transform, entropy, inplace, backend, vocab_ranks):
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    lse = logps.new_empty(2, labels.numel())
-    return logps, lse, logps.new_empty(labels.shape if entropy else (0,)), labels.new_empty(labels.numel() if group else 0)
+    entropies, shard_labels = labels.shape if entropy else (0,), labels.numel() if vocab_ranks else 0
+    return logps, logps.new_empty(2, labels.numel()), logps.new_empty(entropies), labels.new_empty(shard_labels)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, *ctx.options, ctx.entropy, ctx.inplace, ctx.backend, group = inputs
-    logps, lse, entropies, local_labels = output
-    if group:
-        labels, ctx.options[-1] = local_labels, distributed.IGNORED
+    logits, labels, ctx.transform, ctx.entropy, ctx.inplace, ctx.backend, vocab_ranks = inputs
+    logps, lse, entropies, shard_labels = output
+    if vocab_ranks:
+        labels, ctx.transform = shard_labels, ctx.transform._replace(ignore_index=distributed.IGNORED)
     ctx.save_for_backward(logits, labels, logps, lse, entropies if ctx.entropy else None)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, local_labels)
+    ctx.mark_non_differentiable(lse, shard_labels, *(() if ctx.entropy else (entropies,)))
 
 
 def _backward(ctx, dlogps, _, dentropies, __):
@@ -207,93 +197,59 @@ def _backward(ctx, dlogps, _, dentropies, __):
         only_once("token_logps", ctx)
     logits, labels, logps, lse, entropies = ctx.saved_tensors
     if dlogps is None and dentropies is None:
-        return (None,) * 10
-    coef = torch.zeros_like(logps) if dlogps is None else dlogps.contiguous()
-    dentropies = dentropies.contiguous() if dentropies is not None and ctx.entropy else None
-    dlogits = dlogits_of(
-        ctx.inplace, logits, labels, logps, lse, coef, None, entropies if dentropies is not None else None, dentropies,
-        *ctx.options, ctx.backend,
-    )  # fmt: skip
-    return (dlogits, *(None,) * 9)
+        return (None,)
+    coef = torch.zeros_like(logps) if dlogps is None else dlogps
+    entropies = None if dentropies is None else entropies
+    read = labels, logps, lse, coef, None, entropies, dentropies, ctx.transform, ctx.backend
+    return (dlogits_of(ctx.inplace, logits, *read),)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_token_logps = Operator("token_logps", 1, _forward, _fake_forward, _setup_context, _backward)
 
 
-def dlogits_of(inplace: bool, logits: Tensor, *args) -> Tensor:
-    """Gradient of the logits, in memory of its own or over the logits."""
-    if torch.is_grad_enabled():  # someone means to differentiate the gradient
-        with torch.no_grad():
-            dlogits = dlogits_of(inplace, logits, *args)
-        return once_differentiable(dlogits, logits, *args)
-    if not inplace:
-        return _backward_op(logits, *args)
-    _backward_inplace_op(logits, *args)
-    return logits.detach()
+# ---- gradients of logits ---------------------------------------------------------------------------------------------
 
 
-def _backward_into(
-    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale, softcap, ignore_index,
-    backend,
+def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
+    """Gradient of the logits, in memory of its own or over the logits; ``read``: as of :func:`_dlogits`."""
+    with torch.no_grad():
+        if inplace:
+            _dlogits_inplace_op.on(logits)(logits, *read)
+            dlogits = logits.detach()
+        else:
+            dlogits = _dlogits_op.on(logits)(logits, *read)
+    return once_differentiable(dlogits, logits, *(x for x in read if isinstance(x, Tensor)))
+
+
+def _dlogits(
+    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, upstream: Tensor | None, entropies: Tensor | None,
+    entropy_coef: Tensor | None, transform: LogitTransform, backend: str,
+) -> Tensor:  # fmt: skip
+    out = logits.new_empty(logits.shape)
+    _write_dlogits(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend)
+    return out
+
+
+def _dlogits_inplace(
+    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, upstream: Tensor | None, entropies: Tensor | None,
+    entropy_coef: Tensor | None, transform: LogitTransform, backend: str,
 ) -> None:  # fmt: skip
+    _write_dlogits(logits, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend)
+    torch.autograd.graph.increment_version(logits)
+
+
+def _write_dlogits(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend) -> None:
     op = "vocabulary_backward"
     if entropy_coef is not None:
         entropies, entropy_coef = flat(entropies), flat(entropy_coef)
     rows = rows_of(op, logits)
-    engine(op, backend, logits.device, "vocabulary").vocabulary_backward(
-        rows, flat(labels), flat(logps), lse, flat(coef), entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-        out=rows if out is logits else rows_of(op, out),
+    engine(op, backend, logits.device, "vocabulary_backward").vocabulary_backward(
+        rows, flat(labels), flat(logps), lse, flat(coef), transform, rows if out is logits else rows_of(op, out),
+        entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
     )  # fmt: skip
 
 
-@operator("vocabulary_backward")
-def _backward_op(
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
-    coef: Tensor,
-    upstream: Tensor | None,
-    entropies: Tensor | None,
-    entropy_coef: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> Tensor:
-    out = logits.new_empty(logits.shape)
-    _backward_into(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale,
-                   softcap, ignore_index, backend)  # fmt: skip
-    return out
-
-
-@_backward_op.register_fake
-def _(logits, *args):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-@operator("vocabulary_backward_", mutates_args=("logits",))
-def _backward_inplace_op(
-    logits: Tensor,
-    labels: Tensor,
-    logps: Tensor,
-    lse: Tensor,
-    coef: Tensor,
-    upstream: Tensor | None,
-    entropies: Tensor | None,
-    entropy_coef: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    backend: str,
-) -> None:
-    _backward_into(logits, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, temperature, logit_scale,
-                   softcap, ignore_index, backend)  # fmt: skip
-
-
-@_backward_inplace_op.register_fake
-def _(logits, *args):
-    return None
+_dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: logits.new_empty(logits.shape))
+_dlogits_inplace_op = Operator(
+    "vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",)
+)

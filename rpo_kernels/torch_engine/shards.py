@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .vocabulary import entropy_of_parts, row_results
+from ..inputs import LogitTransform
+from .vocabulary_forward import entropy_of_parts, row_results
 
 
 def combine(
     statistics: torch.Tensor,
     labels: torch.Tensor,
-    *,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    entropy: bool,
+    transform: LogitTransform,
+    entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``vocabulary.vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
+    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
     z, peak, total = (x.t() for x in statistics[:, :3].unbind(1))  # [N, R]
     lse = peak.double() + total.double().log()
     others = torch.logsumexp(lse, 1)
@@ -25,7 +22,7 @@ def combine(
     z_label = torch.where(owners > 1, torch.nan, torch.where(z == -torch.inf, 0, z).sum(1))
     z_label = torch.where(owners == 0, -torch.inf, z_label)
     h_others = entropy_of_parts(statistics[:, 3].t().double(), lse, others) if entropy else None
-    scored = labels != ignore_index
+    scored = labels != transform.ignore_index
     results = row_results(peak.amax(1), others, z_label, h_others)
     logps, peak, rest, entropies = (None if x is None else torch.where(scored, x, 0) for x in results)
     return logps, torch.stack([peak, rest]), entropies

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..inputs import Groups, Sequences
 from ..objectives import RPOObjective
 from .distances import MEAN, TOKENS
-from .launch import Launcher
+from .launch import on_device_of
 from .primitives import ANYWHERE
 from .responses import compare_responses
 from .sequences import bounds_of, spread_coefficients, sum_sequences
@@ -33,7 +34,7 @@ from .sequences import bounds_of, spread_coefficients, sum_sequences
     do_not_specialize=["N", "S", "G", "T", "K", "R", "weight_stride_r", "weight_stride_g", "group_steps", "ignore_index"],
     do_not_specialize_on_alignment=ANYWHERE,
 )
-def _preference_kernel(
+def _group_pass_kernel(
     logps_ptr,  # in   [N] fp32 of tokens, or [S] of sequences
     labels_ptr,  # in   [N] int (tokens), or unused
     lengths_in_ptr,  # in   [S] int (sequences), or unused
@@ -163,24 +164,20 @@ _COMPARISONS = {"listwise": 0, "pairwise": 1, "pointwise": 2}
 _SFT = {"sum": 0, "mean": 1, "tokens": 2}
 
 
-_launch = Launcher(_preference_kernel)
-
-
 @lru_cache
-def _floats(spec: str) -> tuple[float, ...]:
+def _floats(objective: RPOObjective) -> tuple[float, ...]:
     """What the kernel takes of an objective, from beta to sft_weight."""
-    objective = RPOObjective.from_spec(spec)
     target = objective.label_gap if objective.label is not None else objective.target
-    return (
+    numbers = (
         objective.beta, objective.eta, objective.margin, objective.scale, 0.0 if isinstance(target, str) else target,
         objective.label or 0.0, objective.sft_weight,
     )  # fmt: skip
+    return tuple(map(float, numbers))
 
 
 @lru_cache
-def _constants(spec: str, ref: int, group_size: int, short: bool, **has: bool) -> dict[str, int]:
+def _constants(objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool) -> dict[str, int]:
     """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences of few tokens."""
-    objective = RPOObjective.from_spec(spec)
     if objective.label is not None:
         target = 2
     elif isinstance(objective.target, str):
@@ -210,36 +207,27 @@ def _constants(spec: str, ref: int, group_size: int, short: bool, **has: bool) -
     }
 
 
-def preference_forward(
+def group_pass(
     logps: torch.Tensor,
-    objective: RPOObjective,
-    *,
     labels: torch.Tensor | None,
-    ignore_index: int,
-    sequences: int,
-    group_size: int,
     lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_groups: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    ref_per_token: bool,
-    ref_weights: torch.Tensor | None,
-    rewards: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    sft_share: torch.Tensor | None,
-    mean: bool,
+    sequences: Sequences,
+    groups: Groups,
+    ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences ``[S]``, all fp32.
 
     Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities, targets, dL/dlogps and roles of
     sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty
-    without labels). ``ref_logps`` is ``[R, N]`` if ``ref_per_token``, else ``[R, S]``; ``ref_weights`` ``[R]`` or ``[R, G]``.
-    ``normalizer`` divides the sum of losses in place of the mean, and ``sft_share`` is (counted groups) / (tokens of their
-    chosen responses) of a batch of which this call sees a part.
+    without labels). ``lengths`` ``[S]`` are those of sequences, where it is their log-probabilities that are given.
     """
-    S, has_tokens = sequences, labels is not None
-    N = logps.numel() if has_tokens else 0
-    G = S // group_size if cu_groups is None else cu_groups.numel() - 1
+    S, has_tokens, objective = sequences.number, labels is not None, groups.objective
+    # kernels know no strides of these
+    lengths, cu_seqlens, cu_groups = (
+        None if x is None else x.contiguous() for x in (lengths, sequences.cu_seqlens, groups.cu_groups)
+    )
+    ref_logps, ref_weights = groups.ref_logps, groups.ref_weights
+    N, G = logps.numel() if has_tokens else 0, groups.number(S)
     loss, losses, coef = logps.new_empty(()), logps.new_empty(G), logps.new_empty(N)
     by_sequence, scratch = logps.new_empty((5, S)), logps.new_empty((2, S))
     counts = logps.new_empty(S, dtype=torch.int32)
@@ -249,24 +237,22 @@ def preference_forward(
         weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
     R = 1 if ref_logps is None else ref_logps.shape[0]
     constants = _constants(
-        objective.spec,
-        0 if ref_logps is None else 2 if ref_per_token else 1,
-        group_size if cu_groups is None else 0,
+        objective,
+        0 if ref_logps is None else 2 if groups.ref_per_token else 1,
+        groups.group_size if cu_groups is None else 0,
         N <= 64 * S,
         HAS_TOKENS=has_tokens,
         HAS_LENGTHS=lengths is not None,
         PACKED=cu_seqlens is not None,
         HAS_WEIGHTS=ref_weights is not None,
-        HAS_NORMALIZER=normalizer is not None,
-        HAS_SFT_SHARE=sft_share is not None,
-        IS_MEAN=mean,
+        HAS_NORMALIZER=groups.normalizer is not None,
+        HAS_SFT_SHARE=groups.sft_share is not None,
+        IS_MEAN=groups.mean,
     )
-    _launch(
-        1,
-        (logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, rewards, normalizer, sft_share,
-         loss, losses, by_sequence, counts, coef, scratch),
-        (N, S, G, N // S, group_size, R, *weight_strides, G.bit_length(), ignore_index),
-        _floats(objective.spec),
-        constants,
-    )  # fmt: skip
+    with on_device_of(logps):
+        _group_pass_kernel[(1,)](
+            logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, groups.rewards, groups.normalizer,
+            groups.sft_share, loss, losses, by_sequence, counts, coef, scratch, N, S, G, N // S, groups.group_size, R,
+            *weight_strides, G.bit_length(), ignore_index, *_floats(objective), **constants,
+        )  # fmt: skip
     return loss, losses, by_sequence, counts, coef

@@ -1,21 +1,30 @@
 """The vocabulary pass forward: one program per row, or per part of a row.
 
+z = post * y,   y = x                 (post = logit_scale / temperature)
+                y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
+
 Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's own exponent, rounded to an
 integer. It is known before the row is read: so there is no running maximum, the parts of a row that several programs read are
-put together by addition, and log p keeps its digits whether p is near 1 or near 0. A part that is too large for that (where the
+combined by addition, and log p keeps its digits whether p is near 1 or near 0. A part that is too large for that (where the
 label is 33 nats below another) is read again, twice: for its maximum, and relative to it.
 
-A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` puts them together, as it does parts. Where the
+A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` combines them, as it does parts. Where the
 label is elsewhere, shift is 0, and a part whose sum nears 0 is read again too.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from ..inputs import LogitTransform
+from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_width, splits_rows
 from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, tanh
 from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
+
+
+LEAST = tl.constexpr(-1e30)  # less than any exponent: what a sum of nothing is relative to
 
 
 @triton.jit
@@ -73,10 +82,10 @@ def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _nothing_yet(label, y_label, scale2, IS_SHARD: tl.constexpr):
-    """(shift, what no columns sum to is relative to): the label's exponent, or 0 and less than any if it is on another shard."""
+    """Initial (shift, exponent of an empty sum): both the label's exponent, or 0 and LEAST if it is on another shard."""
     shift = _integer(y_label * scale2)
     if IS_SHARD:
-        return shift, tl.where(label == -1, -1e30, shift)
+        return shift, tl.where(label == -1, LEAST, shift)
     else:
         return shift, shift
 
@@ -102,7 +111,6 @@ def _vocabulary_forward_kernel(
     IS_SHARD: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    POLYNOMIAL: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
@@ -127,13 +135,13 @@ def _vocabulary_forward_kernel(
                 first = part * part_width
                 stop = tl.minimum(first + part_width, V)
                 part_total, part_moment = sums_of_exponentials(row_ptr, first, stop, column, part_shift, pre, scale2, HAS_SOFTCAP,
-                                                               HAS_ENTROPY, POLYNOMIAL, LANES, VEC, STAGES)  # fmt: skip
+                                                               HAS_ENTROPY, LANES, VEC, STAGES)  # fmt: skip
                 out_of_range = part_total != part_total
                 if IS_SHARD:
                     out_of_range |= (label == -1) & (part_total < 2.0**-80)
                 if out_of_range & (not retried):
                     peak = largest_exponent(row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC)
-                    part_shift = _integer(peak)
+                    part_shift = tl.where(peak == float("-inf"), LEAST, _integer(peak))  # a sum of nothing
                     retried = True
                 else:
                     top, total, moment = merge(top, total, moment, part_shift, part_total, part_moment)
@@ -212,3 +220,56 @@ def _vocabulary_merge_kernel(
         _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD, HAS_ENTROPY)
     else:
         _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
+
+
+def vocabulary_forward(
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False, out: tuple | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and if asked entropy ``[N]``, fp32, of rows ``[outer, inner, V]``; labels ``[N]``.
+
+    The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the digits of small logits away.
+    ``out``: what the three are written to, of a shard of the columns (:func:`shard_statistics`).
+    """
+    V, N = logits.shape[2], labels.numel()
+    is_shard = out is not None
+    if out is None:
+        logps = logits.new_empty(N, dtype=torch.float32)
+        out = logps, logps.new_empty((2, N)), torch.empty_like(logps) if entropy else None
+    if not N:
+        return out
+    pre, post = transform.factors
+    settings = launch_settings("forward", V, logits.element_size(), arch_of(logits.device))
+    width = part_width(V, settings.tile)
+    parts = -(-V // width)
+    split = parts > 1 and splits_rows(N, logits.device)
+    partial = torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
+    rows = N, V, logits.shape[1], *logits.stride()[:2]
+    flags = {"IS_SHARD": is_shard, "HAS_SOFTCAP": transform.softcap > 0, "HAS_ENTROPY": entropy}
+    plain = not (transform.softcap > 0 or entropy)
+    with on_device_of(logits):
+        _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
+            logits, labels, *out, partial, *rows, width, transform.ignore_index, pre, post,
+            SPLIT=split, **flags, LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages, **settings.compiler[plain],
+        )  # fmt: skip
+        if split:
+            _vocabulary_merge_kernel[(N,)](
+                logits, labels, partial, *out, *rows, parts, transform.ignore_index, pre, post, **flags, num_warps=1
+            )
+    return out
+
+
+def shard_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
+) -> torch.Tensor:
+    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
+
+    The label's y (-inf for label -1, which lies on another shard); of the other columns an exponent, the sum of e^z relative to two
+    to that power, and if asked the sum of those times log2 of them.
+    """
+    statistics = torch.empty((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
+    if logits.shape[2]:
+        vocabulary_forward(logits, labels, transform, entropy, (statistics[0], statistics[1:3], statistics[3:]))
+    else:
+        statistics[1], statistics[2:] = LEAST.value, 0
+        statistics[0] = torch.where((labels == -1) | (labels == transform.ignore_index), -torch.inf, torch.nan)
+    return statistics

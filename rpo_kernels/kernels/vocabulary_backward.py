@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
+from ..inputs import LogitTransform
+from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_width, splits_rows
 from .primitives import ANYWHERE, LN2, LOG2E, expm1
 from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
@@ -133,3 +136,35 @@ def _vocabulary_backward_kernel(
             else:
                 _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
                                 scale2, False, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
+
+
+def vocabulary_backward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    coef: torch.Tensor,
+    transform: LogitTransform,
+    out: torch.Tensor,
+    *,
+    entropies: torch.Tensor | None = None,
+    entropy_coef: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+) -> None:
+    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    outer, inner, V = logits.shape
+    N = outer * inner
+    if not N or not V:
+        return
+    settings = launch_settings("backward", V, out.element_size(), arch_of(logits.device))
+    width = part_width(V, settings.tile) if splits_rows(N, logits.device) else V
+    pieces = -(-V // width)
+    plain = not (transform.softcap > 0 or entropy_coef is not None)
+    with on_device_of(logits):
+        _vocabulary_backward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
+            logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner, *logits.stride()[:2],
+            *out.stride()[:2], width, pieces, transform.ignore_index, *transform.factors,
+            IN_PLACE=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
+            HAS_SOFTCAP=transform.softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
+            LANES=settings.lanes, VEC=settings.vec, **settings.compiler[plain],
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The group pass in PyTorch: the engine for CPUs, same signature and results as ``kernels.preference``.
+"""The group pass in PyTorch: the engine for CPUs, same signature and results as ``kernels.group_pass``.
 
 It works on ``[G, K, K]`` pairs in float64, where the textbook forms of the distances keep enough digits.
 """
@@ -10,30 +10,21 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..inputs import Groups, Sequences
 from ..objectives import RPOObjective
 
 
-def preference_forward(
+def group_pass(
     logps: torch.Tensor,
-    objective: RPOObjective,
-    *,
     labels: torch.Tensor | None,
-    ignore_index: int,
-    sequences: int,
-    group_size: int,
     lengths: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    cu_groups: torch.Tensor | None,
-    ref_logps: torch.Tensor | None,
-    ref_per_token: bool,
-    ref_weights: torch.Tensor | None,
-    rewards: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    sft_share: torch.Tensor | None,
-    mean: bool,
+    sequences: Sequences,
+    groups: Groups,
+    ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The group pass over log-probabilities of tokens or sequences; see ``kernels.preference.preference_forward``."""
-    S, device = sequences, logps.device
+    """The group pass over log-probabilities of tokens or sequences; see ``kernels.group_pass``."""
+    objective, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, mean, ref_per_token, sft_share = groups
+    S, cu_seqlens, device = sequences.number, sequences.cu_seqlens, logps.device
     members = _members(S, group_size, cu_groups, device)
     group_of = torch.empty(S, dtype=torch.int64, device=device)
     present = members >= 0
@@ -74,7 +65,7 @@ def preference_forward(
     losses = torch.where(counted, objective.scale * losses, 0)
     slopes = torch.where(live, objective.scale * slopes, 0)
 
-    groups = counted.sum()
+    number = counted.sum()
     chosen = members.gather(1, chosen[:, None])[:, 0].clamp(min=0)
     sft = torch.zeros(S, dtype=torch.float64, device=device)  # weight on -l_i
     if objective.sft_weight > 0:
@@ -82,7 +73,7 @@ def preference_forward(
         if objective.sft_normalizer == "mean":
             per_sequence = per_sequence / n
         elif objective.sft_normalizer == "tokens":
-            share = groups / lengths[chosen[counted]].sum().clamp(min=1) if sft_share is None else sft_share
+            share = number / lengths[chosen[counted]].sum().clamp(min=1) if sft_share is None else sft_share
             per_sequence = per_sequence * share
         sft[chosen[counted]] = per_sequence[chosen[counted]]
         losses = losses - torch.where(counted, sft[chosen] * torch.where(sft[chosen] > 0, l[chosen], 0), 0)
@@ -91,7 +82,7 @@ def preference_forward(
     if normalizer is not None:
         factor = 1 / normalizer.double()
     elif mean:
-        factor = torch.where(groups > 0, 1 / groups.clamp(min=1), 0)
+        factor = torch.where(number > 0, 1 / number.clamp(min=1), 0)
     slope, s_out, t_out, role = (torch.zeros_like(s) for _ in range(4))
     slots = members >= 0
     slope[members[slots]] = slopes[slots]

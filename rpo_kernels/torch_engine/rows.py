@@ -1,0 +1,85 @@
+"""Rows of logits in PyTorch, a chunk at a time: what the vocabulary pass does in both directions.
+
+A chunk stays in the cache: one chunk of fp32 logits is all that exists beside input and gradient. The work is PyTorch's own fused
+(log_)softmax, several times as fast as its exp, sub and sum one after the other; it sums a row naively in fp32, so long rows go
+through it in blocks whose sums are combined in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..inputs import LogitTransform
+
+CHUNK_BYTES = 8 << 20  # of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
+FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
+
+
+def log_softmax_blocks(z: torch.Tensor, exponentiate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-softmax (or softmax) within each block of columns, in place ``[rows, blocks, columns]``, and lse ``[rows, blocks]``."""
+    blocks = as_blocks(z)
+    top = blocks.amax(2)
+    if exponentiate:
+        share = torch.softmax(blocks, 2, out=blocks).amax(2).double().log()
+    else:
+        share = torch.log_softmax(blocks, 2, out=blocks).amax(2).double()
+    return blocks, torch.where(top == -torch.inf, -torch.inf, top.double() - share)
+
+
+def as_blocks(z: torch.Tensor) -> torch.Tensor:
+    """Rows of a scratch buffer, padding included, as ``[rows, blocks, columns]``."""
+    count = _block_count(z.shape[1])
+    return z.as_strided((z.shape[0], count, z.stride(0) // count), (z.stride(0), z.stride(0) // count, 1), z.storage_offset())
+
+
+def _block_count(V: int) -> int:
+    return max(1, V // 1024)
+
+
+def scratch_for(logits: torch.Tensor, buffers: int) -> torch.Tensor:
+    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds -inf."""
+    V = logits.shape[2]
+    rows = min(_rows(V), logits.shape[0] * logits.shape[1])
+    pitch = -(-V // _block_count(V)) * _block_count(V)
+    return torch.full((buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device)[..., :V]
+
+
+def _rows(V: int) -> int:
+    return max(1, CHUNK_BYTES // (4 * V))
+
+
+def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
+    """The logits z in fp32, in the buffer."""
+    z = buffer.copy_(x)
+    V = x.shape[1]
+    z.as_strided((len(z), z.stride(0) - V), (z.stride(0), 1), z.storage_offset() + V).fill_(-torch.inf)  # padding was overwritten
+    pre, post = transform.factors
+    if pre > 0:
+        z.mul_(pre).tanh_()
+    return z.mul_(post) if post != 1 else z
+
+
+def chunks_of(logits: torch.Tensor, alive: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they are neighbours."""
+    inner, V = logits.shape[1:]
+    scored = alive.nonzero()[:, 0]
+    for rows in scored.split(_rows(V)) if scored.numel() else ():
+        view = view_of(logits, rows)
+        yield rows, logits[rows // inner, rows % inner] if view is None else view
+
+
+def view_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """Rows of ``[outer, inner, V]`` as a view, if they are neighbours that one stride reaches."""
+    outer, inner, V = logits.shape
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first + 1 != rows.numel():
+        return None
+    if first // inner == last // inner:
+        return logits[first // inner, first % inner : last % inner + 1]
+    if inner == 1 or logits.stride(0) == inner * logits.stride(1):
+        stride = logits.stride(0) if inner == 1 else logits.stride(1)
+        offset = logits.storage_offset() + first * stride
+        return logits.as_strided((rows.numel(), V), (stride, 1), offset)
+    return None

@@ -1,0 +1,71 @@
+"""The vocabulary pass backward in PyTorch, for CPUs: same signature and results as ``kernels.vocabulary_backward``."""
+
+from __future__ import annotations
+
+import torch
+
+from ..inputs import LogitTransform
+from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, transformed, view_of
+
+
+def vocabulary_backward(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logps: torch.Tensor,
+    lse: torch.Tensor,
+    coef: torch.Tensor,
+    transform: LogitTransform,
+    out: torch.Tensor,
+    *,
+    entropies: torch.Tensor | None = None,
+    entropy_coef: torch.Tensor | None = None,
+    upstream: torch.Tensor | None = None,
+) -> None:
+    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    if not logits.shape[2]:
+        return
+    if upstream is not None:
+        coef = coef * upstream
+    alive = (labels != transform.ignore_index) & (coef != 0)
+    if entropy_coef is not None:
+        alive |= (labels != transform.ignore_index) & (entropy_coef != 0)
+    inner = logits.shape[1]
+    dead = (~alive).nonzero()[:, 0]
+    if dead.numel() == alive.numel():
+        out.zero_()
+    else:
+        out[dead // inner, dead % inner] = 0
+    scratch = scratch_for(logits, 1 if entropy_coef is None else 2)
+    temperature, logit_scale, softcap, _ = transform
+    chain = logit_scale / temperature
+    for rows, chunk in chunks_of(logits, alive):
+        z = transformed(chunk, scratch[0, : len(rows)], transform)
+        slope = (1 - (z * (temperature / softcap)) ** 2).mul_(chain) if softcap > 0 else None
+        label, V = labels[rows][:, None], logits.shape[2]
+        column = label.clamp(0, V - 1).long()
+        c, logp = coef[rows][:, None], logps[rows][:, None]
+        factor = c if slope is not None else c * chain
+        total = lse[0, rows, None].double() + lse[1, rows, None]
+        at_label = -factor * torch.expm1(logp)
+        if entropy_coef is None:
+            blocks, block_lse = log_softmax_blocks(z, exponentiate=True)
+            blocks.mul_((-factor * (block_lse - total).exp()).float()[..., None])
+        else:
+            h, hc = entropies[rows][:, None], entropy_coef[rows][:, None] * (1 if slope is not None else chain)
+            blocks, block_lse = log_softmax_blocks(z)
+            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
+            offset = block_lse - total
+            blocks.clamp_(min=FLOOR).add_((offset + h).float()[..., None]).mul_(hc[..., None]).add_(factor[..., None])
+            blocks.mul_(p.mul_(-offset.exp().float()[..., None]))
+            at_label -= hc * logp.exp() * (logp.clamp(min=FLOOR) + h)
+        if (dead_blocks := block_lse == -torch.inf).any():
+            blocks.masked_fill_(dead_blocks[..., None], 0)
+        z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))  # -1: on another shard
+        if (nothing := ~(total > -torch.inf)).any():
+            z.masked_fill_(nothing, torch.nan)
+        if slope is not None:
+            z.mul_(slope)
+        if (target := view_of(out, rows)) is not None:
+            target.copy_(z)
+        else:
+            out[rows // inner, rows % inner] = z.to(out.dtype)
