@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 @needs_a_driver
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
-    """Timed beside each other in one process: 3 x on a quiet machine; room for a noisy one."""
+    """Timed beside each other in one process: 4.5 x on a quiet machine; room for a noisy one."""
     environment = compiling(OMP_NUM_THREADS="1")
     command = [sys.executable, "benchmarks/host.py", "--rounds", "1000", "--json", str(tmp_path / "host.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -28,8 +28,8 @@ def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
-    assert row["call, us"] <= 3.6 * row["call, us of bare launches"], rows
-    assert row["step, us"] - least <= 3.6 * row["step, us of bare launches"], rows  # beyond what PyTorch takes for any backward
+    assert row["call, us"] <= 6 * row["call, us of bare launches"], rows
+    assert row["step, us"] - least <= 6 * row["step, us of bare launches"], rows  # beyond what PyTorch takes for any backward
 
 
 def batch():
@@ -133,9 +133,10 @@ BATCHES = """if True:
 
 @needs_a_driver
 def test_another_batch_takes_no_other_kernel():
-    """A new kernel stops a training step for seconds. The group pass has one for sums of sequences and two for their tokens."""
+    """A new kernel stops a training step for seconds. The group pass has one that counts groups, and for windows of long and of short
+    sequences one each, where there are several windows and where there is one."""
     environment = compiling(OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     preference, forward, backward = map(int, done.stdout.split())
-    assert preference <= 3 and forward == backward == 1
+    assert preference <= 5 and forward == backward == 1

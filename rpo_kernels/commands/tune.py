@@ -42,7 +42,7 @@ COLUMNS = {"op": "pass", "dtype": "dtype", "V": "V", **dict(zip(TUNED, TUNED)), 
 LOGITS_BYTES = 2 << 30  # of one launch: several times any cache
 ROUNDS = 15
 WITHIN = 0.01  # of the fastest, an earlier candidate is preferred
-ENOUGH = 1.3  # times the bandwidth, that arithmetic must allow
+ENOUGH = 1.15  # times the bandwidth, that arithmetic must allow
 SMALL_V = 4096  # below it a row is one warp's work
 
 

@@ -149,8 +149,9 @@ class Layout:
             zeros = torch.zeros(len(self.lengths), device=self.device)
             *_, role = self._group_pass(zeros, None, self.lengths, Sequences(len(zeros)), alone)[2]
             counted = (role == 2).sum()
-            share = counted / torch.where(role == 2, self.lengths, 0).sum().clamp(min=1)
-            groups = groups._replace(sft_share=share.float())
+            if by_tokens:
+                share = counted / torch.where(role == 2, self.lengths, 0).sum().clamp(min=1)
+                groups = groups._replace(sft_share=share.float())
             if groups.mean and groups.normalizer is None:
                 groups = groups._replace(normalizer=counted.clamp(min=1).float())
         self.groups = groups._replace(mean=False)
