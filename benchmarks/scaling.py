@@ -6,11 +6,12 @@ Nothing here is measured. Formulas over the rates below; sizes of chunks come fr
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tabulate import tabulate
 
+from rpo_kernels.inputs import LogitTransform
+from rpo_kernels.ops import head
 from rpo_kernels.ops.head import GPU_WORKSPACE, Chunks, Options
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +29,8 @@ DEGREES = (1, 2, 4, 8)
 
 def plan(N: int, V: int, trainable: bool = True) -> Chunks:
     """Rows of logits at a time, and rows of dlogits that wait for one GEMM, of a bf16 head with fp32 logits."""
-    options = Options(1.0, 1.0, 0.0, -100, torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
-    head = SimpleNamespace(op="", options=options, widest=V, in_place=False, weight=SimpleNamespace(is_cuda=True))
-    return Chunks.plan(head, N, 0, trainable)
+    options = Options(LogitTransform(), torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
+    return head.plan("", options, V, N, True, trainable)
 
 
 def cost(N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainable: bool = True) -> dict[str, float]:

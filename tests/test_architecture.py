@@ -59,7 +59,7 @@ FACE = {
     "token_logps_and_entropy",
 }
 
-LINES = 350
+LINES = 360
 LONGER = {  # one page of argument each, that a cut would not make clearer; they may shrink, not grow
     "reference.py": 600,
 }

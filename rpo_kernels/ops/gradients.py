@@ -188,7 +188,8 @@ def add_with_entropies(
         entropies = kept.entropies
     if p.dtype == torch.float16 and rows.size:
         scale = _near_one(torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max())
-    unscale = (1 / scale).expand(len(p))
+    unscale = (1 / scale).expand(rows.size)
+    us = gradients.empty_u(head, rows.size)
     for batch in _split(slice(0, rows.size), len(p)):
         for at in _split(batch, chunks.logits):
             size, offset = at.stop - at.start, at.start - batch.start
@@ -200,8 +201,11 @@ def add_with_entropies(
                 entropy_coef=None if entropies is None else entropy_coef[at] * scale,
             )  # fmt: skip
         size = batch.stop - batch.start
-        gradients.add_hidden(batch, *gradients.backprojected(head, p[:size]), unscale[:size])
+        for u, weight in zip(us, (head.weight, head.lora_weight)):
+            if u is not None:
+                gemm.backproject(p[:size], weight, u[batch])
         gradients.add_tokens(batch, p[:size], unscale)
+    gradients.add_hidden(slice(0, rows.size), *us, unscale)  # at once: ranks sum it, whose batches differ
 
 
 def _near_one(largest: Tensor) -> Tensor:
@@ -237,13 +241,10 @@ class Gradients:
         )
         self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32) if needs.bias else None
 
-    def backprojected(self, head: Head, p: Tensor) -> list[Tensor | None]:
-        """U = P weight and P lora_weight in fp32, where they are needed."""
+    def empty_u(self, head: Head, n: int) -> list[Tensor | None]:
+        """Memory for U = P weight and P lora_weight of n rows, fp32, where they are needed."""
         weights = (self.dhidden, head.weight), (self.dlora_hidden, head.lora_weight)
-        floats = {"dtype": torch.float32, "device": p.device}
-        return [
-            gradient and gemm.backproject(p, w, torch.empty((len(p), w.shape[1]), **floats)) for gradient, w in weights
-        ]
+        return [gradient and torch.empty((n, w.shape[1]), dtype=torch.float32, device=w.device) for gradient, w in weights]
 
     def add_hidden(self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor) -> None:
         """dhidden = coef * U of these rows, coef ``[n]``."""
