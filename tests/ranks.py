@@ -54,7 +54,6 @@ def main(module: str, world: int, rank: int, folder: Path) -> None:
     for name, (case, worlds) in cases.items():
         if world not in worlds or name not in os.environ.get("CASES", name):  # CASES: some alone, by hand
             continue
-        print('CASE', name, flush=True)
         torch.manual_seed(0)  # the same tensors on all ranks
         group = dist.new_group(timeout=PATIENCE)
         try:

@@ -42,6 +42,9 @@ from rpo_kernels import (
     token_logps_and_entropy,
 )
 
+from rpo_kernels.inputs import LogitTransform
+from rpo_kernels.ops.token_logps import _token_logps
+
 from . import ranks
 
 ROOT = Path(__file__).parents[1]
@@ -342,8 +345,8 @@ def the_sum_of_a_chunks_hidden_gradients_begins_before_the_next_gemm_and_is_wait
             events.clear()
             with mock.patch.multiple(gemm, **gemms), mock.patch.object(distributed, "start_sum", start_sum):
                 call(**shared).backward()
-            assert events.count("sum") == events.count("wait") == events.count("backproject") > 2
-            assert all(after == "sum" for event, after in itertools.pairwise(events) if event == "backproject")
+            assert events.count("sum") == events.count("wait") >= 1
+            assert frozen or "weight_gradient" in events[events.index("sum") :]
             assert set(events[events.index("wait") :]) == {"wait"}
             same_on_all_ranks(mine["hidden"].grad, group)
 
@@ -434,10 +437,9 @@ def while_a_cuda_graph_is_captured_ranks_stand_by_what_they_agreed_before(group)
     """Captures need a GPU; what they change is that no rank may look at what another says."""
     logits, labels, *_ = batch()
     shard = logits[..., columns(group)].contiguous()
-    operator = torch.ops.rpo_kernels.token_logps
     with mock.patch.object(distributed, "_capturing", lambda: True):
-        raises(RuntimeError, "token_logps: ranks cannot agree while a CUDA graph is captured; run the step once before", operator,
-               shard, labels, 1.0, 1.0, 0.0, -100, False, False, "torch", group.group_name)  # fmt: skip
+        raises(RuntimeError, "token_logps: ranks cannot agree while a CUDA graph is captured; run the step once before",
+               _token_logps._traced, shard, labels, LogitTransform(), False, False, "torch", group.group_name)  # fmt: skip
     before = token_logps(shard, labels, process_group=group)
     with mock.patch.object(distributed, "_capturing", lambda: True), mock.patch.object(distributed, "_exchange") as exchange:
         assert torch.equal(token_logps(shard, labels, process_group=group), before)

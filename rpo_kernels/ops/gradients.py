@@ -85,6 +85,7 @@ class Store:
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
         """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside them), P and U."""
         head, p = self.head, self.p
+        self.held = slice(part.stop, part.stop)
         for batch in self._batches(part):
             for chunk in _split(batch, self.chunks.logits):
                 size, offset = chunk.stop - chunk.start, chunk.start - batch.start

@@ -236,14 +236,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dlogps, dentropies, *_):
-    *leaves, index = ctx.saved_tensors[:6]
-    kept = Kept(*ctx.saved_tensors[5:])
+    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    leaves, kept = saved[:5], Kept(*saved[5:])
     needs = list(ctx.needs_input_grad[:5])
     none = (None,) * 2
     if dlogps is None and dentropies is None:
         return (*(None,) * 5, *none)
     with torch.no_grad():
-        at_rows = lambda x: None if x is None else x.reshape(-1)[index].float()
+        at_rows = lambda x: None if x is None else x.reshape(-1)[kept.index].float()
         coef = kept.logps.new_zeros(kept.logps.shape) if dlogps is None else at_rows(dlogps)
         gradients = settle.on(leaves[0])(
             ctx.weight_grad, *leaves, kept, coef, at_rows(dentropies), ctx.entropy == DIFFERENTIABLE, needs, ctx.options
