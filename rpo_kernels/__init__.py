@@ -1,12 +1,12 @@
 """Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of preference training."""
 
 from .objectives import RPOObjective
-from .ops.ranks import gather_responses
 from .ops.labels import shift_labels
 from .ops.linear_rpo_loss import linear_rpo_loss
 from .ops.linear_token_logps import linear_token_logps, linear_token_logps_and_entropy
 from .ops.output import RPOOutput
 from .ops.preference import preference_loss, sequence_logps
+from .ops.ranks import gather_responses
 from .ops.rpo_loss import rpo_loss
 from .ops.token_logps import token_logps, token_logps_and_entropy
 

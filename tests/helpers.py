@@ -75,7 +75,5 @@ def operator_calls():
         seen.append((self, kept))
         return inner(self, *args)
 
-    with mock.patch.object(Operator, "_traced", recording), mock.patch.object(
-        Operator, "on", lambda self, x: self._traced
-    ):
+    with mock.patch.object(Operator, "_traced", recording), mock.patch.object(Operator, "on", lambda self, x: self._traced):
         yield seen

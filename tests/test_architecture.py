@@ -59,9 +59,11 @@ FACE = {
     "token_logps_and_entropy",
 }
 
-LINES = 360
+LINES = 350
 LONGER = {  # one page of argument each, that a cut would not make clearer; they may shrink, not grow
     "reference.py": 600,
+    "ops/gradients.py": 365,
+    "ops/linear_rpo_loss.py": 365,
 }
 
 

@@ -41,7 +41,6 @@ from rpo_kernels import (
     token_logps,
     token_logps_and_entropy,
 )
-
 from rpo_kernels.inputs import LogitTransform
 from rpo_kernels.ops.token_logps import _token_logps
 

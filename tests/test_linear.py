@@ -438,7 +438,11 @@ def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
 
 def test_groups_are_packed_whole():
     windows = split_into_windows([3, 2, 0, 0, 9, 1, 1, 1], [0, 2, 4, 6, 6, 8], rows=7)
-    expected = [(slice(0, 2), slice(0, 4), slice(0, 5)), (slice(2, 4), slice(4, 6), slice(5, 15)), (slice(4, 5), slice(6, 8), slice(15, 17))]
+    expected = [
+        (slice(0, 2), slice(0, 4), slice(0, 5)),
+        (slice(2, 4), slice(4, 6), slice(5, 15)),
+        (slice(4, 5), slice(6, 8), slice(15, 17)),
+    ]
     assert [tuple(window) for window in windows] == expected
     (window,) = split_into_windows([0, 0], [0, 2], rows=1)
     assert window.rows == slice(0, 0)

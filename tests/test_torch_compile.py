@@ -23,7 +23,6 @@ from rpo_kernels import (
     token_logps,
     token_logps_and_entropy,
 )
-
 from rpo_kernels.inputs import Groups, LogitTransform, Sequences
 from rpo_kernels.ops.preference import _preference_loss
 from rpo_kernels.ops.rpo_loss import _rpo_loss

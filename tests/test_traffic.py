@@ -21,8 +21,8 @@ pytest.importorskip("numpy")  # the interpreter's
 import triton
 import triton.language as tl
 
-from rpo_kernels.kernels import launch as launch_settings_module
 from rpo_kernels.inputs import Groups, LogitTransform, Sequences
+from rpo_kernels.kernels import launch as launch_settings_module
 from rpo_kernels.kernels import vocabulary_backward as backward_module
 from rpo_kernels.kernels import vocabulary_forward as forward_module
 from rpo_kernels.kernels.group_pass import group_pass
@@ -165,9 +165,7 @@ def one_pass(logps, labels, cu_seqlens, objective=None, sequences=8, lengths=Non
     groups = Groups(objective or RPOObjective("squared"), torch.randn(8), None, None, None, None, group_size=2, mean=True)
     labels = None if labels is None else labels.flatten()
     with ledger() as launches:
-        out = group_pass(
-            logps.flatten(), labels, lengths, Sequences(sequences, cu_seqlens), groups._replace(**changes), -100
-        )
+        out = group_pass(logps.flatten(), labels, lengths, Sequences(sequences, cu_seqlens), groups._replace(**changes), -100)
     (launch,) = launches
     return out, launch
 

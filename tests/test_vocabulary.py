@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from rpo_kernels import (
     RPOObjective,

@@ -23,7 +23,6 @@ from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_w
 from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, tanh
 from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
 
-
 LEAST = tl.constexpr(-1e30)  # less than any exponent: what a sum of nothing is relative to
 
 
@@ -258,9 +257,7 @@ def vocabulary_forward(
     return out
 
 
-def shard_statistics(
-    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
-) -> torch.Tensor:
+def shard_statistics(logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False) -> torch.Tensor:
     """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
 
     The label's y (-inf for label -1, which lies on another shard); of the other columns an exponent, the sum of e^z relative to two

@@ -79,7 +79,14 @@ class Store:
         self.ones = torch.ones(chunks.logits if self.differentiable else 0, **floats)
         self.held = slice(0, 0)  # rows that p holds
         if n > rows.size:
-            for x in (self.logps, self.lse.t(), self.u, self.u_lora, self.p, self.logps if self.entropies is None else self.entropies):
+            for x in (
+                self.logps,
+                self.lse.t(),
+                self.u,
+                self.u_lora,
+                self.p,
+                self.logps if self.entropies is None else self.entropies,
+            ):
                 x[rows.size :] = 0
 
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
@@ -102,9 +109,7 @@ class Store:
                 if h is not None:
                     self.entropies[chunk] = h
                 if self.differentiable:
-                    head.vocabulary_backward(
-                        logits[None], labels, logps, lse, self.ones[:size], head.transform, slot[None]
-                    )
+                    head.vocabulary_backward(logits[None], labels, logps, lse, self.ones[:size], head.transform, slot[None])
             if self.differentiable:
                 self.held = batch if batch.stop - batch.start <= self.chunks.waiting else slice(batch.stop, batch.stop)
                 for u, weight in ((self.u, head.weight), (self.u_lora, head.lora_weight)):

@@ -178,9 +178,7 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
 
 
 @torch.no_grad()
-def local_reference(
-    op: str, hidden: Tensor, reference: Reference, process_group: object
-) -> Reference:
+def local_reference(op: str, hidden: Tensor, reference: Reference, process_group: object) -> Reference:
     """The reference's tensors without DTensors."""
     ref_hidden, ref_weight, ref_bias = reference
     if distributed.is_dtensor(ref_hidden):

@@ -158,7 +158,9 @@ def linear_rpo_loss(
 # ---- gradients with the loss: mean and sum -----------------------------------------------------------------------------
 
 
-def _begin(op: str, leaves: Leaves, data: Batch, needs: list[bool], options: Options) -> tuple[Head, Layout, Rows, LiveReference | None]:
+def _begin(
+    op: str, leaves: Leaves, data: Batch, needs: list[bool], options: Options
+) -> tuple[Head, Layout, Rows, LiveReference | None]:
     """The head, where the batch's rows lie, the scored ones, and the reference that is evaluated beside them."""
     labels, sequences, groups = data.labels, data.sequences, data.groups
     facts = {"`counts`": data.counts, "gradients": needs, "`objective`": groups.objective.spec, "`group_size`": groups.group_size}
@@ -347,6 +349,4 @@ def _backward_per_group(ctx, dlosses, *_):
     return (*(once_differentiable(g, *leaves) if need else None for g, need in zip(gradients, needs)), None)
 
 
-_per_group = Operator(
-    "linear_rpo_loss_per_group", 6, _forward_per_group, _fake_per_group, _setup_per_group, _backward_per_group
-)
+_per_group = Operator("linear_rpo_loss_per_group", 6, _forward_per_group, _fake_per_group, _setup_per_group, _backward_per_group)

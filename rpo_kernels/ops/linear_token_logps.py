@@ -142,7 +142,9 @@ def _linear_token_logps(
         call = _token_logps.on(leaves.hidden)
         size = -1 if call is _token_logps.eager else labels.numel() if count is None else count
         with shown_to(op, on_logits):
-            logps, entropies, *_ = call(*leaves, labels, weight_grad, -1 if count is None else count, entropy, leaves.needs(), size, options)
+            logps, entropies, *_ = call(
+                *leaves, labels, weight_grad, -1 if count is None else count, entropy, leaves.needs(), size, options
+            )
     return logps, entropies
 
 

@@ -135,7 +135,9 @@ def _sequence_logps(
     return (sums[0] / sums[1].clamp(min=1) if average else sums[0]).float()
 
 
-def output(reduction: str, loss: Tensor, losses: Tensor, by_sequence: Tensor, lengths: Tensor | None, cu_groups: Tensor | None) -> RPOOutput:
+def output(
+    reduction: str, loss: Tensor, losses: Tensor, by_sequence: Tensor, lengths: Tensor | None, cu_groups: Tensor | None
+) -> RPOOutput:
     rewards, logps, targets = by_sequence.unbind()[:3]
     return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
 

@@ -250,6 +250,4 @@ def _write_dlogits(out, logits, labels, logps, lse, coef, upstream, entropies, e
 
 
 _dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: logits.new_empty(logits.shape))
-_dlogits_inplace_op = Operator(
-    "vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",)
-)
+_dlogits_inplace_op = Operator("vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",))

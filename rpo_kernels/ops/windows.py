@@ -90,18 +90,14 @@ class Layout:
             self.counts, self.bounds = list(data.counts), bounds or groups.cu_groups.tolist()
             # Elsewhere wrong counts leave offsets that do not partition the rows: the group pass makes NaN of those.
             if self.device.type == "cpu" and self.counts != (true := own.tolist()):
-                raise ValueError(
-                    f"{op}: `counts` must be the scored tokens of each sequence, {true[:16]}; got {self.counts[:16]}"
-                )
+                raise ValueError(f"{op}: `counts` must be the scored tokens of each sequence, {true[:16]}; got {self.counts[:16]}")
         # On any device: bad offsets of the whole would be good ones of its windows.
         if self.bounds[0] != 0 or self.bounds[-1] != S or any(b < a for a, b in itertools.pairwise(self.bounds)):
             raise ValueError(
                 f"{op}: `cu_groups` must begin at 0, not decrease, and end at {S}, the sequences; got {self.bounds[:16]}"
             )
         if any(count < 0 for count in self.counts):
-            raise ValueError(
-                f"{op}: `cu_seqlens` must begin at 0, not decrease, and end at {labels.numel()}, the number of tokens"
-            )
+            raise ValueError(f"{op}: `cu_seqlens` must begin at 0, not decrease, and end at {labels.numel()}, the number of tokens")
         self.offsets = pad(own.cumsum(0, dtype=torch.int32), (1, 0))  # [S+1], of this rank's rows
         self.most, self.lengths, self.context = self.counts, own, None
         if data.context_ranks:
@@ -144,7 +140,11 @@ class Layout:
         by_tokens = objective.sft_weight > 0 and objective.sft_normalizer == "tokens"
         if by_tokens or (groups.mean and groups.normalizer is None):
             alone = groups._replace(
-                objective=replace(objective, reference="none"), ref_logps=None, ref_weights=None, ref_per_token=False, normalizer=None
+                objective=replace(objective, reference="none"),
+                ref_logps=None,
+                ref_weights=None,
+                ref_per_token=False,
+                normalizer=None,
             )
             zeros = torch.zeros(len(self.lengths), device=self.device)
             *_, role = self._group_pass(zeros, None, self.lengths, Sequences(len(zeros)), alone)[2]
