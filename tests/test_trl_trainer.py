@@ -92,7 +92,8 @@ def test_six_steps_equal_TRLs_own(variant, tmp_path):
         metrics -= {"rewards/accuracies"} if "average" in objective else set()
     for step, (a, b) in enumerate(zip(logged, expected)):
         assert set(b) <= set(a), "a metric of TRL is lost"
-        for name in metrics:
+        tied = abs(b["rewards/margins"]) < 1e-6  # policy and reference are equal: accuracies are those of rounding errors
+        for name in metrics - ({"rewards/accuracies"} if tied else set()):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (step, name)
 
 
