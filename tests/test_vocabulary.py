@@ -432,11 +432,12 @@ def test_shards_without_a_finite_column_add_nothing(entropy, backend, device):
 def test_parts_of_a_row_without_a_finite_column_add_nothing(split, many_parts, device):
     many_parts(split)
     V = 2048 + 777
-    x = torch.full((3, V), float("-inf"), device=device)
+    x = torch.full((4, V), float("-inf"), device=device)
+    x[3, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)  # its label is at -inf
     x[0, 5] = -8.4
     x[1, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)
     x[2, 7], x[2, 2500:2502] = -90.0, 3.0
-    labels = torch.tensor([5, 2001, 7], device=device)
+    labels = torch.tensor([5, 2001, 7, 0], device=device)
     ours = with_gradient(x, labels, "triton")
     assert worst(ours[0], reference.token_logps(x.double(), labels)) < 1e-5
     assert ours[-1].isfinite().all()

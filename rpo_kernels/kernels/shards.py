@@ -9,7 +9,7 @@ import triton.language as tl
 from ..inputs import LogitTransform
 from .launch import on_device_of
 from .primitives import ANYWHERE, LOG2E
-from .vocabulary_forward import LEAST, finish, merge
+from .vocabulary_forward import LEAST, finish, label_exponent, merge
 
 BLOCK = 128
 
@@ -53,6 +53,9 @@ def _shards_combine_kernel(
             shard_moment = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
         top, total, moment = merge(top, total, moment, shard_top, shard_total, shard_moment)
     y_label = tl.where(owners > 1, float("nan"), y_label)
+    # The label's exponent counts also where its shard has no other finite column.
+    nothing = tl.zeros([BLOCK], tl.float32)
+    top, total, moment = merge(label_exponent(y_label, post * LOG2E), nothing, nothing, top, total, moment)
     logp, peak, rest, entropy = finish(top, total, moment, y_label, post * LOG2E)
     ignored = label == ignore_index
     tl.store(logps_ptr + rows, tl.where(ignored, 0.0, logp), mask=valid)

@@ -9,7 +9,7 @@ combined by addition, and log p keeps its digits whether p is near 1 or near 0. 
 label is 33 nats below another) is read again, twice: for its maximum, and relative to it.
 
 A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` combines them, as it does parts. Where the
-label is elsewhere, shift is 0, and a part whose sum nears 0 is read again too.
+label is elsewhere, or at -inf, shift is 0, and a part whose sum nears 0 is read again too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def _integer(t):
 
 @triton.jit
 def merge(shift, total, moment, shift_b, total_b, moment_b):
-    """Sums of two parts; their factors are powers of two, and 1 where both are relative to the label."""
+    """Sums so far and those of a part; their factors are powers of two, and 1 where both are relative to the label.
+
+    A part that sums to nothing, of columns at -inf, has no exponent to raise that of the sums so far.
+    """
+    shift_b = tl.where(total_b == 0.0, shift, shift_b)
     top = tl.maximum(shift, shift_b)
     a, b = tl.exp2(shift - top), tl.exp2(shift_b - top)
     moment = a * tl.fma(shift - top, total, moment) + b * tl.fma(shift_b - top, total_b, moment_b)
@@ -70,23 +74,25 @@ def finish(shift, total, moment, y_label, scale2):
 
 
 @triton.jit
-def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr):
-    """(column or -1, y there or NaN)."""
+def label_exponent(y_label, scale2):
+    """What the sums of a row are relative to at first.
+
+    Less than any exponent if the label is at -inf, or on another shard.
+    """
+    t = y_label * scale2
+    return tl.where(t == float("-inf"), LEAST, _integer(t))
+
+
+@triton.jit
+def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr, IS_SHARD: tl.constexpr):
+    """(column or -1, y there; NaN for a label outside, -inf for one on another shard)."""
     inside = (label >= 0) & (label < V)
     y = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
         y = tanh(pre * y)
-    return tl.where(inside, label, -1).to(tl.int32), y
-
-
-@triton.jit
-def _nothing_yet(label, y_label, scale2, IS_SHARD: tl.constexpr):
-    """Initial (shift, exponent of an empty sum): both the label's exponent, or 0 and LEAST if it is on another shard."""
-    shift = _integer(y_label * scale2)
     if IS_SHARD:
-        return shift, tl.where(label == -1, LEAST, shift)
-    else:
-        return shift, shift
+        y = tl.where(label == -1, float("-inf"), y)
+    return tl.where(inside, label, -1).to(tl.int32), y
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=ANYWHERE)
@@ -122,8 +128,10 @@ def _vocabulary_forward_kernel(
         label = tl.load(labels_ptr + row)
         if label != ignore_index:
             row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
-            column, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP)
-            shift, top = _nothing_yet(label, y_label, scale2, IS_SHARD)
+            column, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP, IS_SHARD)
+            top = label_exponent(y_label, scale2)
+            alone = top == LEAST  # without the label's exponent
+            shift = tl.where(alone, 0.0, top)
             total = 0.0
             moment = 0.0
             part = item - row * parts if SPLIT else 0
@@ -136,11 +144,10 @@ def _vocabulary_forward_kernel(
                 part_total, part_moment = sums_of_exponentials(row_ptr, first, stop, column, part_shift, pre, scale2, HAS_SOFTCAP,
                                                                HAS_ENTROPY, LANES, VEC, STAGES)  # fmt: skip
                 out_of_range = part_total != part_total
-                if IS_SHARD:
-                    out_of_range |= (label == -1) & (part_total < 2.0**-80)
+                out_of_range |= alone & (part_total < 2.0**-80)
                 if out_of_range & (not retried):
                     peak = largest_exponent(row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC)
-                    part_shift = tl.where(peak == float("-inf"), LEAST, _integer(peak))  # a sum of nothing
+                    part_shift = _integer(peak)
                     retried = True
                 else:
                     top, total, moment = merge(top, total, moment, part_shift, part_total, part_moment)
@@ -152,18 +159,18 @@ def _vocabulary_forward_kernel(
                 tl.store(parts_ptr + item * 3 + 1, total)
                 tl.store(parts_ptr + item * 3 + 2, moment)
             else:
-                _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+                _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD, HAS_ENTROPY)
         elif not SPLIT:
             _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
 
 
 @triton.jit
 def _store(
-    logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD: tl.constexpr,
+    logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     if IS_SHARD:
-        logp, whole, fraction, entropy = tl.where(label == -1, float("-inf"), y_label), top, total, moment
+        logp, whole, fraction, entropy = y_label, top, total, moment
     else:
         logp, whole, fraction, entropy = finish(top, total, moment, y_label, scale2)
     tl.store(logps_ptr + row, logp)
@@ -209,14 +216,14 @@ def _vocabulary_merge_kernel(
     scale2 = post * LOG2E
     if label != ignore_index:
         row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
-        _, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP)
-        _, top = _nothing_yet(label, y_label, scale2, IS_SHARD)
+        _, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP, IS_SHARD)
+        top = label_exponent(y_label, scale2)
         total = 0.0
         moment = 0.0
         for item in range(row * parts, row * parts + parts):
             part_ptr = parts_ptr + item * 3
             top, total, moment = merge(top, total, moment, tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2))
-        _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, label, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+        _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD, HAS_ENTROPY)
     else:
         _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
 
