@@ -60,38 +60,43 @@ class Store:
     U of all rows waits.
     """
 
-    def __init__(self, head: Head, rows: Rows, needs: list[bool], chunks: Chunks, entropy: bool = False, size: int | None = None):
-        """``size``: of the buffers, where it is to be another than the number of rows."""
+    def __init__(
+        self, head: Head, rows: Rows, needs: list[bool], chunks: Chunks, tensors: Kept, held: slice, is_saved: bool = False
+    ):
+        """``tensors`` to fill, or those of an earlier store (``is_saved``), which are not written to; ``held``: rows whose P they hold."""
+        self.head, self.rows, self.needs, self.chunks, self.tensors = head, rows, needs, chunks, tensors
+        self.held, self.is_saved, self.differentiable = held, is_saved, any(needs)
+        self.ones = torch.ones(chunks.logits, dtype=torch.float32, device=head.device)
+        self.scratch: Tensor | None = None if is_saved else self._scratch(head.in_place and self.differentiable)
+
+    @staticmethod
+    def new(head: Head, rows: Rows, needs: list[bool], chunks: Chunks, entropy: bool = False, size: int | None = None) -> Store:
+        """``size``: rows of what is kept, where that is to be another number than that of the rows."""
         n = rows.size if size is None else size
-        self.head, self.rows, self.chunks, self.needs = head, rows, chunks, Leaves(*needs)
         floats = {"dtype": torch.float32, "device": head.device}
-        self.logps, self.lse = torch.empty(n, **floats), torch.empty((2, n), **floats)
-        self.entropies = torch.empty(n, **floats) if entropy else None
-        self.differentiable = any(needs)
-        wants_u = self.needs.hidden, self.needs.lora_hidden
-        self.u, self.u_lora = (
-            torch.empty((n, 0 if x is None or not want else x.shape[1]), **floats)
-            for x, want in zip((rows.hidden, rows.lora_hidden), wants_u)
-        )
-        self.p = head.buffer(min(n, max(chunks.waiting, chunks.logits)) if self.differentiable else 0, head.options.compute_dtype)
-        shared = head.in_place and self.differentiable
-        self.scratch = head.buffer(0 if shared else min(n, chunks.logits), head.options.logits_dtype)
-        self.ones = torch.ones(chunks.logits if self.differentiable else 0, **floats)
-        self.held = slice(0, 0)  # rows that p holds
+        p = head.buffer(min(n, max(chunks)) if any(needs) else 0, head.options.compute_dtype)
+        index, labels = (torch.nn.functional.pad(x, (0, n - rows.size)) for x in (rows.index, rows.labels.long()))
+        tensors = Kept(
+            index, labels, torch.empty(n, **floats), torch.empty((2, n), **floats), torch.empty(n if entropy else 0, **floats), p,
+            *_empty_u(rows, needs, n), torch.tensor([rows.size, 0], device="cpu"),
+        )  # fmt: skip
         if n > rows.size:
-            for x in (
-                self.logps,
-                self.lse.t(),
-                self.u,
-                self.u_lora,
-                self.p,
-                self.logps if self.entropies is None else self.entropies,
-            ):
+            for x in (tensors.logps, tensors.lse.t(), tensors.entropies, p, tensors.u, tensors.u_lora):
                 x[rows.size :] = 0
+        return Store(head, rows, needs, chunks, tensors, slice(0, 0))
+
+    @property
+    def logps(self) -> Tensor:
+        return self.tensors.logps
+
+    def _scratch(self, in_place: bool) -> Tensor:
+        """For a chunk of logits; of no rows where these lie in P's place."""
+        rows = 0 if in_place else min(len(self.logps), self.chunks.logits)
+        return self.head.buffer(rows, self.head.options.logits_dtype)
 
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
         """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside them), P and U."""
-        head, p = self.head, self.p
+        head, (_, _, all_logps, all_lse, entropies, p, *us, _) = self.head, self.tensors
         self.held = slice(part.stop, part.stop)
         for batch in self._batches(part):
             for chunk in _split(batch, self.chunks.logits):
@@ -104,17 +109,16 @@ class Store:
                     reference.logps[chunk] = reference.head.vocabulary_forward(logits[None], labels, head.transform)[0]
                 logits = head.logits(self.rows, chunk, out)
                 head.show(logits, labels)
-                logps, lse, h = head.vocabulary_forward(logits[None], labels, head.transform, self.entropies is not None)
-                self.logps[chunk], self.lse[:, chunk] = logps, lse
+                logps, lse, h = head.vocabulary_forward(logits[None], labels, head.transform, len(entropies) > 0)
+                all_logps[chunk], all_lse[:, chunk] = logps, lse
                 if h is not None:
-                    self.entropies[chunk] = h
+                    entropies[chunk] = h
                 if self.differentiable:
                     head.vocabulary_backward(logits[None], labels, logps, lse, self.ones[:size], head.transform, slot[None])
             if self.differentiable:
-                self.held = batch if batch.stop - batch.start <= self.chunks.waiting else slice(batch.stop, batch.stop)
-                for u, weight in ((self.u, head.weight), (self.u_lora, head.lora_weight)):
-                    if u.shape[1]:
-                        gemm.backproject(p[: batch.stop - batch.start], weight, u[batch])
+                size = batch.stop - batch.start
+                self.held = batch if size <= self.chunks.waiting else slice(batch.stop, batch.stop)
+                head.backproject(p[:size], [u[batch] for u in us])
 
     def _batches(self, part: slice) -> Iterator[slice]:
         """Rows that share the buffer of P, the last batch the largest that may wait. All begin at whole chunks."""
@@ -130,25 +134,56 @@ class Store:
 
     def settle(self, part: slice, coef: Tensor, gradients: Gradients) -> None:
         """Gradients of a part of the rows, the last that was read, from dL/dlogp ``[n]`` of it."""
-        gradients.add_hidden(part, self.u[part], self.u_lora[part], coef)
+        held, p = self.held, self.tensors.p
+        gradients.add_hidden(part, self.tensors.u[part], self.tensors.u_lora[part], coef)
         if not over_tokens(self.needs):
             return
-        held = self.held
         if held.stop > held.start:
-            gradients.add_tokens(held, self.p[: held.stop - held.start], coef[held.start - part.start :])
-        without = slice(part.start, held.start)
-        recompute(self.head, self.rows, without, self.chunks.logits, self.p, self.scratch, self.logps, self.lse, coef, gradients)
+            gradients.add_tokens(held, p[: held.stop - held.start], coef[held.start - part.start :])
+        if held.start > part.start:
+            p = self.head.buffer(self.chunks.logits, p.dtype) if self.is_saved else p
+            for batch in _split(slice(part.start, held.start), len(p)):
+                gradients.add_tokens(batch, self._dlogits(batch, p), coef[batch.start - part.start :])
+
+    def settle_with_entropies(self, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients) -> None:
+        """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits of logits that are computed anew."""
+        n, head = self.rows.size, self.head
+        p = head.buffer(min(n, self.chunks.waiting), head.options.compute_dtype)
+        scale = torch.ones((), device=head.device)
+        if p.dtype == torch.float16 and n:
+            scale = _near_one(torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max())
+        unscale = (1 / scale).expand(n)
+        coef, entropy_coef = (None if x is None else x * scale for x in (coef, entropy_coef))
+        us = _empty_u(self.rows, self.needs, n)
+        for batch in _split(slice(0, n), len(p)):
+            dlogits = self._dlogits(batch, p, coef, entropy_coef)
+            head.backproject(dlogits, [u[batch] for u in us])
+            gradients.add_tokens(batch, dlogits, unscale)
+        gradients.add_hidden(slice(0, n), *us, unscale)  # at once: ranks sum it, whose batches differ
+
+    def _dlogits(self, batch: slice, p: Tensor, coef: Tensor | None = None, entropy_coef: Tensor | None = None) -> Tensor:
+        """Of a batch, in p, from logits that are computed once more; P without coefficients, which are ``[n]`` of all rows."""
+        head, (_, _, logps, lse, entropies, *_) = self.head, self.tensors
+        if self.scratch is None:
+            self.scratch = self._scratch(head.in_place)
+        for at in _split(batch, self.chunks.logits):
+            size, offset = at.stop - at.start, at.start - batch.start
+            slot = p[offset : offset + size]
+            logits = head.logits(self.rows, at, slot if head.in_place else self.scratch[:size])
+            head.vocabulary_backward(
+                logits[None], self.rows.labels[at], logps[at], lse[:, at].contiguous(),
+                self.ones[:size] if coef is None else coef[at], head.transform, slot[None],
+                entropies=None if entropy_coef is None else entropies[at],
+                entropy_coef=None if entropy_coef is None else entropy_coef[at],
+            )  # fmt: skip
+        return p[: batch.stop - batch.start]
 
     def kept(self) -> Kept:
         """The store as tensors; rows without P come first."""
-        n, size = self.rows.size, self.logps.shape[0]
-        index, labels = (torch.nn.functional.pad(x, (0, size - n)) for x in (self.rows.index, self.rows.labels.long()))
-        waits = over_tokens(self.needs) and self.chunks.waiting > 0
-        return Kept(
-            index, labels, self.logps, self.lse, self.logps.new_empty(0) if self.entropies is None else self.entropies,
-            self.p if waits else self.head.buffer(0, self.p.dtype), self.u, self.u_lora,
-            torch.tensor([n, self.held.start if over_tokens(self.needs) else 0]),
-        )  # fmt: skip
+        if not over_tokens(self.needs):
+            return self.tensors._replace(p=self.head.buffer(0, self.tensors.p.dtype))
+        p = self.tensors.p if self.chunks.waiting else self.head.buffer(0, self.tensors.p.dtype)
+        return self.tensors._replace(p=p, sizes=torch.tensor([self.rows.size, self.held.start], device="cpu"))
 
     @staticmethod
     def fake_kept(leaves: Leaves, needs: list[bool], options: Options, chunks: Chunks, size: int, entropy: bool) -> Kept:
@@ -164,54 +199,12 @@ class Store:
         )  # fmt: skip
 
 
-def recompute(
-    head: Head, rows: Rows, part: slice, chunk: int, p: Tensor, scratch: Tensor, logps: Tensor, lse: Tensor, coef: Tensor,
-    gradients: Gradients,
-) -> None:  # fmt: skip
-    """dweight, dlora_weight and dbias of rows whose P was dropped, from their logits, computed once more."""
-    for batch in _split(part, p.shape[0]):
-        for at in _split(batch, chunk):
-            size, offset = at.stop - at.start, at.start - batch.start
-            slot = p[offset : offset + size]
-            logits = head.logits(rows, at, slot if head.in_place else scratch[:size])
-            ones = torch.ones(size, dtype=torch.float32, device=head.device)
-            head.vocabulary_backward(
-                logits[None], rows.labels[at], logps[at], lse[:, at].contiguous(), ones, head.transform, slot[None]
-            )
-        local = slice(batch.start - part.start, batch.stop - part.start)
-        gradients.add_tokens(batch, p[: batch.stop - batch.start], coef[local])
-
-
-def add_with_entropies(
-    head: Head, rows: Rows, chunks: Chunks, kept: Kept, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients
-) -> None:
-    """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits; these are made of logits computed anew."""
-    p = head.buffer(min(rows.size, chunks.waiting), head.options.compute_dtype)
-    scratch = head.buffer(0 if head.in_place else min(rows.size, chunks.logits), head.options.logits_dtype)
-    entropies = None
-    scale = torch.ones((), device=head.device)
-    if entropy_coef is not None:
-        entropies = kept.entropies
-    if p.dtype == torch.float16 and rows.size:
-        scale = _near_one(torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max())
-    unscale = (1 / scale).expand(rows.size)
-    us = gradients.empty_u(head, rows.size)
-    for batch in _split(slice(0, rows.size), len(p)):
-        for at in _split(batch, chunks.logits):
-            size, offset = at.stop - at.start, at.start - batch.start
-            slot = p[offset : offset + size]
-            logits = head.logits(rows, at, slot if head.in_place else scratch[:size])
-            head.vocabulary_backward(
-                logits[None], rows.labels[at], kept.logps[at], kept.lse[:, at].contiguous(), coef[at] * scale, head.transform,
-                slot[None], entropies=None if entropies is None else entropies[at],
-                entropy_coef=None if entropies is None else entropy_coef[at] * scale,
-            )  # fmt: skip
-        size = batch.stop - batch.start
-        for u, weight in zip(us, (head.weight, head.lora_weight)):
-            if u is not None:
-                gemm.backproject(p[:size], weight, u[batch])
-        gradients.add_tokens(batch, p[:size], unscale)
-    gradients.add_hidden(slice(0, rows.size), *us, unscale)  # at once: ranks sum it, whose batches differ
+def _empty_u(rows: Rows, needs: list[bool], n: int) -> list[Tensor]:
+    """Memory for P weight ``[n, H]`` and P lora_weight ``[n, r]`` in fp32; of no columns where they are not needed."""
+    needs = Leaves(*needs)
+    wanted = (rows.hidden, needs.hidden), (rows.lora_hidden, needs.lora_hidden)
+    widths = [x.shape[1] if want else 0 for x, want in wanted]
+    return [torch.empty((n, width), dtype=torch.float32, device=rows.index.device) for width in widths]
 
 
 def _near_one(largest: Tensor) -> Tensor:
@@ -246,11 +239,6 @@ class Gradients:
             _WeightGradient(leaves.lora_weight, dtype(leaves.lora_weight), once, None) if needs.lora_weight else None
         )
         self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32) if needs.bias else None
-
-    def empty_u(self, head: Head, n: int) -> list[Tensor | None]:
-        """Memory for U = P weight and P lora_weight of n rows, fp32, where they are needed."""
-        weights = (self.dhidden, head.weight), (self.dlora_hidden, head.lora_weight)
-        return [gradient and torch.empty((n, w.shape[1]), dtype=torch.float32, device=w.device) for gradient, w in weights]
 
     def add_hidden(self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor) -> None:
         """dhidden = coef * U of these rows, coef ``[n]``."""

@@ -102,10 +102,7 @@ class Head:
     def __init__(self, op: str, leaves: Leaves, options: Options, shard: distributed.Shard | None = None):
         """With a shard, only its columns; labels count from its first one."""
         self.op, self.options, self.shard = op, options, shard
-        self.weight = leaves.weight.to(options.compute_dtype)
-        self.lora_weight = None if leaves.lora_weight is None else leaves.lora_weight.to(options.compute_dtype)
-        self.bias = leaves.bias
-        self.V, self.device = self.weight.shape[0], self.weight.device
+        self.leaves, self.V, self.device = leaves, leaves.weight.shape[0], leaves.weight.device
         self.on_logits = _on_logits.get()
         # dlogits are written over the logits where both have one dtype
         self.in_place = options.logits_dtype == options.compute_dtype
@@ -116,6 +113,12 @@ class Head:
         if shard is not None:
             self.transform = self.transform._replace(ignore_index=distributed.IGNORED)
             self.vocabulary_forward = functools.partial(shard.forward, choose)
+
+    @functools.cached_property
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """weight and lora_weight in the GEMMs' dtype: a copy only where a GEMM needs one."""
+        pair = self.leaves.weight, self.leaves.lora_weight
+        return tuple(None if x is None else x.to(self.options.compute_dtype) for x in pair)
 
     @property
     def widest(self) -> int:
@@ -137,10 +140,17 @@ class Head:
         return buffer(rows, self.V, dtype, self.device)
 
     def logits(self, rows: Rows, part: slice, out: Tensor) -> Tensor:
-        gemm.project(rows.hidden[part], self.weight, out)
+        weight, lora_weight = self.weights
+        gemm.project(rows.hidden[part], weight, out)
         if rows.lora_hidden is not None:
-            gemm.project(rows.lora_hidden[part], self.lora_weight, out, accumulate=True)
-        return out if self.bias is None else out.add_(self.bias)
+            gemm.project(rows.lora_hidden[part], lora_weight, out, accumulate=True)
+        return out if self.leaves.bias is None else out.add_(self.leaves.bias)
+
+    def backproject(self, p: Tensor, us: list[Tensor]) -> None:
+        """P ``[n, V]`` times weight and lora_weight, into ``[n, H]`` and ``[n, r]`` fp32, where these have columns."""
+        for u, weight in zip(us, self.weights):
+            if u.shape[1]:
+                gemm.backproject(p, weight, u)
 
     def show(self, logits: Tensor, labels: Tensor) -> None:
         """To the caller's function, where there is one."""

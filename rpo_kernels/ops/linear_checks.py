@@ -130,7 +130,7 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
 
 def options_of(
     op: str, hidden: Tensor, *, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int,
-    logits_dtype: torch.dtype | None, workspace_bytes: int | None, backend: str, process_group: object, reduce_dhidden: bool,
+    logits_dtype: torch.dtype | None, workspace_bytes: int | None, backend: str, vocab_ranks: str, reduce_dhidden: bool,
 ) -> Options:  # fmt: skip
     transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
     checks.check_backend(op, backend)
@@ -144,8 +144,7 @@ def options_of(
         raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
     elif workspace_bytes <= 0:
         raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
-    group = distributed.group_name(op, process_group)
-    return Options(transform, compute, logits_dtype, workspace_bytes, backend, group, reduce_dhidden)
+    return Options(transform, compute, logits_dtype, workspace_bytes, backend, vocab_ranks, reduce_dhidden)
 
 
 def shard_of_head(

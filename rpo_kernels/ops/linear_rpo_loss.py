@@ -127,7 +127,7 @@ def linear_rpo_loss(
         check_weight_grad(op, weight_grad, leaves.weight)
         options = options_of(
             op, leaves.hidden, temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-            logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, process_group=process_group,
+            logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, vocab_ranks=vocab_ranks,
             reduce_dhidden=reduce_dhidden,
         )  # fmt: skip
         sequences = Sequences.of(op, "labels", labels, cu_seqlens)
@@ -204,7 +204,7 @@ def _forward(
     keeps, most = over_tokens(needs), sum(layout.most)
     chunks = head.plan(most, keeps, spared_bytes(leaves, needs, options, weight_grad))
     windows = layout.windows(chunks.waiting if keeps else max(most, 1))
-    store = Store(head, rows, needs, chunks)
+    store = Store.new(head, rows, needs, chunks)
     if training:
         once = len(windows) == 1 and most <= chunks.waiting
         gradients = Gradients(leaves, needs, rows, options, once=once, weight_grad=weight_grad, early=True)
@@ -309,7 +309,7 @@ def _forward_per_group(
     n = rows.size if size < 0 else size
     chunks = late_chunks(op, leaves, needs, options, head.widest, n, weight_grad, size >= 0)
     (window,) = layout.windows(max(1, sum(layout.most)))
-    store = Store(head, rows, needs, chunks, size=n)
+    store = Store.new(head, rows, needs, chunks, size=n)
     store.read(window.rows, reference)
     _, losses, by_sequence, coef = layout.group_pass(window, store.logps)
     S, groups = data.sequences.number, data.groups

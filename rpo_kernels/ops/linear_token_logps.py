@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import distributed
-from .gradients import Gradients, Kept, Store, add_with_entropies, empty_gradients, over_tokens, recompute, spared_bytes
+from .gradients import Gradients, Kept, Store, empty_gradients, over_tokens, spared_bytes
 from .head import Chunks, Head, Leaves, OnLogits, Options, gathered, plan, shown_to
 from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of, shard_of_head
 from .operator import Operator, once_differentiable
@@ -134,9 +134,9 @@ def _linear_token_logps(
     with distributed.raising_together(op, process_group=process_group):
         leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
         check_on_logits(op, on_logits, process_group)
-        distributed.group_name(op, process_group)
-        check_leaves(op, leaves, labels, settings["ignore_index"], is_shard=process_group is not None)
-        options = options_of(op, leaves.hidden, process_group=process_group, reduce_dhidden=reduce_dhidden, **settings)
+        vocab_ranks = distributed.group_name(op, process_group)
+        check_leaves(op, leaves, labels, settings["ignore_index"], is_shard=bool(vocab_ranks))
+        options = options_of(op, leaves.hidden, vocab_ranks=vocab_ranks, reduce_dhidden=reduce_dhidden, **settings)
         check_count(op, count, labels.numel())
         check_weight_grad(op, weight_grad, leaves.weight)
         call = _token_logps.on(leaves.hidden)
@@ -203,16 +203,15 @@ def _forward(
     n = rows.size if size < 0 else size
     now = _needs_now(needs, entropy)
     chunks = late_chunks(op, leaves, now, options, head.widest, n, weight_grad, size >= 0)
-    store = Store(head, rows, now, chunks, entropy != NONE, n)
+    store = Store.new(head, rows, now, chunks, entropy != NONE, n)
     store.read(slice(0, rows.size))
 
-    def spread(x: Tensor | None) -> Tensor:
-        if x is None:
-            return store.logps.new_empty(0)
+    def spread(x: Tensor) -> Tensor:
         x = x[: rows.size] if valid is None else x[: rows.size] * valid
         return x.new_zeros(labels.numel()).index_copy_(0, index, x).view(labels.shape)
 
-    return (spread(store.logps), spread(store.entropies), *store.kept())
+    kept = store.kept()
+    return (spread(kept.logps), kept.entropies.new_empty(0) if entropy == NONE else spread(kept.entropies), *kept)
 
 
 def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
@@ -278,25 +277,20 @@ def _settle(
     """Gradients of the leaves."""
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     n, dropped = kept.sizes.tolist()
-    op, part, V = "linear_token_logps", slice(0, n), weight.shape[0]
     if options.vocab_ranks:  # labels that were kept count from the shard's first column
         transform = options.transform._replace(ignore_index=distributed.IGNORED)
         options = options._replace(transform=transform)
-    head = Head(op, leaves, options) if dropped or from_logits else None
-    chunks = plan(op, options, V, n, hidden.is_cuda, over_tokens(needs), spared_bytes(leaves, needs, options, weight_grad))
+    keeps = over_tokens(needs)
+    head = Head("linear_token_logps", leaves, options)
+    chunks = head.plan(n, keeps, spared_bytes(leaves, needs, options, weight_grad))
     rows = gathered(leaves, options.compute_dtype, kept.index[:n], kept.labels[:n])
     once = n <= chunks.waiting if from_logits else not dropped
     gradients = Gradients(leaves, needs, rows, options, once=once, weight_grad=weight_grad)
+    store = Store(head, rows, needs, chunks, kept, slice(dropped, n), is_saved=True)
     if from_logits:
-        add_with_entropies(head, rows, chunks, kept, coef, entropy_coef, gradients)
-        return gradients.finish()
-    gradients.add_hidden(part, kept.u[:n], kept.u_lora[:n], coef[:n])
-    if over_tokens(needs) and n > dropped:
-        gradients.add_tokens(slice(dropped, n), kept.p[: n - dropped], coef[dropped:n])
-    if dropped:
-        again = head.buffer(chunks.logits, options.compute_dtype)
-        scratch = head.buffer(0 if head.in_place else chunks.logits, options.logits_dtype)
-        recompute(head, rows, slice(0, dropped), chunks.logits, again, scratch, kept.logps, kept.lse, coef, gradients)
+        store.settle_with_entropies(coef[:n], None if entropy_coef is None else entropy_coef[:n], gradients)
+    else:
+        store.settle(slice(0, n), coef[:n], gradients)
     return gradients.finish()
 
 
