@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import rpo_kernels
 
@@ -170,6 +171,36 @@ def test_options_come_after_the_tensors_by_keyword(name):
 def test_a_file_can_be_read_in_one_sitting(path):
     lines = len(path.read_text().splitlines())
     assert lines <= LONGER.get(path.relative_to(PACKAGE).as_posix(), LINES)
+
+
+@pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "linear_rpo_loss"])
+def test_from_a_public_call_to_what_launches_are_four_frames_in_three_files(name):
+    x, labels = torch.randn(4, 3, 6, requires_grad=True), torch.randint(6, (4, 3))
+    objective, rewards = rpo_kernels.RPOObjective(reference="none"), torch.randn(4)
+    calls = {
+        "token_logps": lambda: rpo_kernels.token_logps(x, labels),
+        "rpo_loss": lambda: rpo_kernels.rpo_loss(x, labels, rewards, objective),
+        "linear_rpo_loss": lambda: rpo_kernels.linear_rpo_loss(x, torch.randn(7, 6), labels, rewards, objective),
+    }
+    found: list[list[tuple[str, str]]] = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "vocabulary_forward":
+            stack = []
+            while frame is not None:
+                if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+                    stack.append((frame.f_code.co_name, frame.f_code.co_filename))
+                frame = frame.f_back
+            found.append(stack)
+
+    sys.setprofile(profile)
+    try:
+        calls[name]()
+    finally:
+        sys.setprofile(None)
+    assert found
+    for stack in found:
+        assert stack[-1][0] == name and len(stack) <= 4 and len({file for _, file in stack}) <= 3, stack
 
 
 # ---- the wheel --------------------------------------------------------------------------------------------------------

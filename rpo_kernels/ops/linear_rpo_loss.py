@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,7 +150,7 @@ def linear_rpo_loss(
             detached = (None if x is None else x.detach() for x in leaves)
             loss, losses, by_sequence, lengths, *gradients = _loss.on(hidden)(*detached, weight_grad, data, needs, options)
         if any(needs):
-            loss = _ready.on(loss)(*leaves, loss, Ready(*gradients), needs, weight_grad is not None, backend)
+            loss = _ready.on(loss)(*leaves, loss, Leaves(*gradients), needs, weight_grad is not None, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
 
@@ -235,16 +234,6 @@ def _fake_forward(hidden, weight, bias, lora_hidden, lora_weight, weight_grad, d
 _loss = Operator("linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",))
 
 
-class Ready(NamedTuple):
-    """Gradients of the leaves; empty where there is none."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    lora_hidden: Tensor
-    lora_weight: Tensor
-
-
 def _ready_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -252,7 +241,7 @@ def _ready_forward(
     lora_hidden: Tensor | None,
     lora_weight: Tensor | None,
     loss: Tensor,
-    gradients: Ready,
+    gradients: Leaves,  # of each leaf; empty where there is none
     needs: list[bool],
     weight_grad: bool,
     backend: str,

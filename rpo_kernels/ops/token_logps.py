@@ -60,14 +60,10 @@ def token_logps(
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
-    op = "token_logps"
-    with distributed.raising_together(op, process_group=process_group):
-        logits, process_group = distributed.local_logits(op, logits, process_group)
-        vocab_ranks = distributed.group_name(op, process_group)
-        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
-        transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
-        checks.check_backend(op, backend)
-        return _token_logps.on(logits)(logits, labels, transform, False, inplace_backward, backend, vocab_ranks)[0]
+    return _checked(
+        "token_logps", logits, labels, False, inplace_backward, process_group, backend, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+    )[0]  # fmt: skip
 
 
 def token_logps_and_entropy(
@@ -88,15 +84,23 @@ def token_logps_and_entropy(
 
     Arguments and errors as there.
     """
-    op = "token_logps_and_entropy"
+    return _checked(
+        "token_logps_and_entropy", logits, labels, True, inplace_backward, process_group, backend, temperature=temperature,
+        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+    )  # fmt: skip
+
+
+def _checked(
+    op: str, logits: Tensor, labels: Tensor, entropy: bool, inplace: bool, process_group: ProcessGroup | None, backend: str,
+    *, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     with distributed.raising_together(op, process_group=process_group):
         logits, process_group = distributed.local_logits(op, logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
-        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
+        checks.check_logits(op, logits, labels, ignore_index, inplace, is_shard=process_group is not None)
         transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
         checks.check_backend(op, backend)
-        call = _token_logps.on(logits)
-        logps, _, entropies, _ = call(logits, labels, transform, True, inplace_backward, backend, vocab_ranks)
+        logps, _, entropies, _ = _token_logps.on(logits)(logits, labels, transform, entropy, inplace, backend, vocab_ranks)
     return logps, entropies
 
 
