@@ -88,7 +88,8 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
             assert row["special"] < row["instructions"], row
             assert row["exponentials"] == expected <= row["special"], row
             if not options:
-                assert row["bandwidth_ratio"] >= 1.15, row
+                exponentials_bind = name == "sm_100" and "forward" in row["kernel"] and "16" in row["variant"]
+                assert row["bandwidth_ratio"] >= (1.15 if exponentials_bind else 1.3), row
             if options == ["entropy"]:
                 assert row["bandwidth_ratio"] >= 1.15, row
     assert starved["local_bytes"] > GROUP_PASS_BYTES and starved["verdict"].startswith("spills"), starved
