@@ -68,7 +68,7 @@ def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None
 
 def bias_gradient(p: Tensor, coef: Tensor, total: Tensor) -> None:
     """total ``[V]`` fp32 += p^T coef, of p ``[n, V]`` and coef ``[n]`` fp32, which is not rounded to the dtype of p."""
-    for out, columns in blocks(total[:, None], p.t(), width=len(p)):
+    for out, columns in blocks(total[:, None], p.t()):
         out[:, 0].addmv_(columns.float(), coef)
 
 
@@ -85,9 +85,9 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         out.add_(product) if accumulate else out.copy_(product)
 
 
-def blocks(weight: Tensor, other: Tensor, width: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``[V, H]`` and of ``[V, n]`` side by side; fp32 copies of the first, or of ``width`` columns, stay in the cache."""
-    rows = max(1, _BLOCK_BYTES // (4 * max(1, width or weight.shape[1])))
+def blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that an fp32 copy of either stays in the cache."""
+    rows = max(1, _BLOCK_BYTES // (4 * max(1, weight.shape[1], other.shape[1])))
     return zip(weight.split(rows), other.split(rows))
 
 
