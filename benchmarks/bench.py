@@ -3,8 +3,8 @@
     make bench                      # full sizes on a GPU, small ones on a CPU
     python -m pytest benchmarks/bench.py -k "Qwen3 and 8192 and pair" --results FILE --budget 300
 
-A provider that is wrong is reported with its error and not timed. Results are saved after each measurement; tables and plots
-are written at the end (benchmarks/results.py).
+A provider that is wrong is reported with its error and not timed. Results are saved after each
+measurement; tables and plots are written at the end (benchmarks/results.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def test_head(case, provider, bench, timer):
         bench.results.add(case, provider, "failed", reason=f"{type(error).__name__}: {words}")
         if is_device_lost(error):
             lost = True
-            pytest.exit(f"{provider.name} left the device unusable; start again, and the run goes on behind it", returncode=1)
+            pytest.exit(
+                f"{provider.name} left the device unusable; start again, and the run goes on "
+                "behind it",
+                returncode=1,
+            )
         if isinstance(provider, Ours):
             raise
         pytest.xfail(f"{provider.name}: {error}")
@@ -60,7 +64,9 @@ def measure(case, provider, bench, timer) -> None:
     facts = {"error": errors.absolute, "gradient_errors": errors.relative}
     if errors.verdict:
         bench.results.add(case, provider, "wrong", reason=errors.verdict, **facts)
-        (pytest.fail if isinstance(provider, Ours) else pytest.xfail)(f"{provider.name}: {errors.verdict}")
+        (pytest.fail if isinstance(provider, Ours) else pytest.xfail)(
+            f"{provider.name}: {errors.verdict}"
+        )
     warm = seconds(step, step.prepare, bench.device, 2)[-1]
     rounds = max(ROUNDS[0], min(ROUNDS[1], math.ceil(SECONDS / warm)))
     if timer is None:
@@ -71,6 +77,14 @@ def measure(case, provider, bench, timer) -> None:
         times = timer.stats.stats.data
     first, median, third = quartiles(times)
     bench.results.add(
-        case, provider, "ok", median_s=median, quartiles_s=[first, third], rounds=rounds, peak_bytes=peak_bytes(step, bench.device),
-        limit_s=limit, limit=why, **facts,
-    )  # fmt: skip
+        case,
+        provider,
+        "ok",
+        median_s=median,
+        quartiles_s=[first, third],
+        rounds=rounds,
+        peak_bytes=peak_bytes(step, bench.device),
+        limit_s=limit,
+        limit=why,
+        **facts,
+    )

@@ -1,7 +1,7 @@
 """What is measured: parts of the loss head, on the shapes of real models.
 
-A case is a part of the head, a model, a number of rows and the share of them that is scored. Rows are ``[S, T]``: eight responses,
-each a prompt that is not scored and then T * share scored tokens.
+A case is a part of the head, a model, a number of rows and the share of them that is scored. Rows
+are ``[S, T]``: eight responses, each a prompt that is not scored and then T * share scored tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Part:
     name: str
     start: str  # "logits" or "hidden"
     trains: tuple[str, ...]  # inputs whose gradients are wanted
-    group_size: int = 0  # responses that share a loss; 0: token log-probabilities, with an upstream gradient per token
+    # responses that share a loss; 0: token log-probabilities, with an upstream gradient per token
+    group_size: int = 0
 
     @property
     def gemms(self) -> int:
@@ -48,7 +49,12 @@ PARTS = (
     Part("loss of 8 responses", "hidden", ("hidden", "weight"), group_size=8),
 )
 QWEN = Model("Qwen3", 4096, 151_936)
-MODELS = (QWEN, Model("Llama-3", 4096, 128_256), Model("Gemma-3", 2560, 262_144), Model("SmolLM2", 576, 49_152))
+MODELS = (
+    QWEN,
+    Model("Llama-3", 4096, 128_256),
+    Model("Gemma-3", 2560, 262_144),
+    Model("SmolLM2", 576, 49_152),
+)
 TINY = Model("tiny", 64, 1_000)
 
 
@@ -62,7 +68,10 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.part.name}, {self.model.name}, N {self.rows}, {self.share:.0%}, {str(self.dtype)[6:]}"
+        return (
+            f"{self.part.name}, {self.model.name}, N {self.rows}, {self.share:.0%}, "
+            f"{str(self.dtype)[6:]}"
+        )
 
     @property
     def length(self) -> int:
@@ -80,7 +89,9 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Of logits moved: scored rows are read forward and backward, gradients of all rows are written."""
+        """Of logits moved: scored rows are read forward and backward, gradients of all rows are
+        written.
+        """
         if self.part.start != "logits":
             return 0
         row = self.model.V * self.dtype.itemsize
@@ -88,7 +99,11 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        elements = self.rows * self.model.V if self.part.start == "logits" else (self.rows + self.model.V) * self.model.H
+        elements = (
+            self.rows * self.model.V
+            if self.part.start == "logits"
+            else (self.rows + self.model.V) * self.model.H
+        )
         return elements * self.dtype.itemsize
 
     @property
@@ -98,15 +113,24 @@ class Case:
 
     @property
     def objective(self) -> RPOObjective:
-        return RPOObjective.dpo(self.beta) if self.part.group_size == 2 else RPOObjective("backward_kl", self.beta)
+        return (
+            RPOObjective.dpo(self.beta)
+            if self.part.group_size == 2
+            else RPOObjective("backward_kl", self.beta)
+        )
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
-        """Random, but shaped like a language model's: some labels are certain, some are surprises."""
+        """Random, but shaped like a language model's: some labels are certain, some are
+        surprises.
+        """
         g = torch.Generator(device).manual_seed(seed)
         S, T, V, H = SEQUENCES, self.length, self.model.V, self.model.H
-        random = lambda *shape, dtype=torch.float32: torch.randn(shape, generator=g, device=device, dtype=dtype)
+        random = lambda *shape, dtype=torch.float32: torch.randn(
+            shape, generator=g, device=device, dtype=dtype
+        )
         targets = torch.randint(0, V, (S, T), generator=g, device=device)
-        boost = 30 * torch.rand(S, T, 1, generator=g, device=device)  # what a label's logit has above the others
+        # what a label's logit has above the others
+        boost = 30 * torch.rand(S, T, 1, generator=g, device=device)
         labels = targets.clone()
         labels[:, : T - self.scored // S] = -100
         logits = hidden = weight = None
@@ -132,12 +156,17 @@ class Inputs:
     def ordered(self, order: Tensor) -> Inputs:
         """With the sequences in another order."""
         move = lambda x: None if x is None else x.detach()[order]
-        by_sequence = {name: move(getattr(self, name)) for name in ("labels", "upstream", "rewards", "logits", "hidden")}
+        by_sequence = {
+            name: move(getattr(self, name))
+            for name in ("labels", "upstream", "rewards", "logits", "hidden")
+        }
         return replace(self, **by_sequence)
 
 
 def full() -> list[Case]:
-    """Most telling first, because a run may be cut short: one model at 8,192 rows, all parts; its other sizes; other models."""
+    """Most telling first, because a run may be cut short: one model at 8,192 rows, all parts; its
+    other sizes; other models.
+    """
     at = [(QWEN, 8192, 1.0), (QWEN, 8192, 0.3)]
     at += [(QWEN, rows, 1.0) for rows in (2048, 4096, 16_384, 32_768)]
     at += [(model, 8192, share) for model in MODELS[1:] for share in (1.0, 0.3)]
@@ -145,6 +174,8 @@ def full() -> list[Case]:
 
 
 def smoke() -> list[Case]:
-    """Every part at sizes that say nothing about speed, only that all of it runs; bf16 is slow on many CPUs."""
+    """Every part at sizes that say nothing about speed, only that all of it runs; bf16 is slow on
+    many CPUs.
+    """
     at = [(128, 1.0, torch.float32), (256, 0.3, torch.bfloat16)]
     return [Case(part, TINY, *size) for size in at for part in PARTS]

@@ -1,9 +1,11 @@
-"""Rows of a chunk of logits and workspaces of the linear path: time and memory of the pair loss for each, on this GPU.
+"""Rows of a chunk of logits and workspaces of the linear path: time and memory of the pair loss for
+each, on this GPU.
 
     python benchmarks/chunks.py [--results FILE] [--budget SECONDS] [--dry-run]
 
-Each is checked against float64 before it is timed. What is found goes into ``GPU_CHUNK_ROWS`` of ``rpo_kernels/ops/head.py`` by
-hand. Launch settings of the row passes are tuned by ``python -m rpo_kernels tune``. A dry run goes through the motions on a CPU.
+Each is checked against float64 before it is timed. What is found goes into ``GPU_CHUNK_ROWS`` of
+``rpo_kernels/ops/head.py`` by hand. Launch settings of the row passes are tuned by ``python -m
+rpo_kernels tune``. A dry run goes through the motions on a CPU.
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from rpo_kernels.commands.timing import seconds
 from rpo_kernels.ops import head
 
 ROWS, WORKSPACES = (512, 2048, 4096), (1 << 30, 1 << 29, 1 << 31, 1 << 32)
-FULL = {"case": (QWEN, 8192), "rounds": 15, "chunks": [(1024, w) for w in WORKSPACES] + [(rows, 1 << 30) for rows in ROWS]}
+FULL = {
+    "case": (QWEN, 8192),
+    "rounds": 15,
+    "chunks": [(1024, w) for w in WORKSPACES] + [(rows, 1 << 30) for rows in ROWS],
+}
 DRY = {"case": (TINY, 4 * SEQUENCES), "rounds": 1, "chunks": [(8, 1 << 20), (16, 1 << 20)]}
 
 
-def timings(sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Callable[[list[dict]], None]) -> list[dict]:
+def timings(
+    sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Callable[[list[dict]], None]
+) -> list[dict]:
     """``save`` is called after each: a run may be cut short."""
     case = Case(next(part for part in PARTS if part.group_size == 2), *sizes["case"])
     inputs, limit = [case.inputs(device)], ceilings.limit(case)[0]
@@ -51,29 +59,54 @@ def timings(sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Cal
                 continue
             seconds(step, step.prepare, device, 2)
             median = statistics.median(seconds(step, step.prepare, device, sizes["rounds"]))
-            row |= {"status": "ok", "median_s": median, "peak_bytes": peak_bytes(step, device), "limit_s": limit}
+            row |= {
+                "status": "ok",
+                "median_s": median,
+                "peak_bytes": peak_bytes(step, device),
+                "limit_s": limit,
+            }
             found.append(row)
         save(found)
-        print(f"chunks of {chunk} rows, workspace {workspace >> 20} MiB: {median / limit:.2f} x its bare GEMMs")
+        print(
+            f"chunks of {chunk} rows, workspace {workspace >> 20} MiB: {median / limit:.2f} x its "
+            "bare GEMMs"
+        )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, metavar="FILE", default=ROOT / "benchmarks" / "results" / "chunks.json")
-    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        default=ROOT / "benchmarks" / "results" / "chunks.json",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin nothing after this",
+    )
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.dry_run else "cpu"
     if device == "cpu" and not args.dry_run:
-        parser.error("chunks are timed on a GPU, and there is none; --dry-run goes through the motions")
+        parser.error(
+            "chunks are timed on a GPU, and there is none; --dry-run goes through the motions"
+        )
     ends, ceilings = time.monotonic() + args.budget, Ceilings(device)
     facts = about(device, "dry run" if args.dry_run else "full", copy_rate=ceilings.copy_rate)
     args.results.parent.mkdir(parents=True, exist_ok=True)
 
     def save(rows: list[dict]) -> None:
         lines = ",\n  ".join(map(json.dumps, rows))
-        args.results.write_text(f'{{\n "about": {json.dumps(facts, indent=1)},\n "chunks": [\n  {lines}\n ]\n}}\n')
+        args.results.write_text(
+            f'{{\n "about": {json.dumps(facts, indent=1)},\n "chunks": [\n  {lines}\n ]\n}}\n'
+        )
 
     save(timings(DRY if args.dry_run else FULL, device, ceilings, ends, save))
 

@@ -20,9 +20,20 @@ ROTATED_BYTES = 4 << 30  # inputs smaller than this come in two sets
 
 def pytest_addoption(parser):
     group = parser.getgroup("loss head")
-    group.addoption("--smoke", action="store_true", help="small sizes that run on a CPU in two minutes; the default there")
-    group.addoption("--results", type=Path, metavar="FILE", help="JSON file; a run on the same device and commit goes on with it")
-    group.addoption("--budget", type=float, metavar="SECONDS", help="begin no measurement after this")
+    group.addoption(
+        "--smoke",
+        action="store_true",
+        help="small sizes that run on a CPU in two minutes; the default there",
+    )
+    group.addoption(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="JSON file; a run on the same device and commit goes on with it",
+    )
+    group.addoption(
+        "--budget", type=float, metavar="SECONDS", help="begin no measurement after this"
+    )
 
 
 def sizes(config) -> str:
@@ -45,7 +56,9 @@ def pytest_generate_tests(metafunc):
     if {"case", "provider"} <= set(metafunc.fixturenames):
         cases = smoke() if sizes(metafunc.config) == "smoke" else full()
         pairs = [(case, provider) for case in cases for provider in PROVIDERS]
-        metafunc.parametrize("case,provider", pairs, ids=[f"{case.id}, {provider.name}" for case, provider in pairs])
+        metafunc.parametrize(
+            "case,provider", pairs, ids=[f"{case.id}, {provider.name}" for case, provider in pairs]
+        )
 
 
 class Bench:
@@ -55,8 +68,13 @@ class Bench:
         self.device, self.case = DEVICE, None
         self.ends = config.started + (config.getoption("--budget") or float("inf"))
         self.ceilings = Ceilings(DEVICE)
-        path = config.getoption("--results") or Path(__file__).parent / "results" / f"bench-{sizes(config)}-{DEVICE}.json"
-        self.results = Results(path, about(DEVICE, sizes(config), copy_rate=self.ceilings.copy_rate))
+        path = (
+            config.getoption("--results")
+            or Path(__file__).parent / "results" / f"bench-{sizes(config)}-{DEVICE}.json"
+        )
+        self.results = Results(
+            path, about(DEVICE, sizes(config), copy_rate=self.ceilings.copy_rate)
+        )
 
     def load(self, case: Case) -> None:
         if case == self.case:
@@ -87,5 +105,11 @@ def bench(pytestconfig):
 
 @pytest.fixture
 def timer(request):
-    """pytest-benchmark's fixture, or None where it is not installed: bench.py then times by itself."""
-    return request.getfixturevalue("benchmark") if request.config.pluginmanager.hasplugin("benchmark") else None
+    """pytest-benchmark's fixture, or None where it is not installed: bench.py then times by
+    itself.
+    """
+    return (
+        request.getfixturevalue("benchmark")
+        if request.config.pluginmanager.hasplugin("benchmark")
+        else None
+    )

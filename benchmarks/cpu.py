@@ -2,9 +2,9 @@
 
     python benchmarks/cpu.py [--threads 2] [--repeat 5] [--scale 1.0] [--json FILE] [CASE ...]
 
-Time is the median over repeats of forward and backward, as wall seconds and as processor seconds of all threads; memory is the
-peak of the resident set above what stood before the call, gradients included; a first call, which loads code, does not count.
-Naive is fp32 log_softmax and gather.
+Time is the median over repeats of forward and backward, as wall seconds and as processor seconds of
+all threads; memory is the peak of the resident set above what stood before the call, gradients
+included; a first call, which loads code, does not count. Naive is fp32 log_softmax and gather.
 """
 
 from __future__ import annotations
@@ -48,13 +48,19 @@ def steps(case: str, scale: float):
     objective = RPOObjective("squared", 0.1)
 
     def naive_logps(logits):
-        logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[
+            ..., 0
+        ]
         return torch.where(labels >= 0, logps, 0)
 
     if hidden is None:
         logits = (3 * torch.randn(S, T, V)).to(dtype).requires_grad_()
         weights = torch.randn(S, T)
-        return [logits], lambda: (naive_logps(logits) * weights).sum(), lambda: (token_logps(logits, labels) * weights).sum()
+        return (
+            [logits],
+            lambda: (naive_logps(logits) * weights).sum(),
+            lambda: (token_logps(logits, labels) * weights).sum(),
+        )
     h = torch.randn(S, T, hidden).to(dtype).requires_grad_()
     w = (0.05 * torch.randn(V, hidden)).to(dtype).requires_grad_()
 
@@ -63,11 +69,19 @@ def steps(case: str, scale: float):
         u = (s - rewards).view(-1, 2)
         return ((u[:, 0] - u[:, 1]) ** 2 / 2).mean()
 
-    return [h, w], naive, lambda: linear_rpo_loss(h, w, labels, rewards, objective, ref_logps=ref).loss
+    return (
+        [h, w],
+        naive,
+        lambda: linear_rpo_loss(h, w, labels, rewards, objective, ref_logps=ref).loss,
+    )
 
 
 def processor() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     return names[0] if names else platform.processor()
 
 
@@ -120,24 +134,47 @@ def compare(cases: list[str], threads: int, repeat: int, scale: float) -> list[d
     rows = []
     for case in cases:
         for provider in PROVIDERS:
-            options = {"--one": provider, "--threads": threads, "--repeat": repeat, "--scale": scale}
-            command = [sys.executable, __file__, *(str(x) for option in options.items() for x in option), case]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            options = {
+                "--one": provider,
+                "--threads": threads,
+                "--repeat": repeat,
+                "--scale": scale,
+            }
+            command = [
+                sys.executable,
+                __file__,
+                *(str(x) for option in options.items() for x in option),
+                case,
+            ]
+            rows.append(
+                json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                )
+            )
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| case | naive: wall, cpu, peak | rpo_kernels | wall | cpu | memory |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| case | naive: wall, cpu, peak | rpo_kernels | wall | cpu | memory |",
+        "|---|---|---|---|---|---|",
+    ]
     for naive, ours in zip(rows[::2], rows[1::2]):
-        cells = [f"{r['wall_s']:.2f} s, {r['cpu_s']:.2f} s, {r['peak_mb']} MB" for r in (naive, ours)]
+        cells = [
+            f"{r['wall_s']:.2f} s, {r['cpu_s']:.2f} s, {r['peak_mb']} MB" for r in (naive, ours)
+        ]
         ratios = [f"{ours[key] / naive[key]:.2f} x" for key in ("wall_s", "cpu_s", "peak_mb")]
         lines.append(f"| {naive['case']} | {' | '.join(cells + ratios)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(map(repr, CASES)))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(map(repr, CASES))
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows")
@@ -153,7 +190,9 @@ def main() -> None:
     print(table(rows))
     if args.json:
         try:
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+            commit = subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
         except OSError:
             commit = os.environ.get("RPO_COMMIT", "")
         about = {

@@ -1,9 +1,11 @@
-"""What a call costs the CPU beside the bare Triton launches in it: `python benchmarks/host.py [--json FILE]`.
+"""What a call costs the CPU beside the bare Triton launches in it: `python benchmarks/host.py
+[--json FILE]`.
 
-Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are compiled for an H100 and launched
-into the void. What remains is Python, PyTorch and Triton's own launcher. CPU tensors pass for a GPU's: nobody looks at their
-values. Times are medians over calls in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside
-each call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
+Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
+compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
+launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
+in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside each
+call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
 """
 
 from __future__ import annotations
@@ -49,20 +51,33 @@ DOES(cuDriverGetVersion, (int *version), *version = 13000)
 DOES(cuDevicePrimaryCtxRetain, (void **context, int device), *context = (void *)1)
 DOES(cuGetErrorString, (int error, const char **text), *text = "none")
 DOES(cuCtxGetLimit, (ull *value, int limit), *value = 0)
-NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute)
+NOTHING(cuFuncSetCacheConfig)
 NOTHING(cuLaunchKernelEx) NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensorMapEncodeTiled)
 """
 
 
 def no_driver() -> object:
-    """Triton's driver for one H100 that is not there: its own launcher, down to the calls of libcuda."""
+    """Triton's driver for one H100 that is not there: its own launcher, down to the calls of
+    libcuda.
+    """
     temporary = tempfile.TemporaryDirectory()
     folder = Path(temporary.name)
     library = folder / "libcuda.so.1"
     (folder / "libcuda.c").write_text(LIBCUDA)
     compiler = os.environ.get("CC", "cc")
     subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", folder / "libcuda.c", "-o", library], check=True
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-O2",
+            "-Wl,-soname,libcuda.so.1",
+            folder / "libcuda.c",
+            "-o",
+            library,
+        ],
+        check=True,
     )
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
@@ -116,20 +131,40 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
     objective = RPOObjective()
     return {
         "an autograd function that does nothing": (lambda: _Nothing.apply(logits), logits),
-        "rpo_loss": (lambda: rpo_loss(logits, labels, rewards, objective, ref_logps=ref_logps, backend="triton").loss, logits),
-        "a product, and rpo_loss in place": (
+        "rpo_loss": (
             lambda: (
-                rpo_loss(logits * 1, labels, rewards, objective, ref_logps=ref_logps, inplace_backward=True, backend="triton").loss
+                rpo_loss(
+                    logits, labels, rewards, objective, ref_logps=ref_logps, backend="triton"
+                ).loss
             ),
             logits,
         ),
-        "token_logps and its sum": (lambda: token_logps(logits, labels, backend="triton").sum(), logits),
+        "a product, and rpo_loss in place": (
+            lambda: (
+                rpo_loss(
+                    logits * 1,
+                    labels,
+                    rewards,
+                    objective,
+                    ref_logps=ref_logps,
+                    inplace_backward=True,
+                    backend="triton",
+                ).loss
+            ),
+            logits,
+        ),
+        "token_logps and its sum": (
+            lambda: token_logps(logits, labels, backend="triton").sum(),
+            logits,
+        ),
     }
 
 
 @contextmanager
 def bare_launches() -> Iterator[list[Callable[[], object]]]:
-    """Within it launches of the package are appended to the list that it yields, to be made again by Triton alone."""
+    """Within it launches of the package are appended to the list that it yields, to be made again
+    by Triton alone.
+    """
     run, bare = triton.JITFunction.run, []
 
     def record(kernel, *arguments, **options):
@@ -144,7 +179,9 @@ BLOCKS = 20  # of calls in a loop, one kind after the other; the quietest of eac
 
 
 def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each kind of call, microseconds: the call, call and backward, and the launches of each made bare."""
+    """Of each kind of call, microseconds: the call, call and backward, and the launches of each
+    made bare.
+    """
     rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
 
@@ -159,10 +196,14 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
                 function()
             rows[name][f"{kind}, launches"] = len(bare)
             timed[name, f"{kind}, us"] = function
-            timed[name, f"{kind}, us of bare launches"] = lambda bare=bare: [launch() for launch in bare]
+            timed[name, f"{kind}, us of bare launches"] = lambda bare=bare: [
+                launch() for launch in bare
+            ]
     for _ in range(BLOCKS):
         for (name, what), function in timed.items():
-            rows[name][what] = min(rows[name].get(what, math.inf), _median(function, max(1, rounds // BLOCKS)))
+            rows[name][what] = min(
+                rows[name].get(what, math.inf), _median(function, max(1, rounds // BLOCKS))
+            )
     return rows
 
 
@@ -177,7 +218,9 @@ def _median(function: Callable[[], object], rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -187,7 +230,9 @@ def main() -> None:
     print(results.host_table(rows))
     if args.json:
         about = results.about(
-            "cuda" if HAS_GPU else "cpu", "S 4, T 8, V 1024", launches="run" if HAS_GPU else "end in a libcuda that does nothing"
+            "cuda" if HAS_GPU else "cpu",
+            "S 4, T 8, V 1024",
+            launches="run" if HAS_GPU else "end in a libcuda that does nothing",
         )
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

@@ -1,7 +1,9 @@
-"""How it is measured: correctness first, then time, memory, and the share of what the hardware gives.
+"""How it is measured: correctness first, then time, memory, and the share of what the hardware
+gives.
 
-On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs before each; on a CPU it is
-``time.perf_counter``. Memory is the peak of what the allocator handed out above the inputs, gradients included.
+On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs
+before each; on a CPU it is ``time.perf_counter``. Memory is the peak of what the allocator handed
+out above the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from rpo_kernels.commands.timing import flush_cache, seconds
 
 
 class Step:
-    """One provider's work on one case, over and over: forward, and backward to what the case trains."""
+    """One provider's work on one case, over and over: forward, and backward to what the case
+    trains.
+    """
 
     def __init__(self, case: Case, provider: Provider, inputs: list[Inputs]):
         self.case, self.provider, self.turn = case, provider, -1
@@ -77,7 +81,7 @@ class Step:
         return grad[self.order.argsort()].flatten(0, 1)
 
 
-# ---- correctness ----------------------------------------------------------------------------------------------------
+# ---- correctness ---------------------------------------------------------------------------------
 
 
 class Errors(NamedTuple):
@@ -103,7 +107,10 @@ def check(step: Step, truth: Truth) -> Errors:
         absolute = error.max().item()
         if not bool((error <= truth.logps_bound).all()):
             excess = (error - truth.logps_bound).nan_to_num(nan=float("inf")).argmax()
-            wrong.append(f"log-prob off by {error.flatten()[excess]:.2g}, bound {truth.logps_bound.flatten()[excess]:.2g}")
+            wrong.append(
+                f"log-prob off by {error.flatten()[excess]:.2g}, bound "
+                f"{truth.logps_bound.flatten()[excess]:.2g}"
+            )
     for name, sample in truth.gradients.items():
         gradient = step.gradient(name)
         error = (gradient[sample.index].double() - sample.value).norm().item()
@@ -115,7 +122,7 @@ def check(step: Step, truth: Truth) -> Errors:
     return Errors(absolute, relative, "; ".join(wrong) or None)
 
 
-# ---- time and memory ------------------------------------------------------------------------------------------------
+# ---- time and memory -----------------------------------------------------------------------------
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -134,7 +141,9 @@ def peak_bytes(step: Step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -144,7 +153,7 @@ def peak_bytes(step: Step, device: str) -> int:
     return peak
 
 
-# ---- what the hardware gives ----------------------------------------------------------------------------------------
+# ---- what the hardware gives ---------------------------------------------------------------------
 
 
 class Ceilings:
@@ -169,7 +178,11 @@ class Ceilings:
         if key not in self.gemm_rates:
             n, H, V = case.scored, case.model.H, case.model.V
             random = lambda *shape: torch.randn(shape, device=self.device, dtype=case.dtype)
-            hidden, weight, logits = random(n, H), random(V, H), torch.empty(n, V, device=self.device, dtype=case.dtype)
+            hidden, weight, logits = (
+                random(n, H),
+                random(V, H),
+                torch.empty(n, V, device=self.device, dtype=case.dtype),
+            )
             gemms = [lambda: torch.mm(hidden, weight.t(), out=logits)]
             if "hidden" in case.part.trains:
                 gemms.append(lambda: torch.mm(logits, weight))
@@ -181,6 +194,13 @@ class Ceilings:
     def limit(self, case: Case) -> tuple[float, str]:
         """The least seconds a case can take here, and why."""
         if case.part.start == "logits":
-            return case.bytes / self.copy_rate, f"{case.bytes / 1e9:.3g} GB at {self.copy_rate / 1e9:.3g} GB/s"
+            return (
+                case.bytes / self.copy_rate,
+                f"{case.bytes / 1e9:.3g} GB at {self.copy_rate / 1e9:.3g} GB/s",
+            )
         rate = self.gemm_rate(case)
-        return case.flop / rate, f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in {str(case.dtype)[6:]}"
+        return (
+            case.flop / rate,
+            f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in "
+            f"{str(case.dtype)[6:]}",
+        )

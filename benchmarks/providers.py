@@ -1,7 +1,8 @@
 """Who is measured: rpo_kernels, naive PyTorch, and each library that computes the same numbers.
 
-A provider turns logits, or hidden states and an lm_head, into token log-probabilities ``[S, T]`` (0 where the label is -100), and
-these into a loss. Each calls its package as that package's own trainers and examples do, with default settings.
+A provider turns logits, or hidden states and an lm_head, into token log-probabilities ``[S, T]`` (0
+where the label is -100), and these into a loss. Each calls its package as that package's own
+trainers and examples do, with default settings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ import rpo_kernels
 
 
 class Provider:
-    """One way to compute the loss head. ``from_logits`` and ``from_hidden`` are None where it has none."""
+    """One way to compute the loss head.
+
+    ``from_logits`` and ``from_hidden`` are None where it has none.
+    """
 
     name: str
     package = "torch"  # whose version counts
@@ -34,15 +38,21 @@ class Provider:
         raise NotImplementedError
 
     def loss(self, case: Case, x: Inputs) -> Tensor:
-        """DPO of pairs, or listwise RPO (backward KL) of larger groups, with reference log-probabilities of 0."""
-        s = case.beta * self.from_hidden(x.hidden, x.weight, x.labels).sum(1).view(-1, case.part.group_size)
+        """DPO of pairs, or listwise RPO (backward KL) of larger groups, with reference
+        log-probabilities of 0.
+        """
+        s = case.beta * self.from_hidden(x.hidden, x.weight, x.labels).sum(1).view(
+            -1, case.part.group_size
+        )
         if case.part.group_size == 2:
             return -F.logsigmoid(s[:, 0] - s[:, 1]).mean()
         target = x.rewards.view(s.shape).log_softmax(1)
         return F.kl_div(s.log_softmax(1), target, log_target=True, reduction="batchmean")
 
     def order(self, sequences: int) -> list[int]:
-        """How it wants the sequences; [chosen, rejected, chosen, rejected, ...] if they stay as they are."""
+        """How it wants the sequences; [chosen, rejected, chosen, rejected, ...] if they stay as
+        they are.
+        """
         return list(range(sequences))
 
     def missing(self, case: Case, device: str) -> str | None:
@@ -50,7 +60,9 @@ class Provider:
         if importlib.util.find_spec(self.package.replace("-", "_")) is None:
             return f"{self.package} is not installed"
         if (self.from_logits if case.part.start == "logits" else self.from_hidden) is None:
-            return f"starts from {'hidden states' if case.part.start == 'logits' else 'logits'} only"
+            return (
+                f"starts from {'hidden states' if case.part.start == 'logits' else 'logits'} only"
+            )
         if self.triton and device != "cuda":
             return "runs on a GPU only"
         return None
@@ -71,7 +83,9 @@ class Naive(Provider):
     name = "naive PyTorch"
 
     def from_logits(self, logits, labels):
-        logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[
+            ..., 0
+        ]
         return torch.where(labels != -100, logps, 0)
 
     def from_hidden(self, hidden, weight, labels):
@@ -93,7 +107,9 @@ class Compiled(Naive):
 
 
 class TorchLinear(Provider):
-    """``torch.nn.functional.linear_cross_entropy`` with its chunked options; PyTorch 2.13 and later."""
+    """``torch.nn.functional.linear_cross_entropy`` with its chunked options; PyTorch 2.13 and
+    later.
+    """
 
     name = "F.linear_cross_entropy"
     from_logits = None
@@ -105,12 +121,16 @@ class TorchLinear(Provider):
 
     def from_hidden(self, hidden, weight, labels):
         options = torch.nn.LinearCrossEntropyOptions()
-        losses = F.linear_cross_entropy(hidden.flatten(0, -2), weight, labels.flatten(), reduction="none", options=options)
+        losses = F.linear_cross_entropy(
+            hidden.flatten(0, -2), weight, labels.flatten(), reduction="none", options=options
+        )
         return -losses.float().view(labels.shape)
 
 
 class TRL(Provider):
-    """``trl.kernels``, as ``add_fused_lm_head`` calls it: only scored rows, in chunks of 32,768 columns."""
+    """``trl.kernels``, as ``add_fused_lm_head`` calls it: only scored rows, in chunks of 32,768
+    columns.
+    """
 
     name, package = "TRL", "trl"
     columns = 32_768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
@@ -132,12 +152,16 @@ class TRL(Provider):
         from trl.kernels import ChunkedLogProbFunction
 
         scored = labels != -100
-        logps, *_ = ChunkedLogProbFunction.apply(hidden[scored], weight, None, labels[scored], 1.0, self.columns, None, 1.0, ())
+        logps, *_ = ChunkedLogProbFunction.apply(
+            hidden[scored], weight, None, labels[scored], 1.0, self.columns, None, 1.0, ()
+        )
         return logps.new_zeros(labels.shape).masked_scatter(scored, logps)
 
 
 class Liger(Provider):
-    """``LigerFusedLinearDPOLoss``: DPO of pairs, all chosen responses before all rejected ones; no log-probabilities."""
+    """``LigerFusedLinearDPOLoss``: DPO of pairs, all chosen responses before all rejected ones; no
+    log-probabilities.
+    """
 
     name, package = "Liger", "liger-kernel"
     from_logits = None
@@ -153,7 +177,9 @@ class Liger(Provider):
     def loss(self, case, x):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-        loss, *_ = LigerFusedLinearDPOLoss(beta=case.beta, use_ref_model=False)(x.weight, x.hidden, x.labels)
+        loss, *_ = LigerFusedLinearDPOLoss(beta=case.beta, use_ref_model=False)(
+            x.weight, x.hidden, x.labels
+        )
         return loss
 
 
@@ -185,9 +211,15 @@ class Ours(Provider):
         reference = x.rewards.new_zeros(x.rewards.shape)
         rewards = x.rewards if case.objective.uses_rewards else None
         return rpo_kernels.linear_rpo_loss(
-            x.hidden, x.weight, x.labels, rewards, case.objective, ref_logps=reference, group_size=case.part.group_size,
+            x.hidden,
+            x.weight,
+            x.labels,
+            rewards,
+            case.objective,
+            ref_logps=reference,
+            group_size=case.part.group_size,
             **self.options,
-        ).loss  # fmt: skip
+        ).loss
 
 
 class OursInPlace(Ours):
@@ -201,7 +233,9 @@ class OursInPlace(Ours):
         return super().from_logits(logits.view_as(logits), labels)  # a leaf is not overwritten
 
     def missing(self, case, device):
-        return super().missing(case, device) or (None if case.part.trains else "nothing to do in place")
+        return super().missing(case, device) or (
+            None if case.part.trains else "nothing to do in place"
+        )
 
 
 class OursShortLogits(Ours):
@@ -212,7 +246,19 @@ class OursShortLogits(Ours):
     from_logits = None
 
     def missing(self, case, device):
-        return super().missing(case, device) or (None if case.dtype == torch.bfloat16 else "for bf16 hidden states only")
+        return super().missing(case, device) or (
+            None if case.dtype == torch.bfloat16 else "for bf16 hidden states only"
+        )
 
 
-PROVIDERS = (Ours(), OursInPlace(), OursShortLogits(), Naive(), Compiled(), TorchLinear(), TRL(), Liger(), CutCrossEntropy())
+PROVIDERS = (
+    Ours(),
+    OursInPlace(),
+    OursShortLogits(),
+    Naive(),
+    Compiled(),
+    TorchLinear(),
+    TRL(),
+    Liger(),
+    CutCrossEntropy(),
+)

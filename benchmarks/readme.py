@@ -1,8 +1,9 @@
 """Write the README's tables from the results in benchmarks/results: `python benchmarks/readme.py`.
 
-The table against peers comes from the run on a GPU (bench.json, which benchmarks/gpu.sh writes), and until there is one from the
-smoke run on a CPU; that of memory traffic is counted now; that of chips is the evidence in the table of launch settings. A table is
-written where the README has its mark.
+The table against peers comes from the run on a GPU (bench.json, which benchmarks/gpu.sh writes),
+and until there is one from the smoke run on a CPU; that of memory traffic is counted now; that of
+chips is the evidence in the table of launch settings. A table is written where the README has its
+mark.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def cpu_table(folder: Path) -> str | None:
     found = json.loads(path.read_text())
     about = found["about"]
     return (
-        f"Measured on a CPU ({about['processor']}, threads: {about['threads']}, torch {about['torch']}, commit {about['commit']}, "
+        f"Measured on a CPU ({about['processor']}, threads: {about['threads']}, torch "
+        f"{about['torch']}, commit {about['commit']}, "
         f"`{about['command']}`):\n\n{cpu.table(found['rows'])}"
     )
 
@@ -46,24 +48,38 @@ def host_table(folder: Path) -> str | None:
         return None
     found = json.loads(path.read_text())
     about = found["about"]
-    where = f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, `{about['command']}`"
-    return f"Measured on {where}; launches {about['launches']}:\n\n{results.host_table(found['rows'])}"
+    where = (
+        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, commit "
+        f"{about['commit']}, `{about['command']}`"
+    )
+    return (
+        f"Measured on {where}; launches {about['launches']}:\n\n{results.host_table(found['rows'])}"
+    )
 
 
 def traffic_table() -> str:
     """Whole steps; the command lists the kernels too."""
     command = [sys.executable, "-m", "rpo_kernels", "traffic", "--markdown"]
-    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return "\n".join([*lines[:2], *(line for line in lines[2:] if ", all |" in line)])
 
 
 def chips_table() -> str:
-    """What the machine code of long rows allows against the memory's bandwidth: the evidence of the launch settings."""
+    """What the machine code of long rows allows against the memory's bandwidth: the evidence of the
+    launch settings.
+    """
     allowed = {}
     for row in json.loads((ROOT / "rpo_kernels" / "kernels" / "launch_table.json").read_text()):
-        if row["V_at_least"] and (found := re.search(r"allows ([\d.]+) x bandwidth", row["evidence"])):
+        if row["V_at_least"] and (
+            found := re.search(r"allows ([\d.]+) x bandwidth", row["evidence"])
+        ):
             allowed.setdefault(row["arch"], {})[row["op"], row["element_size"]] = found[1]
-    lines = ["| chip | 16-bit forward | backward | 32-bit forward | backward |", "|---|---|---|---|---|"]
+    lines = [
+        "| chip | 16-bit forward | backward | 32-bit forward | backward |",
+        "|---|---|---|---|---|",
+    ]
     for arch, ratios in allowed.items():
         cells = [ratios.get((op, size), "-") for size in (2, 4) for op in ("forward", "backward")]
         lines.append(f"| {arch} | {' | '.join(cells)} |")
@@ -71,7 +87,9 @@ def chips_table() -> str:
 
 
 def fill(text: str, name: str, table: str | None) -> str:
-    """The text with the table between its mark and the end mark; as it was, where one of both is missing."""
+    """The text with the table between its mark and the end mark; as it was, where one of both is
+    missing.
+    """
     mark = MARK.format(name)
     if mark not in text or table is None:
         return text

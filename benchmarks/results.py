@@ -1,9 +1,11 @@
 """What comes out: a JSON file that says where its numbers come from, Markdown tables and plots.
 
-    python benchmarks/results.py benchmarks/results/bench.json      # tables and plots again, beside the file
+    python benchmarks/results.py benchmarks/results/bench.json      # tables and plots again, beside
+    the file
 
-Rows hold: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok" with median_s, quartiles, rounds,
-peak_bytes, limit_s (what the hardware would need, measured in the same run) and errors; else the reason.
+Rows hold: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok" with
+median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, measured in the same
+run) and errors; else the reason.
 """
 
 from __future__ import annotations
@@ -21,17 +23,34 @@ from cpu import processor
 from providers import PROVIDERS, Provider
 
 ROOT = Path(__file__).parent.parent
-SAME = ("device", "driver", "torch", "triton", "commit", "sizes")  # what two runs must share to stand in one file
+# what two runs must share to stand in one file
+SAME = (
+    "device",
+    "driver",
+    "torch",
+    "triton",
+    "commit",
+    "sizes",
+)
 
 
 def about(device: str, sizes: str, **more: object) -> dict:
     """Device, driver, versions, commit and command."""
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    facts = {"device": f"{processor()}, {torch.get_num_threads()} threads", "driver": None, "kind": device, "sizes": sizes}
+    run = lambda *command: subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    facts = {
+        "device": f"{processor()}, {torch.get_num_threads()} threads",
+        "driver": None,
+        "kind": device,
+        "sizes": sizes,
+    }
     if device == "cuda":
         facts["device"] = torch.cuda.get_device_name()
         try:
-            facts["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+            facts["driver"] = run(
+                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+            ).splitlines()[0]
         except (OSError, IndexError):
             facts["driver"] = torch.version.cuda or torch.version.hip
     try:
@@ -42,12 +61,18 @@ def about(device: str, sizes: str, **more: object) -> dict:
         facts["triton"] = None
     try:
         changed = bool(run("git", "status", "--porcelain", "--untracked-files=no"))
-        facts["commit"] = run("git", "rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+        facts["commit"] = run("git", "rev-parse", "--short", "HEAD") + (
+            "+changes" if changed else ""
+        )
     except OSError:
         facts["commit"] = ""
-    facts["commit"] = facts["commit"] or os.environ.get("RPO_COMMIT", "")  # of a copy without its history
+    # of a copy without its history
+    facts["commit"] = facts["commit"] or os.environ.get("RPO_COMMIT", "")
     facts |= {"torch": torch.__version__, "python": platform.python_version()}
-    words = ["-m pytest" if word.endswith("pytest/__main__.py") else word.removeprefix(f"{ROOT}/") for word in sys.argv]
+    words = [
+        "-m pytest" if word.endswith("pytest/__main__.py") else word.removeprefix(f"{ROOT}/")
+        for word in sys.argv
+    ]
     facts["command"] = " ".join(["python", *words])
     return facts | more
 
@@ -63,15 +88,26 @@ class Results:
                 self.rows = old["rows"]
 
     def has(self, case: Case, provider: Provider) -> bool:
-        done = [row for row in self.rows if row["status"] != "skipped"]  # what was not installed may be by now
+        done = [
+            row for row in self.rows if row["status"] != "skipped"
+        ]  # what was not installed may be by now
         return any(row["case"] == case.id and row["provider"] == provider.name for row in done)
 
     def add(self, case: Case, provider: Provider, status: str, **facts: object) -> None:
         row = {
-            "case": case.id, "part": case.part.name, "model": case.model.name, "N": case.rows, "H": case.model.H, "V": case.model.V,
-            "share": case.share, "dtype": str(case.dtype)[6:], "provider": provider.name, "version": provider.version,
-            "status": status, **facts,
-        }  # fmt: skip
+            "case": case.id,
+            "part": case.part.name,
+            "model": case.model.name,
+            "N": case.rows,
+            "H": case.model.H,
+            "V": case.model.V,
+            "share": case.share,
+            "dtype": str(case.dtype)[6:],
+            "provider": provider.name,
+            "version": provider.version,
+            "status": status,
+            **facts,
+        }
         for i, old in enumerate(self.rows):
             if (old["case"], old["provider"]) == (case.id, provider.name):
                 self.rows[i] = row
@@ -83,10 +119,12 @@ class Results:
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
-        self.path.write_text(f'{{\n "about": {json.dumps(self.about, indent=1)},\n "rows": [\n  {rows}\n ]\n}}\n')
+        self.path.write_text(
+            f'{{\n "about": {json.dumps(self.about, indent=1)},\n "rows": [\n  {rows}\n ]\n}}\n'
+        )
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def figure(x: float) -> str:
@@ -104,16 +142,32 @@ def _cells(row: dict) -> list[str]:
         return [row["provider"], f"{row['status']}{': ' if reason else ''}{reason}", "", "", ""]
     first, third = row["quartiles_s"]
     time = f"{figure(1e3 * row['median_s'])} ({figure(1e3 * first)} to {figure(1e3 * third)})"
-    errors = ", ".join([f"{row['error']:.1e}", *(f"{name} {error:.1e}" for name, error in row["gradient_errors"].items())])
-    return [row["provider"], time, memory(row["peak_bytes"]), f"{row['limit_s'] / row['median_s']:.0%}", errors]
+    errors = ", ".join(
+        [
+            f"{row['error']:.1e}",
+            *(f"{name} {error:.1e}" for name, error in row["gradient_errors"].items()),
+        ]
+    )
+    return [
+        row["provider"],
+        time,
+        memory(row["peak_bytes"]),
+        f"{row['limit_s'] / row['median_s']:.0%}",
+        errors,
+    ]
 
 
 def where(about: dict) -> str:
     kind = "on a GPU" if about["kind"] == "cuda" else "on a CPU"
     driver = f", driver {about['driver']}" if about["driver"] else ""
-    sizes = "" if about["sizes"] == "full" else "; sizes that show that all of it runs, not how fast it is"
+    sizes = (
+        ""
+        if about["sizes"] == "full"
+        else "; sizes that show that all of it runs, not how fast it is"
+    )
     return (
-        f"Measured {kind} ({about['device']}{driver}, torch {about['torch']}, triton {about['triton']}, commit {about['commit']}, "
+        f"Measured {kind} ({about['device']}{driver}, torch {about['torch']}, triton "
+        f"{about['triton']}, commit {about['commit']}, "
         f"`{about['command']}`){sizes}. Copy bandwidth {about['copy_rate'] / 1e9:.3g} GB/s."
     )
 
@@ -121,7 +175,10 @@ def where(about: dict) -> str:
 def table(rows: list[dict]) -> str:
     """One case: who ran, and below it who did not and why."""
     ran = [row for row in rows if row["status"] != "skipped"]
-    lines = ["| provider | ms: median (quartiles) | memory above inputs | of the limit | error: nats, gradients by norm |"]
+    lines = [
+        "| provider | ms: median (quartiles) | memory above inputs | of the limit | error: nats, "
+        "gradients by norm |"
+    ]
     lines += ["|---|---|---|---|---|", *(f"| {' | '.join(_cells(row))} |" for row in ran)]
     skipped = [f"{row['provider']} ({row['reason']})" for row in rows if row["status"] == "skipped"]
     return "\n".join([*lines, *(["", f"Skipped: {', '.join(skipped)}."] if skipped else [])])
@@ -129,52 +186,84 @@ def table(rows: list[dict]) -> str:
 
 def report(results: dict) -> str:
     """Every case, each with its limit."""
-    lines = ["# The loss head, against float64, peers and the hardware", "", where(results["about"])]
+    lines = [
+        "# The loss head, against float64, peers and the hardware",
+        "",
+        where(results["about"]),
+    ]
     for case in dict.fromkeys(row["case"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["case"] == case]
-        limits = [f"{figure(1e3 * row['limit_s'])} ms ({row['limit']})" for row in rows if "limit" in row]
+        limits = [
+            f"{figure(1e3 * row['limit_s'])} ms ({row['limit']})" for row in rows if "limit" in row
+        ]
         lines += ["", f"## {case}", "", *(f"Limit: {x}" for x in limits[:1]), "", table(rows)]
     return "\n".join(lines) + "\n"
 
 
 def summary(results: dict) -> str:
-    """The first model and number of rows, all scored: time and memory of each provider in each part."""
+    """The first model and number of rows, all scored: time and memory of each provider in each
+    part.
+    """
     first = results["rows"][0]
-    chosen = [r for r in results["rows"] if (r["model"], r["N"], r["share"]) == (first["model"], first["N"], first["share"])]
-    parts, providers = (list(dict.fromkeys(row[key] for row in chosen)) for key in ("part", "provider"))
+    chosen = [
+        r
+        for r in results["rows"]
+        if (r["model"], r["N"], r["share"]) == (first["model"], first["N"], first["share"])
+    ]
+    parts, providers = (
+        list(dict.fromkeys(row[key] for row in chosen)) for key in ("part", "provider")
+    )
     by_name = {(row["part"], row["provider"]): row for row in chosen}
-    lines = [f"| {first['model']}, N {first['N']}, H {first['H']}, V {first['V']}, {first['dtype']} | {' | '.join(providers)} |"]
+    lines = [
+        f"| {first['model']}, N {first['N']}, H {first['H']}, V {first['V']}, {first['dtype']} | "
+        f"{' | '.join(providers)} |"
+    ]
     lines.append("|---" * (1 + len(providers)) + "|")
     for part in parts:
         cells = []
         for provider in providers:
             row = by_name.get((part, provider), {"status": ""})
             done = row["status"] == "ok"
-            cells.append(f"{figure(1e3 * row['median_s'])} ms, {memory(row['peak_bytes'])}" if done else row["status"] or "not run")
-        lines.append(f"| {part} | {' | '.join('' if cell == 'skipped' else cell for cell in cells)} |")
+            cells.append(
+                f"{figure(1e3 * row['median_s'])} ms, {memory(row['peak_bytes'])}"
+                if done
+                else row["status"] or "not run"
+            )
+        lines.append(
+            f"| {part} | {' | '.join('' if cell == 'skipped' else cell for cell in cells)} |"
+        )
     return f"{where(results['about'])}\n\n" + "\n".join(lines)
 
 
-# ---- plots ------------------------------------------------------------------------------------------------------------
+# ---- plots ---------------------------------------------------------------------------------------
 
 
 def host_table(rows: dict[str, dict[str, float]]) -> str:
     """Of what benchmarks/host.py measured."""
     least = rows["an autograd function that does nothing"]["step, us"]
     lines = [
-        "| call | launches | us | bare launches | ratio | and backward: launches | us | bare launches | PyTorch at least |",
+        "| call | launches | us | bare launches | ratio | and backward: launches | us | bare "
+        "launches | PyTorch at least |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        call, bare, step, bare_step = (row[f"{kind}, us{what}"] for kind in ("call", "step") for what in ("", " of bare launches"))
+        call, bare, step, bare_step = (
+            row[f"{kind}, us{what}"]
+            for kind in ("call", "step")
+            for what in ("", " of bare launches")
+        )
         ratio = f"{call / bare:.1f} x" if row["call, launches"] else ""
         cells = f"{row['step, launches']} | {step:.0f} | {bare_step:.0f} | {least:.0f}"
-        lines.append(f"| {name} | {row['call, launches']} | {call:.0f} | {bare:.0f} | {ratio} | {cells} |")
+        lines.append(
+            f"| {name} | {row['call, launches']} | {call:.0f} | {bare:.0f} | {ratio} | {cells} |"
+        )
     return "\n".join(lines)
 
 
 def plots(results: dict, folder: Path, name: str) -> list[Path]:
-    """Time and memory against N for the first model, and bars against peers at its first number of rows."""
+    """Time and memory against N for the first model, and bars against peers at its first number of
+    rows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +284,13 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
     def grid(height: float) -> tuple[plt.Figure, list[plt.Axes]]:
         columns = min(4, len(parts))
         lines = -(-len(parts) // columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, height * lines), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            lines,
+            columns,
+            figsize=(3.4 * columns, height * lines),
+            squeeze=False,
+            layout="constrained",
+        )
         for axis in axes.flat[len(parts) :]:
             axis.set_axis_off()
         return figure, list(axes.flat[: len(parts)])
@@ -204,17 +299,33 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
         figure, axes = grid(3.0)
         for axis, part in zip(axes, parts):
             for provider in names:
-                points = sorted((r["N"], r[key] / scale) for r in rows if (r["part"], r["provider"]) == (part, provider))
+                points = sorted(
+                    (r["N"], r[key] / scale)
+                    for r in rows
+                    if (r["part"], r["provider"]) == (part, provider)
+                )
                 if points:
-                    axis.plot(*zip(*points), marker="o", markersize=3, color=color[provider], label=provider)
+                    axis.plot(
+                        *zip(*points),
+                        marker="o",
+                        markersize=3,
+                        color=color[provider],
+                        label=provider,
+                    )
             if with_limit:
-                points = sorted({r["N"]: r["limit_s"] / scale for r in rows if r["part"] == part}.items())
+                points = sorted(
+                    {r["N"]: r["limit_s"] / scale for r in rows if r["part"] == part}.items()
+                )
                 axis.plot(*zip(*points), "k--", linewidth=1, label="limit")
             axis.set(title=part, xlabel="N", ylabel=label, xscale="log", yscale="log")
             axis.set_xticks(counts, counts, fontsize=7)
             axis.minorticks_off()
-        handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+        handles = {
+            label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels())
+        }
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8
+        )
         figure.suptitle(title)
         return figure
 
@@ -223,11 +334,16 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
         figure, axes = grid(2.4)
         for axis, part in zip(axes, parts):
             chosen = [row for row in at if row["part"] == part][::-1]
-            spread = [[r["median_s"] - r["quartiles_s"][0], r["quartiles_s"][1] - r["median_s"]] for r in chosen]
+            spread = [
+                [r["median_s"] - r["quartiles_s"][0], r["quartiles_s"][1] - r["median_s"]]
+                for r in chosen
+            ]
             axis.barh(
-                [row["provider"] for row in chosen], [1e3 * row["median_s"] for row in chosen],
-                xerr=[[1e3 * x for x in side] for side in zip(*spread)] or None, color=[color[r["provider"]] for r in chosen],
-            )  # fmt: skip
+                [row["provider"] for row in chosen],
+                [1e3 * row["median_s"] for row in chosen],
+                xerr=[[1e3 * x for x in side] for side in zip(*spread)] or None,
+                color=[color[r["provider"]] for r in chosen],
+            )
             for row in chosen[:1]:
                 axis.axvline(1e3 * row["limit_s"], color="k", linestyle="--", linewidth=1)
             axis.set(title=part, xlabel="ms (dashed: limit)")

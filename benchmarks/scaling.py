@@ -1,6 +1,8 @@
-"""What the loss head costs on each rank of a tensor-parallel group, on paper: `python benchmarks/scaling.py` writes scaling.md.
+"""What the loss head costs on each rank of a tensor-parallel group, on paper: `python
+benchmarks/scaling.py` writes scaling.md.
 
-Nothing here is measured. Formulas over the rates below; sizes of chunks come from the plan that the library would make.
+Nothing here is measured. Formulas over the rates below; sizes of chunks come from the plan that the
+library would make.
 """
 
 from __future__ import annotations
@@ -28,44 +30,65 @@ DEGREES = (1, 2, 4, 8)
 
 
 def plan(N: int, V: int, trainable: bool = True) -> Chunks:
-    """Rows of logits at a time, and rows of dlogits that wait for one GEMM, of a bf16 head with fp32 logits."""
+    """Rows of logits at a time, and rows of dlogits that wait for one GEMM, of a bf16 head with
+    fp32 logits.
+    """
     options = Options(LogitTransform(), torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
     return head.plan("", options, V, N, True, trainable)
 
 
-def cost(N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainable: bool = True) -> dict[str, float]:
-    """Seconds and bytes on one rank: forward and backward of ``linear_rpo_loss`` over N scored tokens."""
+def cost(
+    N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainable: bool = True
+) -> dict[str, float]:
+    """Seconds and bytes on one rank: forward and backward of ``linear_rpo_loss`` over N scored
+    tokens.
+    """
     columns = -(-V // tp)
     chunks = plan(N, columns, trainable)
     gathers = -(-N // chunks.logits)
     flushes = -(-N // chunks.waiting) if trainable else 0
     gemms = (3 if trainable else 2) * 2 * N * H * columns / GEMM
-    # fp32 logits are read forward and backward, bf16 dlogits written; from the second flush on dweight is summed in fp32
+    # fp32 logits are read forward and backward, bf16 dlogits written; from the second flush on
+    # dweight is summed in fp32
     rows = (4 + 4 + 2) * N * columns / MEMORY
     sums = (8 * flushes + 2) * H * columns / MEMORY if flushes > 1 else 0.0
     statistics = gathers * LATENCY + 3 * 4 * N * (tp - 1) / link if tp > 1 else 0.0
     dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # a ring's all-reduce, bf16
-    # A chunk's sum runs beside the next chunk's logits GEMM, whose statistics wait for it; the last one's beside a dweight GEMM.
+    # A chunk's sum runs beside the next chunk's logits GEMM, whose statistics wait for it; the last
+    # one's beside a dweight GEMM.
     chunk, share = min(1.0, chunks.logits / N), gemms / (3 if trainable else 2)
     last = N - (flushes - 1) * chunks.waiting if trainable else 0  # rows of that GEMM
     exposed = max(0.0, dhidden - share) * (1 - chunk) + max(0.0, dhidden * chunk - share * last / N)
-    weights = columns * H * (2 + (2 if trainable else 0) + (4 if flushes > 1 else 0))  # bf16 weight and gradient, fp32 sum
+    # bf16 weight and gradient, fp32 sum
+    weights = columns * H * (2 + (2 if trainable else 0) + (4 if flushes > 1 else 0))
     return {
-        "gemms": gemms, "rows": rows, "sums": sums, "statistics": statistics, "dhidden": dhidden,
+        "gemms": gemms,
+        "rows": rows,
+        "sums": sums,
+        "statistics": statistics,
+        "dhidden": dhidden,
         "time": gemms + rows + sums + statistics + exposed,
-        "exposed": exposed, "weights": weights, "hidden": 2 * 2 * N * H,
+        "exposed": exposed,
+        "weights": weights,
+        "hidden": 2 * 2 * N * H,
         "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
-        "naive": NAIVE * N * columns, "gathers": gathers, "flushes": flushes,
-    }  # fmt: skip
+        "naive": NAIVE * N * columns,
+        "gathers": gathers,
+        "flushes": flushes,
+    }
 
 
 def crossing(V: int, link: float, gemms: int) -> float:
-    """Degree at which the dhidden all-reduce takes as long as the GEMMs: 4 N H (tp-1)/tp / link = gemms 2 N H V / (tp GEMM)."""
+    """Degree at which the dhidden all-reduce takes as long as the GEMMs: 4 N H (tp-1)/tp / link =
+    gemms 2 N H V / (tp GEMM).
+    """
     return 1 + gemms * V * link / (2 * GEMM)
 
 
 def latency_crossing(H: int, V: int, gemms: int) -> float:
-    """Degree at which gathering the statistics of a chunk takes as long as its GEMMs, for chunks of narrow shards."""
+    """Degree at which gathering the statistics of a chunk takes as long as its GEMMs, for chunks of
+    narrow shards.
+    """
     return gemms * 2 * plan(1 << 20, 1).logits * H * V / (GEMM * LATENCY)
 
 
@@ -75,10 +98,13 @@ def hiding(V: int, link: float) -> float:
 
 
 def context(N: int, H: int, V: int, cp: int) -> dict[str, float]:
-    """Seconds on one of ``cp`` ranks that share N tokens, each with the whole head: in one call, and composed (one GEMM more)."""
+    """Seconds on one of ``cp`` ranks that share N tokens, each with the whole head: in one call,
+    and composed (one GEMM more).
+    """
     c = cost(N // cp, H, V, 1)
     units = -(-N // (cp * plan(N // cp, V).logits))
-    travel = units * 2 * LATENCY + 2 * 4 * N * (cp - 1) / cp / LINKS["NVLink"]  # log-probabilities and references of tokens
+    # log-probabilities and references of tokens
+    travel = units * 2 * LATENCY + 2 * 4 * N * (cp - 1) / cp / LINKS["NVLink"]
     return {"call": c["time"] + travel, "composed": c["time"] + c["gemms"] / 3, "travel": travel}
 
 
@@ -88,13 +114,34 @@ def table(V: int) -> str:
         for N in TOKENS:
             for tp in DEGREES:
                 c = cost(N, H, V, tp)
-                rows.append([
-                    model, f"{N // 1024}k", tp,
-                    *(f"{1e3 * c[x]:.1f}" for x in ("gemms", "rows", "sums", "statistics", "dhidden", "time")),
-                    *(f"{c[x] / 2**30:.2f}" for x in ("weights", "hidden", "workspace")), f"{c['naive'] / 2**30:.0f}",
-                ])  # fmt: skip
-    headers = ["model", "tokens", "TP", "GEMMs ms", "row passes ms", "dweight sums ms", "statistics ms", "dhidden ms", "in all ms",
-               "weight + gradient GiB", "hidden + gradient GiB", "workspace GiB", "naive logits GiB"]  # fmt: skip
+                rows.append(
+                    [
+                        model,
+                        f"{N // 1024}k",
+                        tp,
+                        *(
+                            f"{1e3 * c[x]:.1f}"
+                            for x in ("gemms", "rows", "sums", "statistics", "dhidden", "time")
+                        ),
+                        *(f"{c[x] / 2**30:.2f}" for x in ("weights", "hidden", "workspace")),
+                        f"{c['naive'] / 2**30:.0f}",
+                    ]
+                )
+    headers = [
+        "model",
+        "tokens",
+        "TP",
+        "GEMMs ms",
+        "row passes ms",
+        "dweight sums ms",
+        "statistics ms",
+        "dhidden ms",
+        "in all ms",
+        "weight + gradient GiB",
+        "hidden + gradient GiB",
+        "workspace GiB",
+        "naive logits GiB",
+    ]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -102,21 +149,43 @@ def page() -> str:
     crossings = tabulate(
         [
             [f"{V:,}", name, *(f"{crossing(V, link, gemms):.0f}" for gemms in (3, 2))]
-            for V in (VOCABULARY, LARGE_VOCABULARY) for name, link in LINKS.items()
+            for V in (VOCABULARY, LARGE_VOCABULARY)
+            for name, link in LINKS.items()
         ],
         ["vocabulary", "link", "TP, trainable head (3 GEMMs)", "TP, frozen head (2 GEMMs)"],
-        tablefmt="github", disable_numparse=True,
-    )  # fmt: skip
-    latencies = ", ".join(f"{latency_crossing(H, VOCABULARY, 3):.0f} for {model}" for model, H in MODELS.items())
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    latencies = ", ".join(
+        f"{latency_crossing(H, VOCABULARY, 3):.0f} for {model}" for model, H in MODELS.items()
+    )
     small, large = (cost(TOKENS[0], MODELS["8B"], V, 1) for V in (VOCABULARY, LARGE_VOCABULARY))
     contexts = tabulate(
         [
-            [model, f"{N // 1024}k", cp, *(f"{1e3 * context(N, H, VOCABULARY, cp)[x]:.1f}" for x in ("travel", "call", "composed"))]
-            for model, H in MODELS.items() for N in TOKENS for cp in DEGREES[1:]
+            [
+                model,
+                f"{N // 1024}k",
+                cp,
+                *(
+                    f"{1e3 * context(N, H, VOCABULARY, cp)[x]:.1f}"
+                    for x in ("travel", "call", "composed")
+                ),
+            ]
+            for model, H in MODELS.items()
+            for N in TOKENS
+            for cp in DEGREES[1:]
         ],
-        ["model", "tokens", "CP", "log-probs travel ms", "linear_rpo_loss(context_group=) ms", "composed ms"],
-        tablefmt="github", disable_numparse=True,
-    )  # fmt: skip
+        [
+            "model",
+            "tokens",
+            "CP",
+            "log-probs travel ms",
+            "linear_rpo_loss(context_group=) ms",
+            "composed ms",
+        ],
+        tablefmt="github",
+        disable_numparse=True,
+    )
     eighth = cost(TOKENS[0], MODELS["8B"], LARGE_VOCABULARY, 8)
     return f"""# The loss head on many GPUs, on paper
 

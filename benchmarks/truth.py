@@ -1,16 +1,21 @@
-"""The numbers every provider must reproduce, in float64, and how far arithmetic in the case's dtype may lead from them.
+"""The numbers every provider must reproduce, in float64, and how far arithmetic in the case's dtype
+may lead from them.
 
-Log-probabilities are checked in all scored rows; gradients in a sample of rows and of the weight's rows, as norms of their errors.
-The bounds let a provider round logits, their gradient and any sum of up to 1,024 terms to the dtype of its inputs. Let u be
-that dtype's unit roundoff, u32 that of fp32:
+Log-probabilities are checked in all scored rows; gradients in a sample of rows and of the weight's
+rows, as norms of their errors. The bounds let a provider round logits, their gradient and any sum
+of up to 1,024 terms to the dtype of its inputs. Let u be that dtype's unit roundoff, u32 that of
+fp32:
 
     |dz|       <= u max|z| + 4 sqrt(H) u32 |hidden| |weight|          (from hidden states)
-    |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)         (from logits without dz and u: fp32 inside, fp32 out)
-    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss; sums over the tokens of a response)
-    |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot) + |dcoef| |onehot - p|
+    |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)         (from logits without dz and u:
+    fp32 inside, fp32 out)
+    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss; sums over the
+    tokens of a response)
+    |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot) + |dcoef|
+    |onehot - p|
 
-and, errors of different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)|| + 32 u ||dhidden||, dweight
-alike.
+and, errors of different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)||
++ 32 u ||dhidden||, dweight alike.
 """
 
 from __future__ import annotations
@@ -56,7 +61,9 @@ def truth_of(case: Case, x: Inputs) -> Truth:
     def logits_of(index: Tensor) -> Tensor:
         return rows[index].double() if from_logits else rows[index].double() @ weight.t()
 
-    logps, lse, peak, work = torch.zeros(4, labels.numel(), dtype=torch.float64, device=labels.device)
+    logps, lse, peak, work = torch.zeros(
+        4, labels.numel(), dtype=torch.float64, device=labels.device
+    )
     for index in scored.split(max(1, CHUNK_ELEMENTS // V)):
         z = logits_of(index)
         logps[index] = reference.token_logps(z, labels[index])
@@ -76,12 +83,14 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         sums = logps.view(x.labels.shape).sum(1).requires_grad_()
         out = reference.preference_loss(
             sums, x.rewards.double(), case.objective, ref_logps=torch.zeros_like(sums), group_size=K
-        ).loss  # fmt: skip
+        ).loss
         (slope,) = torch.autograd.grad(out, sums)
         coef = slope.repeat_interleave(case.length)
         loss = out.item()
         loss_bound = 2 * float((coef.abs() * logps_bound).sum()) + 64 * single * (1 + abs(loss))
-        coef_bound = case.beta**2 / (2 * G) * float(logps_bound.view(x.labels.shape).norm(dim=1).max())
+        coef_bound = (
+            case.beta**2 / (2 * G) * float(logps_bound.view(x.labels.shape).norm(dim=1).max())
+        )
 
     def dlogits(index: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Values and bounds [rows, columns] of dL/dlogits."""
@@ -97,7 +106,11 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         return c * (hit - p), error
 
     gradients = {}
-    spread = scored[torch.linspace(0, len(scored) - 1, min(SAMPLED_ROWS, len(scored)), device=labels.device).round().long()]
+    spread = scored[
+        torch.linspace(0, len(scored) - 1, min(SAMPLED_ROWS, len(scored)), device=labels.device)
+        .round()
+        .long()
+    ]
     sums_bound = lambda value, squares: float(2 * squares.sum().sqrt() + 32 * half * value.norm())
     if "logits" in case.part.trains:
         value, error = dlogits(spread)
@@ -105,14 +118,20 @@ def truth_of(case: Case, x: Inputs) -> Truth:
     if "hidden" in case.part.trains:
         value, error = dlogits(spread)
         value = value @ weight
-        gradients["hidden"] = Sample(spread, value, sums_bound(value, error.square() @ weight.square()))
+        gradients["hidden"] = Sample(
+            spread, value, sums_bound(value, error.square() @ weight.square())
+        )
     if "weight" in case.part.trains:
         # columns that are labels, whose gradients are large, and others
-        columns = torch.cat([labels[spread], torch.arange(0, V, -(-V // SAMPLED_COLUMNS), device=labels.device)]).unique()
+        columns = torch.cat(
+            [labels[spread], torch.arange(0, V, -(-V // SAMPLED_COLUMNS), device=labels.device)]
+        ).unique()
         value = squares = 0
         for index in scored.split(max(1, CHUNK_ELEMENTS // (len(columns) + H))):
             d, e = dlogits(index, columns)
             h = rows[index].double()
             value, squares = value + d.t() @ h, squares + e.square().t() @ h.square()
         gradients["weight"] = Sample(columns, value, sums_bound(value, squares))
-    return Truth(logps.view(x.labels.shape), logps_bound.view(x.labels.shape), loss, loss_bound, gradients)
+    return Truth(
+        logps.view(x.labels.shape), logps_bound.view(x.labels.shape), loss, loss_bound, gradients
+    )

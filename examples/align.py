@@ -1,14 +1,16 @@
 """Align a language model with Reward-aware Preference Optimization, and show that it worked.
 
-    python examples/align.py                                  SmolLM2-135M learns instructions that code can check
-    python examples/align.py --model DIR --data FILE.jsonl    your model, your preferences
+    python examples/align.py                                  SmolLM2-135M learns instructions that
+    code can check python examples/align.py --model DIR --data FILE.jsonl    your model, your
+    preferences
 
-Without --data, training is online: each step samples responses to its prompts from the policy itself, a judge in code
-rewards them, and one RPO step follows. With --data, responses and rewards come from a file of JSON Lines: rows of
-prompt, chosen, rejected (and chosen_reward, rejected_reward or score_chosen, score_rejected), or of prompt, responses,
-rewards.
+Without --data, training is online: each step samples responses to its prompts from the policy
+itself, a judge in code rewards them, and one RPO step follows. With --data, responses and rewards
+come from a file of JSON Lines: rows of prompt, chosen, rejected (and chosen_reward, rejected_reward
+or score_chosen, score_rejected), or of prompt, responses, rewards.
 
-The training loop is `train`; everything else prepares its batches or measures what became of the policy.
+The training loop is `train`; everything else prepares its batches or measures what became of the
+policy.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from rpo_kernels import RPOObjective, RPOOutput, sequence_logps
 from rpo_kernels.adapters.transformers import attach, model_token_logps
 
 
-def train(policy, reference, batches: Iterable[Batch], objective, temperature: float, lr: float) -> Iterator[dict]:
+def train(
+    policy, reference, batches: Iterable[Batch], objective, temperature: float, lr: float
+) -> Iterator[dict]:
     """Any training loop will do. Yields what each step saw before its update."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     for batch in batches:
@@ -54,9 +58,15 @@ def train(policy, reference, batches: Iterable[Batch], objective, temperature: f
         }
 
 
-def rpo(policy, reference, batch: Batch, objective: RPOObjective, temperature: float) -> tuple[RPOOutput, Tensor]:
+def rpo(
+    policy, reference, batch: Batch, objective: RPOObjective, temperature: float
+) -> tuple[RPOOutput, Tensor]:
     """The RPO loss of a batch, and log(policy / reference) of its responses: ``[S]``, in nats."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "shift_labels": batch.labels}
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "shift_labels": batch.labels,
+    }
     with models.precision(policy.device):
         with torch.no_grad():
             ref_logps = model_token_logps(reference, inputs, temperature=temperature).logps
@@ -72,19 +82,26 @@ def rpo(policy, reference, batch: Batch, objective: RPOObjective, temperature: f
 
 
 def online(policy, tokenizer, tasks: list[prompts.Task], args) -> Iterator[Batch]:
-    """Fresh responses of the policy as it is now, judged. Groups of equal rewards compare nothing, and go."""
+    """Fresh responses of the policy as it is now, judged.
+
+    Groups of equal rewards compare nothing, and go.
+    """
     endless = itertools.cycle(tasks)
     for _ in range(args.steps):
         sampled = answer(policy, tokenizer, list(itertools.islice(endless, args.prompts)), args)
         groups = [group for group in sampled if len(set(group.rewards)) > 1] or sampled
         if not args.objective.uses_rewards:
             groups = [data.best_first(group) for group in groups]
-        yield data.collate(groups, policy.device, fmean(reward for group in sampled for reward in group.rewards))
+        yield data.collate(
+            groups, policy.device, fmean(reward for group in sampled for reward in group.rewards)
+        )
 
 
 def offline(policy, groups: list[Group], args) -> Iterator[Batch]:
     """Minibatches of given responses, in a new order each epoch."""
-    endless = itertools.chain.from_iterable(random.sample(groups, len(groups)) for _ in itertools.count())
+    endless = itertools.chain.from_iterable(
+        random.sample(groups, len(groups)) for _ in itertools.count()
+    )
     for _ in range(args.steps):
         yield data.collate(list(itertools.islice(endless, args.prompts)), policy.device)
 
@@ -92,21 +109,29 @@ def offline(policy, groups: list[Group], args) -> Iterator[Batch]:
 def answer(policy, tokenizer, tasks: list[prompts.Task], args) -> list[Group]:
     """K responses to each task, sampled from the policy and judged."""
     asked = [data.prompt_ids(tokenizer, task.prompt) for task in tasks]
-    sampled = models.sample(policy, tokenizer, asked, args.responses, args.sample_tokens, args.temperature)
-    rewards = [[judge(*task, text) for text in texts(tokenizer, answers)] for task, answers in zip(tasks, sampled)]
+    sampled = models.sample(
+        policy, tokenizer, asked, args.responses, args.sample_tokens, args.temperature
+    )
+    rewards = [
+        [judge(*task, text) for text in texts(tokenizer, answers)]
+        for task, answers in zip(tasks, sampled)
+    ]
     return [Group(*group) for group in zip(asked, sampled, rewards)]
 
 
 def texts(tokenizer, responses: list[list[int]]) -> list[str]:
-    return tokenizer.batch_decode(responses, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.batch_decode(
+        responses, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 @torch.no_grad()
 def measure(policy, reference, groups: list[Group], args) -> dict[str, list[float]]:
-    """Per group: loss, mean reward, mean log(policy / reference), and how the implicit rewards order the responses.
+    """Per group: loss, mean reward, mean log(policy / reference), and how the implicit rewards
+    order the responses.
 
-    Accuracy is the share of response pairs with different rewards that the implicit rewards order alike (ties count
-    half), margin is by how much; NaN for a group without such a pair.
+    Accuracy is the share of response pairs with different rewards that the implicit rewards order
+    alike (ties count half), margin is by how much; NaN for a group without such a pair.
     """
     out = defaultdict(list)
     for i in range(0, len(groups), args.prompts):
@@ -125,14 +150,19 @@ def measure(policy, reference, groups: list[Group], args) -> dict[str, list[floa
 
 def align_online(policy, reference, tokenizer, args) -> Report:
     """Learn from a judge to follow instructions."""
-    training, held_out = prompts.tasks(prompts.TRAINING_QUESTIONS), prompts.tasks(prompts.HELD_OUT_QUESTIONS)
+    training, held_out = (
+        prompts.tasks(prompts.TRAINING_QUESTIONS),
+        prompts.tasks(prompts.HELD_OUT_QUESTIONS),
+    )
     held_out = held_out[: args.held_out]
     first = answer(policy, tokenizer, held_out, args)
     before = measure(policy, reference, first, args)
     report = Report(run(policy, reference, online(policy, tokenizer, training, args), args))
     last = answer(policy, tokenizer, held_out, args)
     after = measure(policy, reference, last, args)
-    accuracy = measure(policy, reference, first, args)["accuracy"]  # on answers that were not sampled from this policy
+    accuracy = measure(policy, reference, first, args)[
+        "accuracy"
+    ]  # on answers that were not sampled from this policy
     report.add("judge reward", before["reward"], after["reward"])
     wins = [win_rate(new.rewards, old.rewards) for old, new in zip(first, last)]
     report.add("win rate against before", [0.5] * len(wins), wins)
@@ -140,7 +170,9 @@ def align_online(policy, reference, tokenizer, args) -> Report:
     report.add("implicit reward accuracy", before["accuracy"], accuracy)
     report.peaks = loss_head_peaks(policy, first, args)
     for task, old, new in zip(held_out, first, last):
-        report.samples.append(task._asdict() | {"before": readable(tokenizer, old), "after": readable(tokenizer, new)})
+        report.samples.append(
+            task._asdict() | {"before": readable(tokenizer, old), "after": readable(tokenizer, new)}
+        )
     return report
 
 
@@ -151,12 +183,17 @@ def loss_head_peaks(policy, groups: list[Group], args) -> tuple[int, int]:
 
 
 def readable(tokenizer, group: Group) -> list[dict]:
-    return [{"text": t, "reward": r} for t, r in zip(texts(tokenizer, group.responses), group.rewards)]
+    return [
+        {"text": t, "reward": r} for t, r in zip(texts(tokenizer, group.responses), group.rewards)
+    ]
 
 
 def align_offline(policy, reference, tokenizer, args) -> Report:
     """Learn from a file of preferences."""
-    groups = [data.encode(tokenizer, row, args.max_tokens) for row in random.sample(args.rows, len(args.rows))]
+    groups = [
+        data.encode(tokenizer, row, args.max_tokens)
+        for row in random.sample(args.rows, len(args.rows))
+    ]
     if not args.objective.uses_rewards:
         groups = [data.best_first(group) for group in groups]
     held_out, training = groups[: args.held_out], groups[args.held_out :]
@@ -170,7 +207,11 @@ def align_offline(policy, reference, tokenizer, args) -> Report:
     asked = [group.prompt for group in held_out]
     sampled = models.sample(policy, tokenizer, asked, 1, args.sample_tokens, args.temperature)
     fresh = [Group(prompt, responses, [0.0]) for prompt, responses in zip(asked, sampled)]
-    report.add("KL to the reference, nats", [0.0] * len(fresh), measure(policy, reference, fresh, args)["log ratio"])
+    report.add(
+        "KL to the reference, nats",
+        [0.0] * len(fresh),
+        measure(policy, reference, fresh, args)["log ratio"],
+    )
     return report
 
 
@@ -192,11 +233,16 @@ def main(arguments: list[str] | None = None) -> Report:
     torch.manual_seed(args.seed)
     policy, tokenizer = models.load(args.model, args.device)
     reference = copy.deepcopy(attach(policy)).requires_grad_(False)
-    report = (align_online if args.rows is None else align_offline)(policy, reference, tokenizer, args)
+    report = (align_online if args.rows is None else align_offline)(
+        policy, reference, tokenizer, args
+    )
     settings = {name: value for name, value in vars(args).items() if name != "rows"}
     seconds = round(time.perf_counter() - start)
     report.save(args.output, settings | {"seconds": seconds})
-    print(f"\n{report}\n\n{seconds} s on {args.device}. See {args.output}/training.png and {args.output}/results.json.")
+    print(
+        f"\n{report}\n\n{seconds} s on {args.device}. See {args.output}/training.png and "
+        f"{args.output}/results.json."
+    )
     return report
 
 

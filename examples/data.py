@@ -17,7 +17,10 @@ SCORES = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected
 
 
 class Preferences(NamedTuple):
-    """A row of a file. Without scores of its own, the chosen response has reward 1 and the rejected one 0."""
+    """A row of a file.
+
+    Without scores of its own, the chosen response has reward 1 and the rejected one 0.
+    """
 
     prompt: str
     responses: list[str]
@@ -41,11 +44,15 @@ class Batch(NamedTuple):
     labels: Tensor  # [S, T]: the response token that a position predicts, -100 elsewhere
     rewards: Tensor  # [S]
     cu_groups: Tensor  # [G + 1] int32: where each group begins among the S
-    sampled_reward: float  # mean over all responses sampled for this batch, also those left out of it
+    sampled_reward: (
+        float  # mean over all responses sampled for this batch, also those left out of it
+    )
 
 
 def read_preferences(path: str | Path) -> list[Preferences]:
-    """Rows of a JSON Lines file: (prompt, chosen, rejected, optional scores) or (prompt, responses, rewards)."""
+    """Rows of a JSON Lines file: (prompt, chosen, rejected, optional scores) or (prompt, responses,
+    rewards).
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -70,16 +77,24 @@ def parse(row: object) -> Preferences:
         rewards = next(([row[a], row[b]] for a, b in SCORES if a in keys and b in keys), [1.0, 0.0])
     else:
         found = f"the keys {', '.join(keys)}" if keys else f"{json.dumps(row)[:60]}"
-        raise ValueError(f"expected prompt, chosen, rejected or prompt, responses, rewards; got {found}")
+        raise ValueError(
+            f"expected prompt, chosen, rejected or prompt, responses, rewards; got {found}"
+        )
     if not isinstance(responses, list) or len(responses) < 2:
         raise ValueError("`responses` must be a list of at least two")
     for text in (row["prompt"], *responses):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"prompt and responses must be non-empty strings, got {json.dumps(text)[:60]}")
+            raise ValueError(
+                f"prompt and responses must be non-empty strings, got {json.dumps(text)[:60]}"
+            )
     if not isinstance(rewards, list) or len(rewards) != len(responses):
         raise ValueError(f"`rewards` must be a list of {len(responses)} numbers, one per response")
     for reward in rewards:
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not math.isfinite(reward):
+        if (
+            isinstance(reward, bool)
+            or not isinstance(reward, (int, float))
+            or not math.isfinite(reward)
+        ):
             raise ValueError(f"rewards must be finite numbers, got {json.dumps(reward)}")
     scored = "rewards" in keys or any(a in keys and b in keys for a, b in SCORES)
     return Preferences(row["prompt"], responses, rewards, scored)
@@ -102,13 +117,17 @@ def encode(tokenizer, row: Preferences, max_tokens: int) -> Group:
 
 
 def best_first(group: Group) -> Group:
-    """The best response, then those with a smaller reward: what an objective without rewards can learn from."""
+    """The best response, then those with a smaller reward: what an objective without rewards can
+    learn from.
+    """
     order = sorted(range(len(group.rewards)), key=lambda i: -group.rewards[i])
     keep = [i for i in order if i == order[0] or group.rewards[i] < group.rewards[order[0]]]
     return Group(group.prompt, [group.responses[i] for i in keep], [group.rewards[i] for i in keep])
 
 
-def collate(groups: list[Group], device: torch.device | str, sampled_reward: float = math.nan) -> Batch:
+def collate(
+    groups: list[Group], device: torch.device | str, sampled_reward: float = math.nan
+) -> Batch:
     """Right padding: what follows a response changes nothing in it."""
     pairs = [(group.prompt, response) for group in groups for response in group.responses]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
@@ -118,7 +137,9 @@ def collate(groups: list[Group], device: torch.device | str, sampled_reward: flo
         input_ids[i, :length] = torch.tensor(prompt + response)
         attention_mask[i, :length] = 1
         scored[i, len(prompt) : length] = 1
-    rewards = torch.tensor([reward for group in groups for reward in group.rewards], dtype=torch.float32)
+    rewards = torch.tensor(
+        [reward for group in groups for reward in group.rewards], dtype=torch.float32
+    )
     ends = itertools.accumulate(len(group.responses) for group in groups)
     cu_groups = torch.tensor([0, *ends], dtype=torch.int32)
     tensors = input_ids, attention_mask, shift_labels(input_ids, scored), rewards, cu_groups

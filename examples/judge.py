@@ -1,10 +1,11 @@
-"""A judge that needs no model: every instruction comes with the code that checks it, as in IFEval (arXiv 2311.07911).
+"""A judge that needs no model: every instruction comes with the code that checks it, as in IFEval
+(arXiv 2311.07911).
 
     >>> judge("few words", "What is the moon? Answer in at most 8 words.", "A rock.")
     1.0
 
-Each rule is one that a small model already follows now and then: RPO reweights what a policy can sample, and a rule
-that never succeeds has no reward to learn from.
+Each rule is one that a small model already follows now and then: RPO reweights what a policy can
+sample, and a rule that never succeeds has no reward to learn from.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ def is_pair_of_bullets(text: str) -> bool:
 
 
 def is_json_answer(text: str) -> bool:
-    """One JSON object with an "answer" that says something and no other key; bare or in a Markdown fence."""
+    """One JSON object with an "answer" that says something and no other key; bare or in a Markdown
+    fence.
+    """
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text)
     except ValueError:
         return False
-    return isinstance(value, dict) and list(value) == ["answer"] and re.search(r"\w", str(value["answer"])) is not None
+    return (
+        isinstance(value, dict)
+        and list(value) == ["answer"]
+        and re.search(r"\w", str(value["answer"])) is not None
+    )
 
 
 def has_title(text: str) -> bool:
@@ -50,10 +57,15 @@ def has_title(text: str) -> bool:
 RULES = {
     "capitals": Rule("ANSWER IN CAPITAL LETTERS ONLY.", str.isupper),
     "few words": Rule("Answer in at most 8 words.", is_short),
-    "bullets": Rule("Use exactly two bullet points, for example:\n- one thing\n- another thing", is_pair_of_bullets),
+    "bullets": Rule(
+        "Use exactly two bullet points, for example:\n- one thing\n- another thing",
+        is_pair_of_bullets,
+    ),
     "JSON": Rule('Reply with a short JSON object only, like {"answer": "..."}', is_json_answer),
     "title": Rule("Answer with a title in double angular brackets, like <<Title>>.", has_title),
-    "question": Rule("Answer with a question that ends with a question mark.", lambda text: text.endswith("?")),
+    "question": Rule(
+        "Answer with a question that ends with a question mark.", lambda text: text.endswith("?")
+    ),
 }
 
 

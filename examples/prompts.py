@@ -1,6 +1,7 @@
 """The prompts of the demo: a question, then an instruction whose observance code can check.
 
-Training and held-out prompts share the kinds of instruction, so that following them can be learnt, and no question.
+Training and held-out prompts share the kinds of instruction, so that following them can be learnt,
+and no question.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ class Task(NamedTuple):
 
 def tasks(questions: str) -> list[Task]:
     """Every question under every rule; any few neighbours differ in both."""
-    asked = [question.strip() for line in questions.strip().splitlines() for question in line.split("|")]
-    return [task(asked[(i + j) % len(asked)], rule) for i in range(len(asked)) for j, rule in enumerate(RULES)]
+    asked = [
+        question.strip() for line in questions.strip().splitlines() for question in line.split("|")
+    ]
+    return [
+        task(asked[(i + j) % len(asked)], rule)
+        for i in range(len(asked))
+        for j, rule in enumerate(RULES)
+    ]
 
 
 def task(question: str, rule: str) -> Task:

@@ -38,28 +38,42 @@ class Report:
     steps: list[dict[str, float]]
     held_out: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
-    peaks: tuple[int, int] = (0, 0)  # bytes that the loss head of one batch holds: naive PyTorch, ours
+    # bytes that the loss head of one batch holds: naive PyTorch, ours
+    peaks: tuple[int, int] = (
+        0,
+        0,
+    )
 
     def add(self, name: str, before: list[float], after: list[float]) -> None:
-        """A quantity per prompt. Its change is paired: how prompts differ from each other is no noise in it."""
+        """A quantity per prompt.
+
+        Its change is paired: how prompts differ from each other is no noise in it.
+        """
         change = [b - a for a, b in zip(before, after, strict=True)]
         columns = {"before": before, "after": after, "change": change}
         self.held_out[name] = {column: Estimate.of(values) for column, values in columns.items()}
 
     def __str__(self) -> str:
         rows = [(name, *columns.values()) for name, columns in self.held_out.items()]
-        table = tabulate(rows, ("held out", "before", "after", "change"), stralign="right", disable_numparse=True)
+        table = tabulate(
+            rows, ("held out", "before", "after", "change"), stralign="right", disable_numparse=True
+        )
         naive, ours = (peak / 2**20 for peak in self.peaks)
         if not naive:
             return table
-        return f"{table}\n\nPeak memory of the loss head on one batch: naive {naive:.0f} MB, here {ours:.0f} MB (measured)."
+        return (
+            f"{table}\n\nPeak memory of the loss head on one batch: naive {naive:.0f} MB, here "
+            f"{ours:.0f} MB (measured)."
+        )
 
     def save(self, folder: Path, settings: dict) -> None:
         """Write results.json and training.png."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": settings, **asdict(self)}, default=str)
         numbers = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
-        (folder / "results.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / "results.json").write_text(
+            json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
         self.plot(folder / "training.png")
 
     def plot(self, path: Path) -> None:
@@ -69,7 +83,9 @@ class Report:
         left, middle, right = figure.subplots(1, 3)
         if self.samples:
             self.curve(left, "reward", "judge reward")
-            self.curve(middle, "log ratio", "KL to the reference, nats", "training batch, groups kept")
+            self.curve(
+                middle, "log ratio", "KL to the reference, nats", "training batch, groups kept"
+            )
             self.by_rule(right)
         else:
             self.curve(left, "loss", "loss")
@@ -78,18 +94,34 @@ class Report:
         figure.savefig(path)
 
     def curve(self, ax, name: str, title: str, label: str = "training batch") -> None:
-        """Every step as a dot, their running mean, and the held-out values of the same name at both ends."""
+        """Every step as a dot, their running mean, and the held-out values of the same name at both
+        ends.
+        """
         values = [step[name] for step in self.steps]
         at = range(1, len(values) + 1)
-        known = [[v for v in values[max(0, i - 2) : i + 3] if not math.isnan(v)] for i in range(len(values))]
+        known = [
+            [v for v in values[max(0, i - 2) : i + 3] if not math.isnan(v)]
+            for i in range(len(values))
+        ]
         ax.plot(at, values, "o", color=GREY, markersize=4, label=label)
-        ax.plot(at, [fmean(v) if v else math.nan for v in known], color=BLUE, linewidth=2, label="mean of 5 steps")
+        ax.plot(
+            at,
+            [fmean(v) if v else math.nan for v in known],
+            color=BLUE,
+            linewidth=2,
+            label="mean of 5 steps",
+        )
         if title in self.held_out:
             ends = [self.held_out[title][column] for column in ("before", "after")]
             ax.errorbar(
-                (0, len(values) + 1), [e.mean for e in ends], [e.error for e in ends],
-                fmt="D", color="black", capsize=4, label="held out, ± standard error",
-            )  # fmt: skip
+                (0, len(values) + 1),
+                [e.mean for e in ends],
+                [e.error for e in ends],
+                fmt="D",
+                color="black",
+                capsize=4,
+                label="held out, ± standard error",
+            )
         ax.set(title=title, xlabel="step")
         ax.xaxis.get_major_locator().set_params(integer=True)
         finish(ax)
@@ -103,8 +135,19 @@ class Report:
         at = range(len(rewards))
         for offset, column, color in ((-0.2, 0, GREY), (0.2, 1, BLUE)):
             means = [fmean(sides[column]) for sides in rewards.values()]
-            ax.barh([i + offset for i in at], means, 0.38, color=color, label=("before", "after")[column])
-        ax.set(title="held-out judge reward by instruction", yticks=at, yticklabels=rewards, xlim=(0, 1))
+            ax.barh(
+                [i + offset for i in at],
+                means,
+                0.38,
+                color=color,
+                label=("before", "after")[column],
+            )
+        ax.set(
+            title="held-out judge reward by instruction",
+            yticks=at,
+            yticklabels=rewards,
+            xlim=(0, 1),
+        )
         ax.set_ylim(len(rewards) - 0.4, -1.2)  # room for the legend above the first bar
         finish(ax, loc="upper right", ncols=2)
 

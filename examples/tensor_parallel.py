@@ -1,10 +1,13 @@
-"""RPO with an lm_head whose vocabulary is sharded over ranks: each holds some of its rows, none ever holds its logits.
+"""RPO with an lm_head whose vocabulary is sharded over ranks: each holds some of its rows, none
+ever holds its logits.
 
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py        # on CPUs (gloo) and GPUs (NCCL) alike
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py        # on CPUs (gloo) and GPUs (NCCL)
+    alike
 
-The backbone is small and replicated, so that the example is about the head: the gradient of the hidden states comes back summed
-over the ranks, the same on each, and the replicas stay equal without a word between them. In a Megatron model, whose layers sum
-that gradient themselves, pass ``reduce_dhidden=False``.
+The backbone is small and replicated, so that the example is about the head: the gradient of the
+hidden states comes back summed over the ranks, the same on each, and the replicas stay equal
+without a word between them. In a Megatron model, whose layers sum that gradient themselves, pass
+``reduce_dhidden=False``.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ def shard(vocabulary: int, rank: int, ranks: int) -> slice:
 
 
 def batch(vocabulary: int, prompts: int, device: torch.device):
-    """(ids, labels, rewards) of K responses to each prompt, where the share of even tokens is what is wanted."""
+    """(ids, labels, rewards) of K responses to each prompt, where the share of even tokens is what
+    is wanted.
+    """
     ids = torch.randint(vocabulary, (prompts, K, PROMPT + RESPONSE), device=device)
     ids[..., :PROMPT] = ids[:, :1, :PROMPT]
     labels = ids.roll(-1, 2)  # labels[t] is the token that position t predicts
@@ -47,8 +52,12 @@ def batch(vocabulary: int, prompts: int, device: torch.device):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, default=1001, help="not divisible by the ranks, if you like")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=1001, help="not divisible by the ranks, if you like"
+    )
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=8, help="per step")
     parser.add_argument("--steps", type=int, default=30)
@@ -69,20 +78,35 @@ def main() -> None:
     optimizer = torch.optim.Adam([*backbone.parameters(), weight], lr=3e-3)
 
     with torch.no_grad():
-        frozen_backbone, frozen_weight = Backbone(args.vocabulary, args.width).to(device), weight.detach().clone()
+        frozen_backbone, frozen_weight = (
+            Backbone(args.vocabulary, args.width).to(device),
+            weight.detach().clone(),
+        )
         frozen_backbone.load_state_dict(backbone.state_dict())
     ids, labels, rewards = batch(args.vocabulary, args.prompts, device)
     with torch.no_grad():
-        ref_logps = linear_token_logps(frozen_backbone(ids), frozen_weight, labels, process_group=group)
+        ref_logps = linear_token_logps(
+            frozen_backbone(ids), frozen_weight, labels, process_group=group
+        )
     for step in range(args.steps):
         out = linear_rpo_loss(
-            backbone(ids), weight, labels, rewards, objective, ref_logps=ref_logps, group_size=K, process_group=group
+            backbone(ids),
+            weight,
+            labels,
+            rewards,
+            objective,
+            ref_logps=ref_logps,
+            group_size=K,
+            process_group=group,
         )
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0 and (step % 10 == 0 or step == args.steps - 1):
-            print(f"step {step}: loss {out.loss.item():.4f}, agreement {out.metrics()['rewards/agreement'].item():.2f}")
+            print(
+                f"step {step}: loss {out.loss.item():.4f}, agreement "
+                f"{out.metrics()['rewards/agreement'].item():.2f}"
+            )
 
     # The same head in one piece, on every rank, for comparison. Training does not need this.
     rows = [torch.empty_like(whole[shard(args.vocabulary, r, ranks)]) for r in range(ranks)]
@@ -95,7 +119,10 @@ def main() -> None:
         alone = linear_token_logps(hidden, torch.cat(rows), labels)
     if rank == 0:
         error = (ours - alone).abs().max().item()
-        print(f"{ranks} ranks of {weight.shape[0]} rows on {device.type}: log-probs differ from one rank's by {error:.1e} at most")
+        print(
+            f"{ranks} ranks of {weight.shape[0]} rows on {device.type}: log-probs differ from one "
+            f"rank's by {error:.1e} at most"
+        )
     dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """A bare loop: a causal language model learns preferences, with the loss inside its own forward.
 
-    python examples/transformers_loop.py                                 SmolLM2-135M, and the rows below
-    python examples/transformers_loop.py --model DIR --data FILE.jsonl   your model, your preferences
+    python examples/transformers_loop.py                                 SmolLM2-135M, and the rows
+    below python examples/transformers_loop.py --model DIR --data FILE.jsonl   your model, your
+    preferences
 
 With --lora it trains an adapter, and the model without it is the reference.
 """
@@ -20,21 +21,35 @@ from rpo_kernels import RPOObjective
 from rpo_kernels.adapters.transformers import attach, model_rpo_loss
 
 # Answers that keep to the point are better. Rewards say by how much.
-CITIES = {"France": "Paris", "Italy": "Rome", "Japan": "Tokyo", "Peru": "Lima", "Egypt": "Cairo", "Cuba": "Havana"}
+CITIES = {
+    "France": "Paris",
+    "Italy": "Rome",
+    "Japan": "Tokyo",
+    "Peru": "Lima",
+    "Egypt": "Cairo",
+    "Cuba": "Havana",
+}
 ROWS = [
-    {"prompt": f"What is the capital of {country}?", "rewards": [2.0, 1.0, 0.0],
-     "responses": [f"{city}.", f"It is {city}, I think, a lovely city.", "Well."]}
+    {
+        "prompt": f"What is the capital of {country}?",
+        "rewards": [2.0, 1.0, 0.0],
+        "responses": [f"{city}.", f"It is {city}, I think, a lovely city.", "Well."],
+    }
     for country, city in CITIES.items()
-]  # fmt: skip
+]
 
 
-def train(model, groups: list[data.Group], objective: RPOObjective, steps: int, lr: float) -> list[dict[str, float]]:
+def train(
+    model, groups: list[data.Group], objective: RPOObjective, steps: int, lr: float
+) -> list[dict[str, float]]:
     """The loop. Returns the metrics of each step."""
     attach(model)
     reference = None  # of a model with an adapter: itself without
     if not hasattr(model, "disable_adapter"):
         reference = copy.deepcopy(model).requires_grad_(False)  # attached, as the model is
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     history = []
     for step in range(steps):
         batch = collate(random.sample(groups, 4), model.device)
@@ -43,8 +58,13 @@ def train(model, groups: list[data.Group], objective: RPOObjective, steps: int, 
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        history.append({"loss": out.loss.item(), **{name: x.item() for name, x in out.metrics().items()}})
-        print(f"step {step + 1}: " + ", ".join(f"{name} {value:.3f}" for name, value in history[-1].items()))
+        history.append(
+            {"loss": out.loss.item(), **{name: x.item() for name, x in out.metrics().items()}}
+        )
+        print(
+            f"step {step + 1}: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in history[-1].items())
+        )
     return history
 
 
@@ -52,13 +72,19 @@ def collate(groups: list[data.Group], device) -> dict[str, torch.Tensor]:
     """What the model takes, and what the loss does."""
     batch = data.collate(groups, device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    inputs |= {"shift_labels": batch.labels}  # aligned with logits already; `labels` would be unshifted
+    inputs |= {
+        "shift_labels": batch.labels
+    }  # aligned with logits already; `labels` would be unshifted
     return inputs | {"rewards": batch.rewards, "cu_groups": batch.cu_groups}
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub name; default: SmolLM2-135M-Instruct from PyPI")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="folder or hub name; default: SmolLM2-135M-Instruct from PyPI"
+    )
     parser.add_argument("--data", help="JSON Lines of preferences; default: six questions")
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter (needs peft)")
     parser.add_argument("--steps", type=int, default=20)
@@ -71,7 +97,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     if args.lora:
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        )
     return train(model, groups, RPOObjective("squared", beta=0.1), args.steps, args.lr)
 
 

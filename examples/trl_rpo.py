@@ -1,11 +1,13 @@
 """Reward-aware Preference Optimization in TRL: a model, scored preferences, one trainer.
 
-    python examples/trl_rpo.py                                    SmolLM2-135M on the few pairs that ship with this file
-    python examples/trl_rpo.py --data ultrafeedback.jsonl         ... on yours: JSON Lines of prompt, chosen, rejected and scores
-    python examples/trl_rpo.py --model DIR --lora --objective '{"distance": "squared", "eta": 0.5}' --beta 0.05 --max_steps 100
+    python examples/trl_rpo.py                                    SmolLM2-135M on the few pairs that
+    ship with this file python examples/trl_rpo.py --data ultrafeedback.jsonl         ... on yours:
+    JSON Lines of prompt, chosen, rejected and scores python examples/trl_rpo.py --model DIR --lora
+    --objective '{"distance": "squared", "eta": 0.5}' --beta 0.05 --max_steps 100
 
-Rows are `prompt, chosen, rejected` with `chosen_reward, rejected_reward` or `score_chosen, score_rejected`, or
-`prompt, responses, rewards` for K responses. Every argument of trl.DPOConfig works, and so does `accelerate launch`.
+Rows are `prompt, chosen, rejected` with `chosen_reward, rejected_reward` or `score_chosen,
+score_rejected`, or `prompt, responses, rewards` for K responses. Every argument of trl.DPOConfig
+works, and so does `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -47,9 +49,16 @@ def chats(row: dict) -> dict:
 def parse(arguments: list[str] | None) -> tuple[Arguments, RPOConfig]:
     parser = HfArgumentParser((Arguments, RPOConfig))
     parser.set_defaults(
-        output_dir="trl_rpo_output", max_steps=30, per_device_train_batch_size=4, learning_rate=1e-5, logging_steps=5,
-        eval_strategy="epoch", save_strategy="no", report_to="none", max_length=512,
-    )  # fmt: skip
+        output_dir="trl_rpo_output",
+        max_steps=30,
+        per_device_train_batch_size=4,
+        learning_rate=1e-5,
+        logging_steps=5,
+        eval_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        max_length=512,
+    )
     return parser.parse_args_into_dataclasses(arguments)
 
 
@@ -61,7 +70,10 @@ def main(arguments: list[str] | None = None) -> RPOTrainer:
     if tokenizer.chat_template is not None:
         data = data.map(chats)
     if len(data) <= args.held_out:
-        raise SystemExit(f"{args.data}: --held_out {args.held_out} leaves nothing of {len(data)} rows to train on")
+        raise SystemExit(
+            f"{args.data}: --held_out {args.held_out} leaves nothing of {len(data)} rows to train "
+            "on"
+        )
     split = len(data) - args.held_out
     trainer = RPOTrainer(
         model,
@@ -69,7 +81,9 @@ def main(arguments: list[str] | None = None) -> RPOTrainer:
         train_dataset=data.select(range(split)),
         eval_dataset=data.select(range(split, len(data))) if args.held_out else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if args.lora else None,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        if args.lora
+        else None,
     )
     trainer.train()
     return trainer

@@ -1,4 +1,6 @@
-"""Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of preference training."""
+"""Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of
+preference training.
+"""
 
 from .objectives import RPOObjective
 from .ops.labels import shift_labels

@@ -1,8 +1,10 @@
-"""Checks of arguments: the operation, the argument, what was expected, what came, and the likely slip.
+"""Checks of arguments: the operation, the argument, what was expected, what came, and the likely
+slip.
 
-Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free, on a CPU and not while
-a graph is traced (its operators look when they run); on a GPU a look would stop the device, and the kernels turn what these
-checks refuse into NaN losses without reading out of bounds.
+Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free,
+on a CPU and not while a graph is traced (its operators look when they run); on a GPU a look would
+stop the device, and the kernels turn what these checks refuse into NaN losses without reading out
+of bounds.
 """
 
 from __future__ import annotations
@@ -29,20 +31,27 @@ def check_tensor(op: str, name: str, x: object) -> None:
         raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
         raise TypeError(
-            f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), packed, and {name}.offsets().int() as "
+            f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), "
+            f"packed, and {name}.offsets().int() as "
             "`cu_seqlens` where sequences matter"
         )
 
 
 def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
     if x is not None and x.device != device:
-        raise ValueError(f"{op}: `{name}` must be on {device} like the first argument, got {x.device}")
+        raise ValueError(
+            f"{op}: `{name}` must be on {device} like the first argument, got {x.device}"
+        )
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
     """fp32, fp16 or bf16."""
     if x.dtype not in _LOGITS:
-        hint = "; the kernels compute in float32, rpo_kernels.reference in float64" if x.dtype == torch.float64 else ""
+        hint = (
+            "; the kernels compute in float32, rpo_kernels.reference in float64"
+            if x.dtype == torch.float64
+            else ""
+        )
         raise TypeError(f"{op}: `{name}` must be float32, float16 or bfloat16, got {x.dtype}{hint}")
 
 
@@ -65,40 +74,54 @@ def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index:
                 slip = "labels[:, 1:]" if labels.dim() == 2 else "labels[1:]"
                 hint = f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
         raise ValueError(
-            f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got {shape_of(labels)}{hint}"
+            f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got "
+            f"{shape_of(labels)}{hint}"
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
 
 
 def check_logits(
-    op: str, logits: object, labels: object, ignore_index: int, inplace_backward: bool, is_shard: bool = False
+    op: str,
+    logits: object,
+    labels: object,
+    ignore_index: int,
+    inplace_backward: bool,
+    is_shard: bool = False,
 ) -> None:
     """``is_shard``: the columns are one rank's, perhaps none."""
     check_tensor(op, "logits", logits)
     check_float(op, "logits", logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not is_shard):
-        raise ValueError(f"{op}: `logits` must be [..., V] with a vocabulary of at least one, got {shape_of(logits)}")
+        raise ValueError(
+            f"{op}: `logits` must be [..., V] with a vocabulary of at least one, got "
+            f"{shape_of(logits)}"
+        )
     check_labels(op, labels, logits, "logits", ignore_index)
     check_device(op, "labels", labels, logits.device)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
-            f"{op}: the last dimension of `logits` must be contiguous, got strides {tuple(logits.stride())}; "
+            f"{op}: the last dimension of `logits` must be contiguous, got strides "
+            f"{tuple(logits.stride())}; "
             "pass logits.contiguous()"
         )
     if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: `inplace_backward` would write the gradient over `logits`, a leaf that requires one; pass what a model computed"
+            f"{op}: `inplace_backward` would write the gradient over `logits`, a leaf that "
+            "requires one; pass what a model computed"
         )
     if inplace_backward and _overlaps(logits):
         raise ValueError(
-            f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
+            f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, "
+            "got shape "
             f"{shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         )
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether two elements may lie at one address: some stride does not step over all smaller dimensions."""
+    """Whether two elements may lie at one address: some stride does not step over all smaller
+    dimensions.
+    """
     reach = 0
     for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
         if stride <= reach:
@@ -108,7 +131,11 @@ def _overlaps(x: Tensor) -> bool:
 
 
 def check_transform(op: str, temperature: float, logit_scale: float, softcap: float | None) -> None:
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+    for name, value in (
+        ("temperature", temperature),
+        ("logit_scale", logit_scale),
+        ("softcap", softcap),
+    ):
         if value is None and name == "softcap":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -119,7 +146,9 @@ def check_transform(op: str, temperature: float, logit_scale: float, softcap: fl
 
 def check_choice(op: str, name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise ValueError(f"{op}: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}")
+        raise ValueError(
+            f"{op}: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}"
+        )
 
 
 def check_backend(op: str, backend: object) -> None:
@@ -129,29 +158,40 @@ def check_backend(op: str, backend: object) -> None:
 def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> None:
     check_tensor(op, name, offsets)
     if offsets.dtype != torch.int32:
-        raise TypeError(f"{op}: `{name}` must be int32 as in FlashAttention, got {offsets.dtype}; pass {name}.int()")
+        raise TypeError(
+            f"{op}: `{name}` must be int32 as in FlashAttention, got {offsets.dtype}; pass "
+            f"{name}.int()"
+        )
     if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(
-            f"{op}: `{name}` must hold the boundaries [0, ..., total], at least two of them; got shape {shape_of(offsets)}"
+            f"{op}: `{name}` must hold the boundaries [0, ..., total], at least two of them; got "
+            f"shape {shape_of(offsets)}"
         )
     check_device(op, name, offsets, device)
 
 
 def check_objective(op: str, objective: object) -> None:
     if not isinstance(objective, RPOObjective):
-        raise TypeError(f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example RPOObjective.dpo(beta=0.1)")
+        raise TypeError(
+            f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example "
+            "RPOObjective.dpo(beta=0.1)"
+        )
 
 
-def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, device: torch.device) -> None:
+def check_rewards(
+    op: str, rewards: object, objective: RPOObjective, S: int, device: torch.device
+) -> None:
     if rewards is None:
         if objective.uses_rewards:
             raise ValueError(
-                f"{op}: `rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] = [{S}]"
+                f"{op}: `rewards` are missing: this objective compares with explicit rewards; pass "
+                f"a tensor [S] = [{S}]"
             )
         return
     if not objective.uses_rewards:
         raise ValueError(
-            f"{op}: `rewards` are superfluous: this objective brings its own target (the first response of a group is the "
+            f"{op}: `rewards` are superfluous: this objective brings its own target (the first "
+            "response of a group is the "
             "chosen one); pass None"
         )
     check_tensor(op, "rewards", rewards)
@@ -159,22 +199,38 @@ def check_rewards(op: str, rewards: object, objective: RPOObjective, S: int, dev
         raise TypeError(f"{op}: `rewards` must be real numbers, got {rewards.dtype}")
     if rewards.shape != (S,):
         hint = "; flatten the groups, rewards.flatten()" if rewards.numel() == S else ""
-        raise ValueError(f"{op}: `rewards` must be one number per sequence, [S] = [{S}]; got {shape_of(rewards)}{hint}")
+        raise ValueError(
+            f"{op}: `rewards` must be one number per sequence, [S] = [{S}]; got "
+            f"{shape_of(rewards)}{hint}"
+        )
     check_constant(op, "rewards", rewards)
     check_device(op, "rewards", rewards, device)
 
 
 def check_groups(
-    op: str, objective: RPOObjective, S: int, group_size: object, cu_groups: Tensor | None, device: torch.device
+    op: str,
+    objective: RPOObjective,
+    S: int,
+    group_size: object,
+    cu_groups: Tensor | None,
+    device: torch.device,
 ) -> int:
     """The group size: 2 by default, where cu_groups has no other say."""
     if S == 0:
-        raise ValueError(f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences")
+        raise ValueError(
+            f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences"
+        )
     if cu_groups is not None:
         if objective.label is not None:
-            raise ValueError(f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2")
+            raise ValueError(
+                f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; "
+                "pass group_size=2"
+            )
         if group_size is not None:
-            raise ValueError(f"{op}: `group_size` and `cu_groups` both say which responses belong together; pass one of them")
+            raise ValueError(
+                f"{op}: `group_size` and `cu_groups` both say which responses belong together; "
+                "pass one of them"
+            )
         check_offsets(op, "cu_groups", cu_groups, device)
         return 2
     if group_size is None:
@@ -183,11 +239,18 @@ def check_groups(
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
     least = 1 if objective.comparison == "pointwise" else 2
     if group_size < least:
-        raise ValueError(f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, got {group_size}")
+        raise ValueError(
+            f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, "
+            f"got {group_size}"
+        )
     if S % group_size:
-        raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}")
+        raise ValueError(
+            f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}"
+        )
     if objective.label is not None and group_size != 2:
-        raise ValueError(f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}")
+        raise ValueError(
+            f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}"
+        )
     return group_size
 
 
@@ -201,20 +264,24 @@ def check_reference(
     device: torch.device,
     is_live: bool = False,
 ) -> None:
-    """``shapes`` are those one reference may have: per sequence, and per token where there are tokens. ``is_live``: its
-    log-probabilities are still to be computed."""
+    """``shapes`` are those one reference may have: per sequence, and per token where there are
+    tokens. ``is_live``: its log-probabilities are still to be computed."""
     several = objective.reference in ("harmonic", "geometric")
     if objective.reference == "none":
         if ref_logps is not None:
-            raise ValueError(f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None")
+            raise ValueError(
+                f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None"
+            )
     elif ref_logps is None and not is_live:
         raise ValueError(
-            f"{op}: `ref_logps` are missing: this objective compares with a reference; for a reference-free one build it "
+            f"{op}: `ref_logps` are missing: this objective compares with a reference; for a "
+            "reference-free one build it "
             "with reference='none'"
         )
     if ref_weights is not None and not several:
         raise ValueError(
-            f"{op}: `ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with {objective.reference!r}"
+            f"{op}: `ref_weights` belong to reference 'harmonic' or 'geometric', got an objective "
+            f"with {objective.reference!r}"
         )
     if ref_logps is None:
         return
@@ -236,7 +303,10 @@ def check_reference(
         check_constant(op, "ref_weights", ref_weights)
         R = len(ref_logps)
         if tuple(ref_weights.shape) not in ((R,), (R, G)):
-            raise ValueError(f"{op}: `ref_weights` must be [R] = [{R}] or [R, G] = [{R}, {G}], got {shape_of(ref_weights)}")
+            raise ValueError(
+                f"{op}: `ref_weights` must be [R] = [{R}] or [R, G] = [{R}, {G}], got "
+                f"{shape_of(ref_weights)}"
+            )
         check_device(op, "ref_weights", ref_weights, device)
 
 
@@ -250,16 +320,21 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"{op}: `normalizer` must be a real number, got {normalizer.dtype}")
         if normalizer.numel() != 1:
-            raise ValueError(f"{op}: `normalizer` must be a number or a scalar tensor, got shape {shape_of(normalizer)}")
+            raise ValueError(
+                f"{op}: `normalizer` must be a number or a scalar tensor, got shape "
+                f"{shape_of(normalizer)}"
+            )
         check_constant(op, "normalizer", normalizer)
         check_device(op, "normalizer", normalizer, device)
     elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}")
+        raise TypeError(
+            f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}"
+        )
     elif not 0 < normalizer < math.inf:
         raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
 
 
-# ---- values, looked at on a CPU only ---------------------------------------------------------------------------------
+# ---- values, looked at on a CPU only -------------------------------------------------------------
 
 
 def _may_look(device: torch.device) -> bool:
@@ -275,7 +350,10 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
-        raise ValueError(f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {int(labels[outside][0])}")
+        raise ValueError(
+            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got "
+            f"{int(labels[outside][0])}"
+        )
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
@@ -283,7 +361,8 @@ def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, 
         return
     if int(offsets[0]) != 0 or int(offsets[-1]) != total:
         raise ValueError(
-            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {int(offsets[0])} and {int(offsets[-1])}"
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got "
+            f"{int(offsets[0])} and {int(offsets[-1])}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
@@ -293,10 +372,13 @@ def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective
     if not _readable(rewards):
         return
     if rewards.isnan().any():
-        raise ValueError(f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}")
+        raise ValueError(
+            f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}"
+        )
     if rewards.isinf().any() and objective.distance != "backward_kl":
         raise ValueError(
-            f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at "
+            f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got "
+            "one at "
             f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"
         )
 
@@ -307,7 +389,9 @@ def check_weight_values(op: str, ref_weights: Tensor | None) -> None:
     if (ref_weights < 0).any():
         raise ValueError(f"{op}: `ref_weights` must be >= 0, got {float(ref_weights.min()):g}")
     sums = ref_weights.double().sum(0)
-    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5):
+    if not torch.allclose(
+        sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5
+    ):
         got = ", ".join(f"{x:g}" for x in sums.flatten()[:8].tolist())
         raise ValueError(f"{op}: `ref_weights` must sum to 1 over the references, got {got}")
 

@@ -1,8 +1,10 @@
-"""What the loops of a compiled kernel do, read from the instructions that a chip runs: SASS of NVIDIA, GCN assembly of AMD.
+"""What the loops of a compiled kernel do, read from the instructions that a chip runs: SASS of
+NVIDIA, GCN assembly of AMD.
 
     for loop in loops(code): loop.accesses, loop.exponentials, loop.issued
 
-Counts are of instructions as they stand: each counts once per iteration, whether or not its predicate or branch lets it work.
+Counts are of instructions as they stand: each counts once per iteration, whether or not its
+predicate or branch lets it work.
 """
 
 from __future__ import annotations
@@ -13,9 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-# Operation and operands, behind an address and a predicate: "/*0100*/ @!P0 BRA `(.L_x_0) ;", "s_cbranch_scc0 .LBB0_9".
-_SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<operation>[A-Z][\w.]*)(?P<operands>[^;]*);")
-_GCN = re.compile(r"\t(?P<operation>[sv]_\w+|(?:global|buffer|flat|ds|scratch)_\w+)(?P<operands>[^;]*)")
+# Operation and operands, behind an address and a predicate: "/*0100*/ @!P0 BRA `(.L_x_0) ;",
+# "s_cbranch_scc0 .LBB0_9".
+_SASS = re.compile(
+    r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<operation>[A-Z][\w.]*)(?P<operands>[^;]*);"
+)
+_GCN = re.compile(
+    r"\t(?P<operation>[sv]_\w+|(?:global|buffer|flat|ds|scratch)_\w+)(?P<operands>[^;]*)"
+)
 _LABEL = re.compile(r"(\.L\w+):")
 
 
@@ -50,12 +57,18 @@ class Loop:
     @property
     def special(self) -> int:
         """Instructions of the unit for exponentials, logarithms, reciprocals and roots."""
-        return sum(bool(re.match(r"MUFU\.|v_(exp|log|rcp|rsq|sqrt|sin|cos)_", x)) for x in self.operations)
+        return sum(
+            bool(re.match(r"MUFU\.|v_(exp|log|rcp|rsq|sqrt|sin|cos)_", x)) for x in self.operations
+        )
 
     @property
     def issued(self) -> int:
-        """Instructions that take a vector issue slot: all of NVIDIA's, AMD's ``v_*`` (scalar ones have a port of their own)."""
-        return sum(not x.startswith(("s_", "global_", "buffer_", "flat_", "ds_")) for x in self.operations)
+        """Instructions that take a vector issue slot: all of NVIDIA's, AMD's ``v_*`` (scalar ones
+        have a port of their own).
+        """
+        return sum(
+            not x.startswith(("s_", "global_", "buffer_", "flat_", "ds_")) for x in self.operations
+        )
 
 
 @dataclass
@@ -77,16 +90,23 @@ def loops(code: str) -> list[Loop]:
         if block.falls_through and i + 1 < len(blocks):
             graph.add_edge(i, i + 1)
     bodies = _bodies(graph, set(graph), networkx.strongly_connected_components)
-    return [Loop(tuple(x for i in sorted(body) for x in blocks[i].operations), innermost) for body, innermost in bodies]
+    return [
+        Loop(tuple(x for i in sorted(body) for x in blocks[i].operations), innermost)
+        for body, innermost in bodies
+    ]
 
 
 def _bodies(graph, nodes: set[int], components) -> Iterator[tuple[set[int], bool]]:
-    """Blocks of each loop among the nodes, less those of loops inside it, and whether there are none."""
+    """Blocks of each loop among the nodes, less those of loops inside it, and whether there are
+    none.
+    """
     view = graph.subgraph(nodes)
     for cycle in list(components(view)):
         if len(cycle) == 1 and not view.has_edge(*2 * tuple(cycle)):
             continue
-        entries = {v for v in cycle for u in graph.predecessors(v) if u not in cycle} or {min(cycle)}
+        entries = {v for v in cycle for u in graph.predecessors(v) if u not in cycle} or {
+            min(cycle)
+        }
         inner = list(_bodies(graph, cycle - entries, components))
         yield cycle.difference(*(body for body, _ in inner)), not inner
         yield from inner
@@ -98,7 +118,9 @@ def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
     instruction = _SASS if "/*0000*/" in code else _GCN
     for line in code.splitlines():
         if label := _LABEL.match(line):
-            if blocks[-1].operations:  # an empty one behind a branch would be a way into this label that nothing takes
+            if (
+                blocks[-1].operations
+            ):  # an empty one behind a branch would be a way into this label that nothing takes
                 blocks.append(_Block())
             place[label[1]] = len(blocks) - 1
         elif found := instruction.match(line):
@@ -107,8 +129,11 @@ def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
             ends = re.match(r"EXIT|RET|s_endpgm", operation)
             if re.match(r"BRA|s_c?branch", operation):
                 block.targets += re.findall(r"\.L\w+", found["operands"])
-                # `BRA.U UP0, ...`, `BRA P0, ...` and s_cbranch_* may fall through as well as a predicated BRA
-                ends = not re.search(r"\bU?P\d", found["operands"]) and not operation.startswith("s_cbranch")
+                # `BRA.U UP0, ...`, `BRA P0, ...` and s_cbranch_* may fall through as well as a
+                # predicated BRA
+                ends = not re.search(r"\bU?P\d", found["operands"]) and not operation.startswith(
+                    "s_cbranch"
+                )
             if ends or block.targets:
                 block.falls_through = not ends or bool(found.groupdict().get("predicate"))
                 blocks.append(_Block())
@@ -119,6 +144,8 @@ def _access(operation: str) -> tuple[str, int] | None:
     if m := re.match(r"(LDG|STG|LDGSTS)\.E\b(.*)", operation):
         width = re.search(r"\.(?:[US](8|16)|(64|128|256))\b", m[2])
         return "store" if m[1] == "STG" else "load", int(width[1] or width[2]) // 8 if width else 4
-    if m := re.match(r"(?:global|buffer|flat)_(load|store)_(?:dword(?:x(\d))?|[su]?(byte|short))", operation):
+    if m := re.match(
+        r"(?:global|buffer|flat)_(load|store)_(?:dword(?:x(\d))?|[su]?(byte|short))", operation
+    ):
         return m[1], {"byte": 1, "short": 2}.get(m[3]) or 4 * int(m[2] or 1)
     return None

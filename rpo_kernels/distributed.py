@@ -1,16 +1,22 @@
-"""Work that lies on several ranks of ``torch.distributed``: shards of a vocabulary, sharded parameters, parts of a batch.
+"""Work that lies on several ranks of ``torch.distributed``: shards of a vocabulary, sharded
+parameters, parts of a batch.
 
-Vocabulary-parallel: each rank of a process group holds neighbouring columns of the vocabulary, in rank order and in any number,
-and the same rows. Of its columns it reduces a row to three numbers (four with entropy); one all-gather of those, and each rank
-puts the same numbers together in the same order. So log-probabilities agree bit for bit, and nothing of vocabulary size travels.
+Vocabulary-parallel: each rank of a process group holds neighbouring columns of the vocabulary, in
+rank order and in any number, and the same rows. Of its columns it reduces a row to three numbers
+(four with entropy); one all-gather of those, and each rank puts the same numbers together in the
+same order. So log-probabilities agree bit for bit, and nothing of vocabulary size travels.
 
-Every such call begins with an agreement: the ranks tell each other their shards' widths, what they are about to do, and whether
-their arguments are good. A rank that raises makes all raise. The agreement goes over the group's CPU backend where it has one
-(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL alone it costs one look at the device. While a CUDA graph is
-captured no rank may look: the widths of the last agreement stand, so run a step before, as for any capture.
+Every such call begins with an agreement: the ranks tell each other their shards' widths, what they
+are about to do, and whether their arguments are good. A rank that raises makes all raise. The
+agreement goes over the group's CPU backend where it has one
+(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL alone it costs one look at the
+device. While a CUDA graph is
+captured no rank may look: the widths of the last agreement stand, so run a step before, as for any
+capture.
 
-Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of `process_group` alone. A DTensor weight
-without a group (FSDP2) is gathered by DTensor, whose ranks learn of each other's errors when its collectives time out.
+Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of
+`process_group` alone. A DTensor weight without a group (FSDP2) is gathered by DTensor, whose ranks
+learn of each other's errors when its collectives time out.
 """
 
 from __future__ import annotations
@@ -29,7 +35,9 @@ from .inputs import LogitTransform
 
 ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
 _agreements: Counter[str] = Counter()  # made so far in this process, by group
-_widths: dict[tuple[str, int], list[int]] = {}  # of all ranks' shares, by group and this rank's own, as last agreed
+_widths: dict[
+    tuple[str, int], list[int]
+] = {}  # of all ranks' shares, by group and this rank's own, as last agreed
 
 
 class Shard(NamedTuple):
@@ -45,10 +53,14 @@ class Shard(NamedTuple):
     def of(name: str, widths: list[int]) -> Shard:
         """From the columns of each rank of the named group."""
         group = resolve(name)
-        return Shard(group, sum(widths[: group.rank()]), widths[group.rank()], sum(widths), max(widths))
+        return Shard(
+            group, sum(widths[: group.rank()]), widths[group.rank()], sum(widths), max(widths)
+        )
 
     def labels(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Flat labels that count from this shard's first column; those of other kinds have the names above."""
+        """Flat labels that count from this shard's first column; those of other kinds have the
+        names above.
+        """
         labels = labels.reshape(-1)
         local = labels - self.first
         local = torch.where((local >= 0) & (local < self.columns), local, ELSEWHERE)
@@ -56,16 +68,25 @@ class Shard(NamedTuple):
         return torch.where(labels == ignore_index, IGNORED, local)
 
     def forward(
-        self, engine: Callable[[str], Any], rows: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool = False
+        self,
+        engine: Callable[[str], Any],
+        rows: Tensor,
+        labels: Tensor,
+        transform: LogitTransform,
+        entropy: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner, columns]`` and shard labels ``[N]``."""
+        """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner,
+        columns]`` and shard labels ``[N]``.
+        """
         transform = transform._replace(ignore_index=IGNORED)
         statistics = engine("vocabulary_forward").shard_statistics(rows, labels, transform, entropy)
         return engine("shards").combine(gather(statistics, self.group), labels, transform, entropy)
 
 
 def start_sum(x: Tensor, name: str) -> Callable[[], object]:
-    """Begin to sum a tensor over the ranks of the named group, in place; what is returned waits for the end."""
+    """Begin to sum a tensor over the ranks of the named group, in place; what is returned waits for
+    the end.
+    """
     if not x.numel():
         return lambda: None
     return dist.all_reduce(x, group=resolve(name), async_op=True).wait
@@ -76,7 +97,9 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty((group.size(), *x.shape))
     if x.numel():
         # its name since torch 2.13, and before
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out.view(-1), x.reshape(-1), group=group)
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(
+            out.view(-1), x.reshape(-1), group=group
+        )
     return out
 
 
@@ -86,7 +109,10 @@ def group_name(op: str, process_group: object, argument: str = "process_group") 
         return ""
     if not isinstance(process_group, dist.ProcessGroup):
         hint = "; pass mesh.get_group()" if hasattr(process_group, "get_group") else ""
-        raise TypeError(f"{op}: `{argument}` must be a torch.distributed.ProcessGroup, got {process_group!r}{hint}")
+        raise TypeError(
+            f"{op}: `{argument}` must be a torch.distributed.ProcessGroup, got "
+            f"{process_group!r}{hint}"
+        )
     return process_group.group_name
 
 
@@ -94,17 +120,23 @@ def resolve(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-# ---- agreement -------------------------------------------------------------------------------------------------------
+# ---- agreement -----------------------------------------------------------------------------------
 
 
 class raising_together:
-    """Around the checks of a public function that takes groups of ranks: what raises before the agreement with one of them
-    raises on all its ranks. A class, so that it is no frame of what runs inside."""
+    """Around the checks of a public function that takes groups of ranks: what raises before the
+    agreement with one of them raises on all its ranks. A class, so that it is no frame of what runs
+    inside.
+    """
 
     def __init__(self, op: str, **groups: object) -> None:
         self.op = op
         traced = torch.compiler.is_compiling()
-        self.groups = {} if traced else {name: x for name, x in groups.items() if isinstance(x, dist.ProcessGroup)}
+        self.groups = (
+            {}
+            if traced
+            else {name: x for name, x in groups.items() if isinstance(x, dist.ProcessGroup)}
+        )
 
     def __enter__(self) -> None:
         self.before = _agreements.copy() if self.groups else None
@@ -119,15 +151,22 @@ class raising_together:
 
 
 def agree(
-    op: str, name: str, share: int, facts: Mapping[str, object], check: Callable[[], None], argument: str = "process_group"
+    op: str,
+    name: str,
+    share: int,
+    facts: Mapping[str, object],
+    check: Callable[[], None],
+    argument: str = "process_group",
 ) -> list[int]:
-    """Run the checks, and settle with the other ranks of the named group how much (columns, tokens) each of them has.
+    """Run the checks, and settle with the other ranks of the named group how much (columns, tokens)
+    each of them has.
 
     Returns:
         The shares of all ranks; nothing without a group.
 
     Raises:
-        The error of the checks, or of another rank's; ValueError where the facts of the ranks differ.
+        The error of the checks, or of another rank's; ValueError where the facts of the ranks
+        differ.
     """
     if not name:
         check()
@@ -136,7 +175,9 @@ def agree(
     if _capturing():
         check()
         if (name, share) not in _widths:
-            raise RuntimeError(f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before")
+            raise RuntimeError(
+                f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before"
+            )
         return _widths[name, share]
     try:
         check()
@@ -155,7 +196,11 @@ def digest(*tensors: Tensor | None) -> int:
     total = 0
     for x in tensors:
         if x is not None:
-            data = x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.device.type == "cpu" else b""
+            data = (
+                x.detach().contiguous().view(torch.uint8).numpy().tobytes()
+                if x.device.type == "cpu"
+                else b""
+            )
             total = zlib.crc32(data, zlib.crc32(repr((tuple(x.shape), x.dtype)).encode(), total))
     return total
 
@@ -168,7 +213,12 @@ def tell(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
 
 
 def _exchange(
-    group: dist.ProcessGroup, op: str, share: int, facts: Mapping[str, object], error: Exception | None, argument: str
+    group: dist.ProcessGroup,
+    op: str,
+    share: int,
+    facts: Mapping[str, object],
+    error: Exception | None,
+    argument: str,
 ) -> list[int]:
     """Shares of the ranks, after all of them said that they are ready."""
     _agreements[group.group_name] += 1
@@ -179,7 +229,9 @@ def _exchange(
         return [share for _, share, _ in headers]
     # Every rank sees the same headers, so every rank comes here.
     words: list[Any] = [None] * group.size()
-    dist.all_gather_object(words, (type(error).__name__, str(error)) if error is not None else facts, group=group)
+    dist.all_gather_object(
+        words, (type(error).__name__, str(error)) if error is not None else facts, group=group
+    )
     if error is not None:
         raise error
     for rank, word in enumerate(words):
@@ -189,20 +241,30 @@ def _exchange(
     for fact in sorted(set().union(*words)):
         told = [word.get(fact) for word in words]
         if any(x != told[0] for x in told):
-            hint = "; they work on the same rows, did you pass the data-parallel group?" if "`labels`" in fact else ""
-            raise ValueError(f"{op}: the ranks of `{argument}` must agree on {fact}, got {told}{hint}")
+            hint = (
+                "; they work on the same rows, did you pass the data-parallel group?"
+                if "`labels`" in fact
+                else ""
+            )
+            raise ValueError(
+                f"{op}: the ranks of `{argument}` must agree on {fact}, got {told}{hint}"
+            )
     raise AssertionError("unreachable: digests differ, so facts do")
 
 
-# ---- DTensor ---------------------------------------------------------------------------------------------------------
+# ---- DTensor -------------------------------------------------------------------------------------
 
 
 def is_dtensor(x: object) -> bool:
     return getattr(x, "device_mesh", None) is not None  # importing DTensor to ask takes seconds
 
 
-def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | None) -> tuple[Tensor, dist.ProcessGroup | None]:
-    """This rank's columns, and the group that shares the vocabulary, of logits that may be a DTensor (loss parallelism)."""
+def local_logits(
+    op: str, logits: Tensor, process_group: dist.ProcessGroup | None
+) -> tuple[Tensor, dist.ProcessGroup | None]:
+    """This rank's columns, and the group that shares the vocabulary, of logits that may be a
+    DTensor (loss parallelism).
+    """
     if not is_dtensor(logits):
         return logits, process_group
     placements, mesh = logits.placements, logits.device_mesh
@@ -212,8 +274,10 @@ def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | Non
         or not (placements[0].is_shard(logits.dim() - 1) or placements[0].is_replicate())
     ):
         raise ValueError(
-            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over a mesh of one dimension, "
-            f"without `process_group`; got placements {placements} on {mesh}; for others pass logits.to_local() and `process_group`"
+            f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over "
+            "a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass "
+            "logits.to_local() and `process_group`"
         )
     return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
 
@@ -221,31 +285,48 @@ def local_logits(op: str, logits: Tensor, process_group: dist.ProcessGroup | Non
 def local_hidden(
     op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, dist.ProcessGroup | None]:
-    """All hidden states, and the group that shares the vocabulary, of hidden states that may be a DTensor.
+    """All hidden states, and the group that shares the vocabulary, of hidden states that may be a
+    DTensor.
 
-    Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part of a sum, which DTensor
+    Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part
+    of a sum, which DTensor
     reduces: to all ranks, or scattered as the hidden states were.
     """
     if not is_dtensor(hidden):
         return hidden, process_group
     mesh, placements = hidden.device_mesh, hidden.placements
-    if process_group is not None or mesh.ndim != 1 or placements[0].is_partial() or placements[0].is_shard(hidden.dim() - 1):
+    if (
+        process_group is not None
+        or mesh.ndim != 1
+        or placements[0].is_partial()
+        or placements[0].is_shard(hidden.dim() - 1)
+    ):
         raise ValueError(
-            f"{op}: `{name}` as a DTensor must be replicated, or sharded in a leading dimension, over a mesh of one dimension, "
-            f"without `process_group`; got placements {placements} on {mesh}; for others pass {name}.to_local() and `process_group`"
+            f"{op}: `{name}` as a DTensor must be replicated, or sharded in a leading dimension, "
+            "over a mesh of one dimension, "
+            f"without `process_group`; got placements {placements} on {mesh}; for others pass "
+            f"{name}.to_local() and `process_group`"
         )
     from torch.distributed.tensor import Partial, Replicate
 
-    return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()]), mesh.get_group()
+    return hidden.redistribute(placements=[Replicate()]).to_local(
+        grad_placements=[Partial()]
+    ), mesh.get_group()
 
 
 def local_parameter(
-    op: str, name: str, x: Tensor | None, process_group: dist.ProcessGroup | None, dtype: torch.dtype | None = None
+    op: str,
+    name: str,
+    x: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor | None:
-    """A parameter of the head as a plain tensor: this rank's shard along the process group, whole along all other dimensions of
-    its mesh. Those are data-parallel (FSDP2): the gradient is the mean over their ranks, reduced in float32, once.
+    """A parameter of the head as a plain tensor: this rank's shard along the process group, whole
+    along all other dimensions of its mesh. Those are data-parallel (FSDP2): the gradient is the
+    mean over their ranks, reduced in float32, once.
 
-    ``full_tensor()`` without grad_placements would take each rank's own part of its own gradient, and drop the others'.
+    ``full_tensor()`` without grad_placements would take each rank's own part of its own gradient,
+    and drop the others'.
     """
     if not is_dtensor(x):
         return x
@@ -256,7 +337,10 @@ def local_parameter(
     for i, placement in enumerate(placements):
         if process_group is not None and mesh.get_group(i).group_name == process_group.group_name:
             if not placement.is_shard(0):
-                raise ValueError(f"{op}: `{name}` must be sharded in dimension 0 over `process_group`, got placements {placements}")
+                raise ValueError(
+                    f"{op}: `{name}` must be sharded in dimension 0 over `process_group`, got "
+                    f"placements {placements}"
+                )
         else:
             here[i], grads[i] = Replicate(), Partial("avg")
     x = x.redistribute(placements=here, forward_dtype=dtype, backward_dtype=torch.float32)

@@ -1,8 +1,9 @@
 """The GEMMs of an lm_head, as the libraries of each device run them best.
 
-Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for. Where a CPU lacks instructions
-for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of fp32: there, and wherever a GEMM of 16-bit inputs has
-no fp32 output, the inputs are upcast, a block of the vocabulary at a time.
+Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for. Where
+a CPU lacks instructions for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of
+fp32: there, and wherever a GEMM of 16-bit inputs has no fp32 output, the inputs are upcast, a block
+of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def _as_given(function: Callable) -> Callable:
 
 @_as_given
 def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the inputs' dtype or fp32."""
+    """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the
+    inputs' dtype or fp32.
+    """
     if hidden.is_cuda or (out.dtype == hidden.dtype and not is_emulated(hidden)):
         return _multiply(out, hidden, weight.t(), accumulate)
     with _bf16_products() if hidden.dtype == torch.bfloat16 else contextlib.nullcontext():
@@ -42,7 +45,9 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
 
 @_as_given
 def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out ``[n, H]`` fp32 = p ``[n, V]`` weight ``[V, H]``, never rounded to the 16 bits of its inputs on the way."""
+    """out ``[n, H]`` fp32 = p ``[n, V]`` weight ``[V, H]``, never rounded to the 16 bits of its
+    inputs on the way.
+    """
     if p.is_cuda or p.dtype == torch.float32:
         _multiply(out, p, weight, accumulate=False)
         return out
@@ -55,11 +60,17 @@ def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 @_as_given
 def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out ``[V, H]`` of any float dtype = p^T x, of p ``[n, V]`` and x ``[n, H]``, or added to it."""
+    """out ``[V, H]`` of any float dtype = p^T x, of p ``[n, V]`` and x ``[n, H]``, or added to
+    it.
+    """
     direct = out.dtype == x.dtype and not is_emulated(x)
     if direct or (x.is_cuda and (not accumulate or _mixed_addmm(x.device, x.dtype, out.dtype))):
         return _multiply(out, p.t(), x, accumulate)
-    exact = _bf16_products() if x.dtype == torch.bfloat16 and not x.is_cuda else contextlib.nullcontext()
+    exact = (
+        _bf16_products()
+        if x.dtype == torch.bfloat16 and not x.is_cuda
+        else contextlib.nullcontext()
+    )
     x = x if x.is_cuda else x.float()
     with exact:
         for rows, columns in blocks(out, p.t()):
@@ -67,7 +78,9 @@ def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None
 
 
 def bias_gradient(p: Tensor, coef: Tensor, total: Tensor) -> None:
-    """total ``[V]`` fp32 += p^T coef, of p ``[n, V]`` and coef ``[n]`` fp32, which is not rounded to the dtype of p."""
+    """total ``[V]`` fp32 += p^T coef, of p ``[n, V]`` and coef ``[n]`` fp32, which is not rounded
+    to the dtype of p.
+    """
     for out, columns in blocks(total[:, None], p.t()):
         out[:, 0].addmv_(columns.float(), coef)
 
@@ -86,14 +99,20 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 def blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that an fp32 copy of either stays in the cache."""
+    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that an fp32 copy of either stays in
+    the cache.
+    """
     rows = max(1, _BLOCK_BYTES // (4 * max(1, weight.shape[1], other.shape[1])))
     return zip(weight.split(rows), other.split(rows))
 
 
 def is_emulated(x: Tensor) -> bool:
     """Whether this machine has no instructions for GEMMs of a tensor of the CPU."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _has_instructions(x.dtype)
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not _has_instructions(x.dtype)
+    )
 
 
 @functools.cache
@@ -106,9 +125,11 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def _bf16_products() -> Iterator[None]:
-    """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from bf16, and faster.
+    """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from
+    bf16, and faster.
 
-    The setting belongs to the process, so fp32 GEMMs that other threads start meanwhile are rounded too.
+    The setting belongs to the process, so fp32 GEMMs that other threads start meanwhile are rounded
+    too.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     if settings is None or not _has_instructions(torch.bfloat16):
@@ -123,7 +144,9 @@ def _bf16_products() -> Iterator[None]:
 
 @functools.cache
 def _mixed_addmm(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds a 16-bit product to an fp32 matrix in one GEMM (some releases refuse)."""
+    """Whether this PyTorch adds a 16-bit product to an fp32 matrix in one GEMM (some releases
+    refuse).
+    """
     if device.type != "cuda" or out_dtype != torch.float32:
         return False
     total = torch.zeros(16, 16, device=device)

@@ -1,4 +1,6 @@
-"""What travels from a public function to the kernels: values that are checked once, when they are made, and handed on whole."""
+"""What travels from a public function to the kernels: values that are checked once, when they are
+made, and handed on whole.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from .objectives import RPOObjective
 
 
 class LogitTransform(NamedTuple):
-    """How raw logits x become those that are normalised: z = post * x, or z = post * tanh(pre * x) with a softcap."""
+    """How raw logits x become those that are normalised: z = post * x, or z = post * tanh(pre * x)
+    with a softcap.
+    """
 
     temperature: float = 1.0
     logit_scale: float = 1.0
@@ -20,9 +24,13 @@ class LogitTransform(NamedTuple):
     ignore_index: int = -100  # label of rows that are not scored
 
     @staticmethod
-    def of(op: str, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int) -> LogitTransform:
+    def of(
+        op: str, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
+    ) -> LogitTransform:
         checks.check_transform(op, temperature, logit_scale, softcap)
-        return LogitTransform(float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index)
+        return LogitTransform(
+            float(temperature), float(logit_scale), float(softcap or 0.0), ignore_index
+        )
 
     @property
     def factors(self) -> tuple[float, float]:
@@ -43,18 +51,25 @@ class Sequences(NamedTuple):
         if cu_seqlens is None:
             if tokens.dim() != 2:
                 raise ValueError(
-                    f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got {checks.shape_of(tokens)}"
+                    f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got "
+                    f"{checks.shape_of(tokens)}"
                     f"{' without cu_seqlens' if tokens.dim() == 1 else ''}"
                 )
             return Sequences(tokens.shape[0])
         if tokens.dim() != 1:
-            raise ValueError(f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got {checks.shape_of(tokens)}")
+            raise ValueError(
+                f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got "
+                f"{checks.shape_of(tokens)}"
+            )
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")
         return Sequences(cu_seqlens.shape[0] - 1, cu_seqlens)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums ``[S]`` of what tokens hold, ``[S, T]`` or ``[N]``. NaN where no check sees that offsets are bad."""
+        """Sums ``[S]`` of what tokens hold, ``[S, T]`` or ``[N]``.
+
+        NaN where no check sees that offsets are bad.
+        """
         if self.cu_seqlens is None:
             return x.sum(1)
         offsets = self.cu_seqlens.long()
@@ -83,14 +98,30 @@ class Groups(NamedTuple):
     group_size: int
     mean: bool
     ref_per_token: bool = False
-    sft_share: Tensor | None = None  # [] fp32, counted groups / tokens of their chosen responses, of a batch seen in parts
+    sft_share: Tensor | None = (
+        None  # [] fp32, counted groups / tokens of their chosen responses, of a batch seen in parts
+    )
 
     @staticmethod
     def of(
-        op: str, objective: RPOObjective, sequences: Sequences, tokens: tuple[int, ...] | None, device: torch.device, *,
-        rewards, ref_logps, ref_weights, group_size, cu_groups, reduction, normalizer, is_live=False,
-    ) -> Groups:  # fmt: skip
-        """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they are still to be computed."""
+        op: str,
+        objective: RPOObjective,
+        sequences: Sequences,
+        tokens: tuple[int, ...] | None,
+        device: torch.device,
+        *,
+        rewards,
+        ref_logps,
+        ref_weights,
+        group_size,
+        cu_groups,
+        reduction,
+        normalizer,
+        is_live=False,
+    ) -> Groups:
+        """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they
+        are still to be computed.
+        """
         S = sequences.number
         group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
         G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
@@ -105,15 +136,26 @@ class Groups(NamedTuple):
             ref_logps = _constant(ref_logps).view(ref_logps.shape[0] if several else 1, -1)
             if several:
                 R = ref_logps.shape[0]
-                ref_weights = torch.full((R,), 1 / R, device=device) if ref_weights is None else ref_weights.detach().float()
+                ref_weights = (
+                    torch.full((R,), 1 / R, device=device)
+                    if ref_weights is None
+                    else ref_weights.detach().float()
+                )
         if isinstance(normalizer, Tensor):
             normalizer = _constant(normalizer).view(())
         elif normalizer is not None:
             normalizer = torch.full((), normalizer, dtype=torch.float32, device=device)
         return Groups(
-            objective, None if rewards is None else _constant(rewards), ref_logps, ref_weights, cu_groups, normalizer, group_size,
-            reduction == "mean", per_token,
-        )  # fmt: skip
+            objective,
+            None if rewards is None else _constant(rewards),
+            ref_logps,
+            ref_weights,
+            cu_groups,
+            normalizer,
+            group_size,
+            reduction == "mean",
+            per_token,
+        )
 
     def number(self, S: int) -> int:
         """G, of S sequences."""
@@ -121,8 +163,18 @@ class Groups(NamedTuple):
 
     def check_values(self, op: str, device: torch.device, sequences: Sequences, N: int) -> None:
         """What only the values of tensors tell; on a CPU, where reading them is free."""
-        checks.check_group_values(op, device, self.objective, sequences.number, N, sequences.cu_seqlens, self.cu_groups,
-                                  self.rewards, self.ref_weights, self.normalizer)  # fmt: skip
+        checks.check_group_values(
+            op,
+            device,
+            self.objective,
+            sequences.number,
+            N,
+            sequences.cu_seqlens,
+            self.cu_groups,
+            self.rewards,
+            self.ref_weights,
+            self.normalizer,
+        )
 
 
 def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:

@@ -1,13 +1,16 @@
-"""What to optimise: one frozen description of a preference objective, and the published methods as presets of it.
+"""What to optimise: one frozen description of a preference objective, and the published methods as
+presets of it.
 
-An objective says how the implicit rewards of a group of K responses are compared with their targets:
+An objective says how the implicit rewards of a group of K responses are compared with their
+targets:
 
     s_i = a_i (l_i - lref_i) - margin [i chosen]     a_i = beta, or beta / n_i under ``average``
     t_i = eta r*_i                                   or a target of the objective's own
     L_g = scale * D[s || t] + sft_weight * NLL(chosen)
 
-Reward-aware Preference Optimization, arXiv 2502.00203. *Naming trap*: RPO's **backward** KL is KL(target || policy), the
-one that contains DPO; most of the reinforcement-learning literature calls that direction *forward*.
+Reward-aware Preference Optimization, arXiv 2502.00203. *Naming trap*: RPO's **backward** KL is
+KL(target || policy), the one that contains DPO; most of the reinforcement-learning literature calls
+that direction *forward*.
 """
 
 from __future__ import annotations
@@ -27,19 +30,23 @@ TARGETS = ("rewards", "softmax")
 
 @dataclass(frozen=True)
 class RPOObjective:
-    """A distance between implicit reward gaps and target reward gaps, for groups of K responses to one prompt.
+    """A distance between implicit reward gaps and target reward gaps, for groups of K responses to
+    one prompt.
 
-    ========= ================================== ============================== ==================================
-    distance  listwise                           pairwise (mean over i < j)     pointwise (mean over i)
-    ========= ================================== ============================== ==================================
-    squared   1/2 mean_i (K/(K-1) (u_i - u))^2   1/2 (u_i - u_j)^2              1/2 u_i^2
-    back. KL  KL(softmax t || softmax s)         KL(B(t_i - t_j) || B(s_i-s_j)) KL(B(t_i) || B(s_i))
-    forw. KL  KL(softmax s || softmax t)         KL(B(s_i - s_j) || B(t_i-t_j)) KL(B(s_i) || B(t_i))
-    ========= ================================== ============================== ==================================
+    ========= ================================== ==============================
+    ================================== distance  listwise                           pairwise (mean
+    over i < j)     pointwise (mean over i) ========= ==================================
+    ============================== ================================== squared   1/2 mean_i (K/(K-1)
+    (u_i - u))^2   1/2 (u_i - u_j)^2              1/2 u_i^2 back. KL  KL(softmax t || softmax s)
+        KL(B(t_i - t_j) || B(s_i-s_j)) KL(B(t_i) || B(s_i)) forw. KL  KL(softmax s || softmax t)
+            KL(B(s_i - s_j) || B(t_i-t_j)) KL(B(s_i) || B(t_i))
+    ========= ================================== ==============================
+    ==================================
 
-    with u = s - t (u without an index: its mean over the group) and B(x) the Bernoulli distribution of sigmoid(x). For K = 2
-    listwise and pairwise agree. The *chosen* response of a group is the one with the largest target, the first of these when
-    tied; without rewards it is the first response.
+    with u = s - t (u without an index: its mean over the group) and B(x) the Bernoulli distribution
+    of sigmoid(x). For K = 2 listwise and pairwise agree. The *chosen* response of a group is the
+    one with the largest target, the first of these when tied; without rewards it is the first
+    response.
 
     Args:
         distance: ``"squared"``, ``"backward_kl"`` or ``"forward_kl"``.
@@ -47,22 +54,26 @@ class RPOObjective:
         eta: target units per unit of the explicit rewards, > 0.
         comparison: ``"listwise"``, ``"pairwise"`` or ``"pointwise"``.
         average: divide a sequence's log-ratio by its own number of scored tokens.
-        margin: subtracted from the implicit reward of the chosen response (SimPO's gamma), in reward units.
+        margin: subtracted from the implicit reward of the chosen response (SimPO's gamma), in
+            reward units.
         sft_weight: weight >= 0 of the negative log-likelihood of the chosen response, in nats.
-        sft_normalizer: that likelihood is the ``"sum"`` over the response's tokens, their ``"mean"``, or the mean over the
-            scored ``"tokens"`` of all chosen responses of the batch.
-        target: ``"rewards"`` for t = eta r*; a number for an objective with its own target, t = +target/2 for the chosen
-            response and -target/2 for the others, so that the gap is ``target`` >= 0 (may be ``inf``: a hard label);
-            ``"softmax"`` (pointwise) for t_i = log(K q_i) with weights 1 + K q_i, q = softmax(eta r*), as NCA has it.
-        label: for pairs, the probability q >= 1/2 that the first response is the better one, in place of a target. Values above
-            1 are legal under ``cross_entropy`` (robust DPO).
-        cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q). The gradient is the same; the
-            published losses of the DPO family print this form.
+        sft_normalizer: that likelihood is the ``"sum"`` over the response's tokens, their
+            ``"mean"``, or the mean over the scored ``"tokens"`` of all chosen responses of the
+            batch.
+        target: ``"rewards"`` for t = eta r*; a number for an objective with its own target, t =
+            +target/2 for the chosen response and -target/2 for the others, so that the gap is
+            ``target`` >= 0 (may be ``inf``: a hard label); ``"softmax"`` (pointwise) for t_i =
+            log(K q_i) with weights 1 + K q_i, q = softmax(eta r*), as NCA has it.
+        label: for pairs, the probability q >= 1/2 that the first response is the better one, in
+            place of a target. Values above 1 are legal under ``cross_entropy`` (robust DPO).
+        cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q). The
+            gradient is the same; the published losses of the DPO family print this form.
         scale: factor on the distance (published = scale x RPO).
-        leave_one_out: for squared listwise. False gives 1/2 Var(u), unbiased: (K-1)/K of the default.
-        reference: ``"single"``; ``"none"`` for reference-free objectives (lref = 0); or several references, of which
-            ``"harmonic"`` is lref = -logsumexp_k(log alpha_k - lref_k) (MRPO, arXiv 2405.16388) and ``"geometric"`` is
-            lref = sum_k alpha_k lref_k.
+        leave_one_out: for squared listwise. False gives 1/2 Var(u), unbiased: (K-1)/K of the
+            default.
+        reference: ``"single"``; ``"none"`` for reference-free objectives (lref = 0); or several
+            references, of which ``"harmonic"`` is lref = -logsumexp_k(log alpha_k - lref_k) (MRPO,
+            arXiv 2405.16388) and ``"geometric"`` is lref = sum_k alpha_k lref_k.
 
     Raises:
         ValueError: for an unknown name, or a number outside its range.
@@ -95,7 +106,9 @@ class RPOObjective:
         _number("margin", self.margin)
         for name in ("average", "cross_entropy", "leave_one_out"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"RPOObjective: `{name}` must be True or False, got {getattr(self, name)!r}")
+                raise TypeError(
+                    f"RPOObjective: `{name}` must be True or False, got {getattr(self, name)!r}"
+                )
         self._check_target()
         # The objective as one string, for operators that take only plain types. Inverse: from_spec.
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
@@ -107,16 +120,21 @@ class RPOObjective:
             )
         if not self.leave_one_out and (self.distance, self.comparison) != ("squared", "listwise"):
             raise ValueError(
-                "RPOObjective: `leave_one_out=False` belongs to distance 'squared' with comparison 'listwise', "
+                "RPOObjective: `leave_one_out=False` belongs to distance 'squared' with comparison "
+                "'listwise', "
                 f"got {self.distance!r} with {self.comparison!r}"
             )
 
     def _check_target(self) -> None:
         if isinstance(self.target, str):
             _one_of("target", self.target, TARGETS)
-            if self.target == "softmax" and (self.distance, self.comparison) != ("backward_kl", "pointwise"):
+            if self.target == "softmax" and (self.distance, self.comparison) != (
+                "backward_kl",
+                "pointwise",
+            ):
                 raise ValueError(
-                    "RPOObjective: target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', "
+                    "RPOObjective: target 'softmax' belongs to distance 'backward_kl' with "
+                    "comparison 'pointwise', "
                     f"got {self.distance!r} with {self.comparison!r}"
                 )
         else:
@@ -124,17 +142,28 @@ class RPOObjective:
         if self.label is None:
             return
         _number("label", self.label, low=0.5)
-        if self.distance != "backward_kl" or self.comparison == "pointwise" or self.target != "rewards":
+        if (
+            self.distance != "backward_kl"
+            or self.comparison == "pointwise"
+            or self.target != "rewards"
+        ):
             raise ValueError(
-                "RPOObjective: `label` is a pair's target under distance 'backward_kl', in place of `target`; "
-                f"got distance {self.distance!r}, comparison {self.comparison!r}, target {self.target!r}"
+                "RPOObjective: `label` is a pair's target under distance 'backward_kl', in place "
+                "of `target`; "
+                f"got distance {self.distance!r}, comparison {self.comparison!r}, target "
+                f"{self.target!r}"
             )
         if self.label > 1.0 and not self.cross_entropy:
-            raise ValueError(f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass cross_entropy=True")
+            raise ValueError(
+                f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass "
+                "cross_entropy=True"
+            )
 
     @property
     def uses_rewards(self) -> bool:
-        """Whether the loss functions need explicit ``rewards``; otherwise the first response of a group is the chosen one."""
+        """Whether the loss functions need explicit ``rewards``; otherwise the first response of a
+        group is the chosen one.
+        """
         return self.label is None and isinstance(self.target, str)
 
     @property
@@ -156,7 +185,7 @@ class RPOObjective:
         """The objective that ``spec`` describes."""
         return RPOObjective(**json.loads(spec))
 
-    # ---- presets: each equals the published loss in value (rloo: in gradient) -------------------------------------------
+    # ---- presets: each equals the published loss in value (rloo: in gradient) --------------------
 
     @classmethod
     def dpo(cls, beta: float = 0.1, label_smoothing: float = 0.0) -> RPOObjective:
@@ -166,25 +195,41 @@ class RPOObjective:
 
     @classmethod
     def robust_dpo(cls, beta: float = 0.1, label_smoothing: float = 0.1) -> RPOObjective:
-        """Robust DPO (arXiv 2403.00409): (-(1-eps) log sigmoid(d) + eps log sigmoid(-d)) / (1 - 2 eps), 0 <= eps < 1/2."""
+        """Robust DPO (arXiv 2403.00409): (-(1-eps) log sigmoid(d) + eps log sigmoid(-d)) / (1 - 2
+        eps), 0 <= eps < 1/2.
+        """
         _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         label = (1 - label_smoothing) / (1 - 2 * label_smoothing)
         return cls("backward_kl", beta, label=label, cross_entropy=True)
 
     @classmethod
     def ipo(cls, tau: float = 0.1, average: bool = False) -> RPOObjective:
-        """IPO (arXiv 2310.12036): (h - 1/(2 tau))^2 with h the log-ratio gap, of sums (paper) or of length averages (TRL)."""
+        """IPO (arXiv 2310.12036): (h - 1/(2 tau))^2 with h the log-ratio gap, of sums (paper) or of
+        length averages (TRL).
+        """
         _number("tau", tau, low=0.0, strict=True)
         return cls("squared", 1.0, average=average, target=1 / (2 * tau), scale=2.0)
 
     @classmethod
     def simpo(cls, beta: float = 2.0, gamma: float = 1.0) -> RPOObjective:
-        """SimPO (arXiv 2405.14734): -log sigmoid(beta (l_1/n_1 - l_2/n_2) - gamma), no reference."""
-        return cls("backward_kl", beta, average=True, margin=gamma, target=math.inf, cross_entropy=True, reference="none")
+        """SimPO (arXiv 2405.14734): -log sigmoid(beta (l_1/n_1 - l_2/n_2) - gamma), no
+        reference.
+        """
+        return cls(
+            "backward_kl",
+            beta,
+            average=True,
+            margin=gamma,
+            target=math.inf,
+            cross_entropy=True,
+            reference="none",
+        )
 
     @classmethod
     def cpo(cls, beta: float = 0.1, sft_weight: float = 1.0) -> RPOObjective:
-        """CPO (arXiv 2401.08417): -log sigmoid(beta (l_1 - l_2)) + weight x mean NLL of the chosen tokens, no reference."""
+        """CPO (arXiv 2401.08417): -log sigmoid(beta (l_1 - l_2)) + weight x mean NLL of the chosen
+        tokens, no reference.
+        """
         return cls(
             "backward_kl",
             beta,
@@ -202,7 +247,9 @@ class RPOObjective:
 
     @classmethod
     def rebel(cls, eta: float = 1.0) -> RPOObjective:
-        """REBEL (arXiv 2404.16767): (h / eta - (r_1 - r_2))^2; the reference is the previous policy."""
+        """REBEL (arXiv 2404.16767): (h / eta - (r_1 - r_2))^2; the reference is the previous
+        policy.
+        """
         _number("eta", eta, low=0.0, strict=True)
         return cls("squared", 1 / eta, scale=2.0)
 
@@ -214,7 +261,9 @@ class RPOObjective:
 
     @classmethod
     def softmax_dpo(cls, beta: float = 0.1) -> RPOObjective:
-        """Softmax-DPO (arXiv 2406.09215): -log softmax(s)_1 over K responses, the first one chosen."""
+        """Softmax-DPO (arXiv 2406.09215): -log softmax(s)_1 over K responses, the first one
+        chosen.
+        """
         return cls("backward_kl", beta, target=math.inf, cross_entropy=True)
 
     @classmethod
@@ -225,7 +274,8 @@ class RPOObjective:
 
     @classmethod
     def rloo(cls, beta: float = 0.1) -> RPOObjective:
-        """REINFORCE leave-one-out with the KL in the reward (arXiv 2402.14740), in gradient, on policy:
+        """REINFORCE leave-one-out with the KL in the reward (arXiv 2402.14740), in gradient, on
+        policy:
         -(1/K) sum_i A_i l_i with A_i the leave-one-out advantage of r_i - beta (l_i - lref_i)."""
         _number("beta", beta, low=0.0, strict=True)
         return cls("squared", beta, scale=1 / beta, leave_one_out=False)
@@ -237,20 +287,40 @@ class RPOObjective:
 
     @classmethod
     def sppo(cls, beta: float = 1e-3) -> RPOObjective:
-        """SPPO, hard labels (arXiv 2405.00675): (h_1 - 1/(2 beta))^2 + (h_2 + 1/(2 beta))^2, h_i = l_i - lref_i."""
+        """SPPO, hard labels (arXiv 2405.00675): (h_1 - 1/(2 beta))^2 + (h_2 + 1/(2 beta))^2, h_i =
+        l_i - lref_i.
+        """
         _number("beta", beta, low=0.0, strict=True)
         return cls("squared", beta, comparison="pointwise", target=1.0, scale=4 / beta / beta)
 
     @classmethod
     def nca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
-        """NCA (arXiv 2402.05369): -sum_i [softmax(r / alpha)_i log sigmoid(s_i) + 1/K log sigmoid(-s_i)]."""
+        """NCA (arXiv 2402.05369): -sum_i [softmax(r / alpha)_i log sigmoid(s_i) + 1/K log
+        sigmoid(-s_i)].
+        """
         _number("alpha", alpha, low=0.0, strict=True)
-        return cls("backward_kl", beta, eta=1 / alpha, comparison="pointwise", target="softmax", cross_entropy=True)
+        return cls(
+            "backward_kl",
+            beta,
+            eta=1 / alpha,
+            comparison="pointwise",
+            target="softmax",
+            cross_entropy=True,
+        )
 
     @classmethod
     def bco(cls, beta: float = 0.1) -> RPOObjective:
-        """BCO on pairs with reward shift 0 (arXiv 2404.04656): -log sigmoid(s_1) - log sigmoid(-s_2)."""
-        return cls("backward_kl", beta, comparison="pointwise", target=math.inf, cross_entropy=True, scale=2.0)
+        """BCO on pairs with reward shift 0 (arXiv 2404.04656): -log sigmoid(s_1) - log
+        sigmoid(-s_2).
+        """
+        return cls(
+            "backward_kl",
+            beta,
+            comparison="pointwise",
+            target=math.inf,
+            cross_entropy=True,
+            scale=2.0,
+        )
 
 
 # Names of the methods that build a published loss.
@@ -264,7 +334,9 @@ def _log_odds(label_smoothing: float) -> float:
 
 def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
     if value not in valid:
-        raise ValueError(f"RPOObjective: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}")
+        raise ValueError(
+            f"RPOObjective: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}"
+        )
 
 
 def _number(

@@ -1,7 +1,9 @@
-"""Kernels compiled with no GPU: the machine code that a launch would run on a given chip, and what that code costs.
+"""Kernels compiled with no GPU: the machine code that a launch would run on a given chip, and what
+that code costs.
 
     with recorded_launches() as launches:
-        vocabulary_forward(logits, labels, ...)         # tensors may be on the meta device: nothing runs
+        vocabulary_forward(logits, labels, ...)         # tensors may be on the meta device: nothing
+        runs
     code = launches[0].compile(GPUTarget("cuda", 90, 32))
     code.registers, code.local_bytes, code.loop_accesses, code.loops[0].exponentials
 
@@ -55,7 +57,9 @@ class MachineCode:
 
     @property
     def loop_accesses(self) -> Counter[tuple[str, int]]:
-        """Instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes per thread)."""
+        """Instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes
+        per thread).
+        """
         return sum((loop.accesses for loop in self.loops), Counter())
 
 
@@ -70,7 +74,9 @@ class Launch:
 
     def compile(self, target: Any, **options: Any) -> MachineCode:
         """See :func:`compile_kernel`."""
-        return compile_kernel(self.kernel, self.arguments, target, self.num_warps, **(self.options | options))
+        return compile_kernel(
+            self.kernel, self.arguments, target, self.num_warps, **(self.options | options)
+        )
 
 
 @contextlib.contextmanager
@@ -88,14 +94,18 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any) -> MachineCode:
+def compile_kernel(
+    kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any
+) -> MachineCode:
     """Compile a ``@triton.jit`` function as a launch with these arguments would on a chip.
 
     Args:
         kernel: the function, not decorated for the interpreter.
-        arguments: every argument by name. Tensors count by dtype and alignment, None and constexprs by value, integers as
-            Triton's launcher specialises them: divisible by 16, equal to 1, beyond 32 bits.
-        target: ``triton.backends.compiler.GPUTarget``: ``("cuda", 90, 32)``, ``("hip", "gfx942", 64)``, ...
+        arguments: every argument by name. Tensors count by dtype and alignment, None and constexprs
+            by value, integers as Triton's launcher specialises them: divisible by 16, equal to 1,
+            beyond 32 bits.
+        target: ``triton.backends.compiler.GPUTarget``: ``("cuda", 90, 32)``, ``("hip", "gfx942",
+            64)``, ...
         num_warps: of a program.
         options: further options of the compiler, such as ``maxnreg``.
 
@@ -104,7 +114,10 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_w
     """
     triton = _triton()
     if not isinstance(kernel, triton.JITFunction):
-        raise RuntimeError(f"compile_kernel: {kernel.__name__!r} is interpreted here; start a process without TRITON_INTERPRET=1")
+        raise RuntimeError(
+            f"compile_kernel: {kernel.__name__!r} is interpreted here; start a process without "
+            "TRITON_INTERPRET=1"
+        )
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
         kind, constant, aligned = _specialise(param, arguments[param.name])
@@ -121,7 +134,9 @@ def compile_kernel(kernel: Any, arguments: Mapping[str, Any], target: Any, num_w
         local = max(read("private_segment_fixed_size"), 4 * read("vgpr_spill_count"))
         return MachineCode(asm, read("vgpr_count"), local, shared)
     usage = _nvidia_tool("cuobjdump", asm["cubin"], "-res-usage")
-    registers, stack, local = (int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
+    registers, stack, local = (
+        int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
+    )
     return MachineCode(asm, registers, stack + local, shared)
 
 
@@ -131,7 +146,9 @@ def _nvidia_tool(name: str, cubin: bytes, option: str) -> str:
         file.write(cubin)
         file.flush()
         tool = getattr(_triton().knobs.nvidia, name).path
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _triton() -> Any:

@@ -1,15 +1,17 @@
-"""The truth the kernels are tested against: each quantity as the specification writes it, in plain PyTorch.
+"""The truth the kernels are tested against: each quantity as the specification writes it, in plain
+PyTorch.
 
-Slow and obvious on purpose: Python loops over sequences and groups, whole tensors in memory, autograd for every
-gradient. It shares no code with the rest of the package, so that a mistake there cannot hide here, and it computes in
-the dtype of its inputs (at least float32): pass float64 to get float64. Log-probabilities are in nats, implicit rewards
-in the units of the target rewards.
+Slow and obvious on purpose: Python loops over sequences and groups, whole tensors in memory,
+autograd for every gradient. It shares no code with the rest of the package, so that a mistake there
+cannot hide here, and it computes in the dtype of its inputs (at least float32): pass float64 to get
+float64. Log-probabilities are in nats, implicit rewards in the units of the target rewards.
 
-Shapes: N tokens, S sequences, G groups, K responses of one group, R references, V vocabulary, H hidden. Sequences are
-rows of ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S+1]``. Groups are contiguous: ``group_size`` responses
-each, or ragged with ``cu_groups`` ``[G+1]``.
+Shapes: N tokens, S sequences, G groups, K responses of one group, R references, V vocabulary, H
+hidden. Sequences are rows of ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S+1]``. Groups
+are contiguous: ``group_size`` responses each, or ragged with ``cu_groups`` ``[G+1]``.
 
-Losses: Reward-aware Preference Optimization, arXiv 2502.00203. Naming trap: its *backward* KL is KL(target || policy).
+Losses: Reward-aware Preference Optimization, arXiv 2502.00203. Naming trap: its *backward* KL is
+KL(target || policy).
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 
 
 class ReferenceOutput(NamedTuple):
-    """What a preference loss returns; unlike the output of the fused functions it stays in the autograd graph."""
+    """What a preference loss returns; unlike the output of the fused functions it stays in the
+    autograd graph.
+    """
 
     loss: Tensor  # scalar, or [G] with reduction "none"
     losses: Tensor  # [G]; 0 for a group that does not count
-    rewards: Tensor  # [S] implicit rewards a_i (l_i - lref_i), without margin; 0 for a response without a scored token
+    # [S] implicit rewards a_i (l_i - lref_i), without margin; 0 for a response without a scored
+    # token
+    rewards: Tensor
     logps: Tensor  # [S] sums of token log-probabilities, in nats
     lengths: Tensor | None  # [S] scored tokens, int64; None where the caller gave none
     targets: Tensor  # [S] t_i in reward units; 0 for a response without a scored token
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# ---- tokens --------------------------------------------------------------------------------------
 
 
 def token_logps(
@@ -51,11 +57,12 @@ def token_logps(
 ) -> Tensor:
     """lp = log softmax(z)[label], z = softcap tanh(logit_scale logits / softcap) / temperature.
 
-    ``logits`` [..., V], ``labels`` [...] -> [...], nats. Exactly 0, with zero gradient, where the label is
-    ``ignore_index``.
+    ``logits`` [..., V], ``labels`` [...] -> [...], nats. Exactly 0, with zero gradient, where the
+    label is ``ignore_index``.
     """
     scored = labels != ignore_index
-    # Ignored rows are never selected, so that an inf or NaN in one of them cannot reach a value or a gradient.
+    # Ignored rows are never selected, so that an inf or NaN in one of them cannot reach a value or
+    # a gradient.
     logp = torch.log_softmax(_scaled(logits[scored], temperature, logit_scale, softcap), dim=-1)
     picked = logp.gather(-1, labels[scored].long().unsqueeze(-1)).squeeze(-1)
     return _spread(picked, scored)
@@ -81,7 +88,9 @@ def token_entropy(
     return _spread(-(p * logp.masked_fill(p == 0, 0.0)).sum(-1), scored)
 
 
-def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any) -> Tensor:
+def linear_token_logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """:func:`token_logps`, with its options, of logits = hidden weight^T + bias.
 
     ``hidden`` [..., H], ``weight`` [V, H], ``bias`` [V], ``labels`` [...] -> [...], nats.
@@ -90,7 +99,7 @@ def linear_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: 
     return token_logps(logits, labels, **options)
 
 
-# ---- sequences -----------------------------------------------------------------------------------------------------
+# ---- sequences -----------------------------------------------------------------------------------
 
 
 def sequence_logps(
@@ -103,8 +112,8 @@ def sequence_logps(
 ) -> Tensor:
     """l_i = sum_t m_it lp_it, or its mean over the scored tokens under ``average``.
 
-    ``token_logps`` [S, T], or [N] with ``cu_seqlens`` -> [S], nats. Without ``labels`` every token is scored. A
-    sequence without a scored token has l_i = 0.
+    ``token_logps`` [S, T], or [N] with ``cu_seqlens`` -> [S], nats. Without ``labels`` every token
+    is scored. A sequence without a scored token has l_i = 0.
     """
     token_logps = _promoted(token_logps)
     sums = []
@@ -115,8 +124,13 @@ def sequence_logps(
     return _stack(sums, token_logps)
 
 
-def sequence_lengths(labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """n_i = sum_t m_it, the scored tokens. ``labels`` [S, T], or [N] with ``cu_seqlens`` -> [S], int64."""
+def sequence_lengths(
+    labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """n_i = sum_t m_it, the scored tokens.
+
+    ``labels`` [S, T], or [N] with ``cu_seqlens`` -> [S], int64.
+    """
     counts = [int((row != ignore_index).sum()) for row in _sequences(labels, cu_seqlens)]
     return torch.tensor(counts, dtype=torch.int64, device=labels.device)
 
@@ -137,22 +151,33 @@ def log_ratios(
 
         single      l_i - lref_i
         none        l_i
-        harmonic    logsumexp_k(log alpha_k + l_i - lref_ik)    lref = -logsumexp_k(log alpha_k - lref_k)
-        geometric   sum_k alpha_k (l_i - lref_ik)               lref = sum_k alpha_k lref_k
+        harmonic    logsumexp_k(log alpha_k + l_i - lref_ik)    lref = -logsumexp_k(log alpha_k -
+        lref_k) geometric   sum_k alpha_k (l_i - lref_ik)               lref = sum_k alpha_k lref_k
 
     (several references: MRPO, arXiv 2405.16388, combines them harmonically, per sequence.)
 
-    ``logps`` [S], or per token in the shape of ``labels`` when those are given -> [S], nats. ``ref_logps`` [S] or, with
-    labels, in their shape; a leading R for harmonic and geometric. ``ref_weights`` alpha [R] or [R, G], each column
-    summing to 1; uniform without. Per-token references are subtracted before the sum over tokens: the difference of
-    two large sums loses digits.
+    ``logps`` [S], or per token in the shape of ``labels`` when those are given -> [S], nats.
+    ``ref_logps`` [S] or, with labels, in their shape; a leading R for harmonic and geometric.
+    ``ref_weights`` alpha [R] or [R, G], each column summing to 1; uniform without. Per-token
+    references are subtracted before the sum over tokens: the difference of two large sums loses
+    digits.
     """
     logps = _promoted(logps)
-    ratios = _log_ratios(logps, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index)
+    ratios = _log_ratios(
+        logps,
+        objective,
+        ref_logps,
+        ref_weights,
+        labels,
+        group_size,
+        cu_groups,
+        cu_seqlens,
+        ignore_index,
+    )
     return _stack(ratios, logps)
 
 
-# ---- losses --------------------------------------------------------------------------------------------------------
+# ---- losses --------------------------------------------------------------------------------------
 
 
 def preference_loss(
@@ -170,13 +195,16 @@ def preference_loss(
 ) -> ReferenceOutput:
     """L = mean_g [ scale D[s || t] + sft_weight NLL(chosen) ] from sequence log-probabilities.
 
-    ``logps`` [S] sums in nats (never averages: ``objective.average`` divides by ``lengths``), ``rewards`` [S] the
-    explicit r* or None, ``ref_logps`` [S] or [R, S], ``lengths`` [S] scored tokens. A response without a scored token
-    is dropped from its group. A group that is left with fewer than two (pointwise: none), or that has no rewards and
-    lost its first response, has loss 0, no gradient, and does not count.
+    ``logps`` [S] sums in nats (never averages: ``objective.average`` divides by ``lengths``),
+    ``rewards`` [S] the explicit r* or None, ``ref_logps`` [S] or [R, S], ``lengths`` [S] scored
+    tokens. A response without a scored token is dropped from its group. A group that is left with
+    fewer than two (pointwise: none), or that has no rewards and lost its first response, has loss
+    0, no gradient, and does not count.
     """
     logps = _promoted(logps)
-    ratios = _log_ratios(logps, objective, ref_logps, ref_weights, None, group_size, cu_groups, None, -100)
+    ratios = _log_ratios(
+        logps, objective, ref_logps, ref_weights, None, group_size, cu_groups, None, -100
+    )
     groups = _groups(len(logps), group_size, cu_groups)
     return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
 
@@ -201,8 +229,8 @@ def rpo_loss(
 ) -> ReferenceOutput:
     """:func:`preference_loss` of the sequences in ``logits`` [S, T, V] (packed [N, V]).
 
-    ``labels`` [S, T] (packed [N]). ``ref_logps`` [S] or in the shape of ``labels``; with several references [R, S] or
-    [R, *labels.shape].
+    ``labels`` [S, T] (packed [N]). ``ref_logps`` [S] or in the shape of ``labels``; with several
+    references [R, S] or [R, *labels.shape].
     """
     tokens = token_logps(
         logits,
@@ -214,7 +242,17 @@ def rpo_loss(
     )
     logps = sequence_logps(tokens, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
     lengths = sequence_lengths(labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
-    ratios = _log_ratios(tokens, objective, ref_logps, ref_weights, labels, group_size, cu_groups, cu_seqlens, ignore_index)
+    ratios = _log_ratios(
+        tokens,
+        objective,
+        ref_logps,
+        ref_weights,
+        labels,
+        group_size,
+        cu_groups,
+        cu_seqlens,
+        ignore_index,
+    )
     groups = _groups(len(logps), group_size, cu_groups)
     return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
 
@@ -249,19 +287,28 @@ def _loss(
 ) -> ReferenceOutput:
     """The loss from sequence log-probabilities l_i and log-ratios h_i = l_i - lref_i."""
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reference: `reduction` must be 'mean', 'sum' or 'none', got {reduction!r}")
+        raise ValueError(
+            f"reference: `reduction` must be 'mean', 'sum' or 'none', got {reduction!r}"
+        )
     if reduction == "none" and normalizer is not None:
-        raise ValueError("reference: `normalizer` divides the sum of the losses, which reduction 'none' does not take")
+        raise ValueError(
+            "reference: `normalizer` divides the sum of the losses, which reduction 'none' does "
+            "not take"
+        )
     has_own_target = objective.label is not None or not isinstance(objective.target, str)
     if rewards is None and not has_own_target:
         raise ValueError("reference: this objective needs `rewards`")
-    needs_lengths = objective.average or (objective.sft_weight > 0 and objective.sft_normalizer != "sum")
+    needs_lengths = objective.average or (
+        objective.sft_weight > 0 and objective.sft_normalizer != "sum"
+    )
     if lengths is None and needs_lengths:
         raise ValueError("reference: this objective needs `lengths`")
 
     n = None if lengths is None else lengths.tolist()
     r = None if rewards is None or has_own_target else rewards.to(logps)
-    zero = logps[:0].sum()  # 0, in the graph: a batch in which nothing counts can still call backward
+    zero = logps[
+        :0
+    ].sum()  # 0, in the graph: a batch in which nothing counts can still call backward
 
     # Implicit rewards and targets, response by response.
     implicit = [zero] * len(logps)
@@ -292,19 +339,26 @@ def _loss(
             enough = len(members) >= (1 if objective.comparison == "pointwise" else 2)
         counted.append(enough and best is not None)
 
-    chosen_tokens = None if n is None else sum(n[best] for best, counts in zip(chosen, counted, strict=True) if counts)
+    chosen_tokens = (
+        None
+        if n is None
+        else sum(n[best] for best, counts in zip(chosen, counted, strict=True) if counts)
+    )
     losses = []
     for members, best, counts in zip(kept, chosen, counted, strict=True):
         if not counts:
             losses.append(zero)
             continue
-        loss = objective.scale * _distance(objective, s[members], t[members], [weights[i] for i in members])
+        loss = objective.scale * _distance(
+            objective, s[members], t[members], [weights[i] for i in members]
+        )
         if objective.sft_weight > 0:
             nll = -logps[best]
             if objective.sft_normalizer == "mean":
                 nll = nll / n[best]
             elif objective.sft_normalizer == "tokens":
-                # The mean of these over the counted groups is the mean over the chosen tokens of the batch.
+                # The mean of these over the counted groups is the mean over the chosen tokens of
+                # the batch.
                 nll = nll * sum(counted) / chosen_tokens
             loss = loss + objective.sft_weight * nll
         losses.append(loss)
@@ -321,7 +375,7 @@ def _loss(
     return ReferenceOutput(loss, losses, implicit, logps, lengths, t)
 
 
-# ---- targets -------------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------
 
 
 def _targets(
@@ -330,7 +384,9 @@ def _targets(
     """The targets t_i and the pointwise weights w_i of the remaining responses of a group."""
     if objective.label is not None or not isinstance(objective.target, str):
         gap = objective.target if objective.label is None else _log_odds(objective.label)
-        return [like.new_tensor(gap / 2 if i == group[0] else -gap / 2) for i in members], [1.0] * len(members)
+        return [like.new_tensor(gap / 2 if i == group[0] else -gap / 2) for i in members], [
+            1.0
+        ] * len(members)
     if not members:
         return [], []
     t = objective.eta * rewards[members]
@@ -349,8 +405,12 @@ def _log_odds(q: float) -> float:
     return math.log(q) - math.log1p(-q) if 0 < q < 1 else math.nan
 
 
-def _chosen(targets: list[Tensor], group: range, members: list[int], has_own_target: bool) -> int | None:
-    """The remaining response with the largest target, the first when tied; without rewards the group's first."""
+def _chosen(
+    targets: list[Tensor], group: range, members: list[int], has_own_target: bool
+) -> int | None:
+    """The remaining response with the largest target, the first when tied; without rewards the
+    group's first.
+    """
     if not members:
         return None
     if has_own_target:
@@ -373,13 +433,16 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
     return torch.zeros_like(a) if a == b else a - b
 
 
-# ---- distances -----------------------------------------------------------------------------------------------------
+# ---- distances -----------------------------------------------------------------------------------
 
 
 def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float]) -> Tensor:
     """D[s || t] of one group. ``s``, ``t`` [K] -> scalar."""
     if objective.distance != "backward_kl" and bool(t.isinf().any()):
-        raise ValueError(f"reference: an infinite target has no distance {objective.distance!r}; use 'backward_kl'")
+        raise ValueError(
+            f"reference: an infinite target has no distance {objective.distance!r}; use "
+            "'backward_kl'"
+        )
     if objective.label is not None:
         q = objective.label
         entropy = sum(-x * math.log(x) for x in (q, 1 - q) if x > 0)
@@ -388,8 +451,12 @@ def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float
         return _listwise_distance(objective, s, t)
     if objective.comparison == "pairwise":
         pairs = [(i, j) for j in range(len(s)) for i in range(j)]
-        return sum(_scalar_distance(objective, s[i] - s[j], _gap(t[i], t[j])) for i, j in pairs) / len(pairs)
-    return sum(w * _scalar_distance(objective, x, y) for w, x, y in zip(weights, s, t, strict=True)) / len(s)
+        return sum(
+            _scalar_distance(objective, s[i] - s[j], _gap(t[i], t[j])) for i, j in pairs
+        ) / len(pairs)
+    return sum(
+        w * _scalar_distance(objective, x, y) for w, x, y in zip(weights, s, t, strict=True)
+    ) / len(s)
 
 
 def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
@@ -406,11 +473,17 @@ def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
         entropy = _weighted(q, _softplus(-tau)) + _weighted(not_q, _softplus(tau))
         return _bernoulli_backward_kl(objective, d, q, not_q, entropy)
     p, not_p = torch.sigmoid(d), torch.sigmoid(-d)
-    return _at_least_zero(p * (_softplus(-tau) - _softplus(-d)) + not_p * (_softplus(tau) - _softplus(d)))
+    return _at_least_zero(
+        p * (_softplus(-tau) - _softplus(-d)) + not_p * (_softplus(tau) - _softplus(d))
+    )
 
 
 def _bernoulli_backward_kl(
-    objective: RPOObjective, d: Tensor, q: Tensor | float, not_q: Tensor | float, entropy: Tensor | float
+    objective: RPOObjective,
+    d: Tensor,
+    q: Tensor | float,
+    not_q: Tensor | float,
+    entropy: Tensor | float,
 ) -> Tensor:
     """CE = q A(-d) + (1-q) A(d), or KL = CE - H(q). q may lie outside [0, 1] in the first."""
     cross_entropy = _weighted(q, _softplus(-d)) + _weighted(not_q, _softplus(d))
@@ -420,8 +493,8 @@ def _bernoulli_backward_kl(
 def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
     """D over the whole group, p = softmax(s), q = softmax(t).
 
-    squared       mean_i 1/2 (a_i - b_i)^2, a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar), b_i the same for t
-    backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
+    squared       mean_i 1/2 (a_i - b_i)^2, a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar),
+    b_i the same for t backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
     forward_kl    KL(p || q)
     """
     K = len(s)
@@ -443,14 +516,21 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """A(x) = max(x, 0) + log1p(exp(-|x|)), with slope 1/2 at 0. torch's softplus is linear above 20: off by 2e-9."""
+    """A(x) = max(x, 0) + log1p(exp(-|x|)), with slope 1/2 at 0.
+
+    Torch's softplus is linear above 20: off by 2e-9.
+    """
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _log_softmax(s: Tensor) -> Tensor:
-    """log p_i = -A(logsumexp_{j != i} s_j - s_i), for K > 1: every digit also where p_i is next to 1. [K] -> [K]."""
+    """log p_i = -A(logsumexp_{j != i} s_j - s_i), for K > 1: every digit also where p_i is next to
+    1. [K] -> [K].
+    """
     others = [[j for j in range(len(s)) if j != i] for i in range(len(s))]
-    return torch.stack([-_softplus(torch.logsumexp(s[o], dim=0) - x) for x, o in zip(s, others, strict=True)])
+    return torch.stack(
+        [-_softplus(torch.logsumexp(s[o], dim=0) - x) for x, o in zip(s, others, strict=True)]
+    )
 
 
 def _weighted(weight: Tensor | float, x: Tensor) -> Tensor:
@@ -459,11 +539,13 @@ def _weighted(weight: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _at_least_zero(kl: Tensor) -> Tensor:
-    """max(kl, 0) in value, kl in gradient: rounding can push a divergence below 0 next to its optimum."""
+    """max(kl, 0) in value, kl in gradient: rounding can push a divergence below 0 next to its
+    optimum.
+    """
     return kl - kl.detach().clamp(max=0)
 
 
-# ---- shapes --------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 def _log_ratios(
@@ -477,7 +559,9 @@ def _log_ratios(
     cu_seqlens: Tensor | None,
     ignore_index: int,
 ) -> list[Tensor]:
-    """:func:`log_ratios` as a list: a response that nothing uses then gets no gradient at all, not 0 * NaN."""
+    """:func:`log_ratios` as a list: a response that nothing uses then gets no gradient at all, not
+    0 * NaN.
+    """
     if labels is None:
         policy = [x.unsqueeze(0) for x in logps]
         scored = [torch.ones(1, dtype=torch.bool, device=logps.device)] * len(policy)
@@ -487,19 +571,25 @@ def _log_ratios(
     if objective.reference == "none":
         return [x[m].sum() for x, m in zip(policy, scored, strict=True)]
     if ref_logps is None:
-        raise ValueError(f"reference: an objective with reference {objective.reference!r} needs `ref_logps`")
+        raise ValueError(
+            f"reference: an objective with reference {objective.reference!r} needs `ref_logps`"
+        )
 
     several = objective.reference in ("harmonic", "geometric")
     refs = list(ref_logps.to(logps.dtype)) if several else [ref_logps.to(logps.dtype)]
     for ref in refs:
         if ref.shape not in {(len(policy),), logps.shape}:
             expected = f"{'[R, S]' if several else '[S]'} or per token with labels"
-            raise ValueError(f"reference: `ref_logps` must be {expected}, got shape {tuple(ref_logps.shape)}")
+            raise ValueError(
+                f"reference: `ref_logps` must be {expected}, got shape {tuple(ref_logps.shape)}"
+            )
 
     groups = _groups(len(policy), group_size, cu_groups)
     group_of = {i: g for g, group in enumerate(groups) for i in group}
     alpha = torch.full((len(refs),), 1 / len(refs)) if ref_weights is None else ref_weights
-    alpha = alpha.to(logps) if alpha.ndim == 2 else alpha.to(logps).unsqueeze(1).expand(-1, len(groups))
+    alpha = (
+        alpha.to(logps) if alpha.ndim == 2 else alpha.to(logps).unsqueeze(1).expand(-1, len(groups))
+    )
 
     ratios = []
     for i, (x, m) in enumerate(zip(policy, scored, strict=True)):
@@ -527,36 +617,57 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
         edges = torch.as_tensor(cu_seqlens).tolist()
         return [x[start:stop] for start, stop in pairwise(edges)]
     if x.ndim != 2:
-        raise ValueError(f"reference: tokens must be [S, T], or [N] with `cu_seqlens`; got shape {tuple(x.shape)}")
+        raise ValueError(
+            "reference: tokens must be [S, T], or [N] with `cu_seqlens`; got shape "
+            f"{tuple(x.shape)}"
+        )
     return list(x)
 
 
-def _scored_positions(tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int) -> list[Tensor]:
+def _scored_positions(
+    tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int
+) -> list[Tensor]:
     """The mask m_it of each sequence; without labels every token is scored."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if labels is None else labels != ignore_index
     if mask.shape != tokens.shape:
-        raise ValueError(f"reference: `labels` must have shape {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+        raise ValueError(
+            f"reference: `labels` must have shape {tuple(tokens.shape)}, got {tuple(mask.shape)}"
+        )
     return _sequences(mask, cu_seqlens)
 
 
 def _groups(responses: int, group_size: int, cu_groups: Tensor | None) -> list[range]:
     """The responses of each group."""
-    edges = range(0, responses + 1, group_size) if cu_groups is None else torch.as_tensor(cu_groups).tolist()
+    edges = (
+        range(0, responses + 1, group_size)
+        if cu_groups is None
+        else torch.as_tensor(cu_groups).tolist()
+    )
     if edges[-1] != responses:
-        raise ValueError(f"reference: the groups end at response {edges[-1]}, but there are {responses}")
+        raise ValueError(
+            f"reference: the groups end at response {edges[-1]}, but there are {responses}"
+        )
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def _scaled(logits: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
-    """z = softcap tanh(logit_scale logits / softcap) / temperature; without a cap logit_scale logits / temperature."""
+def _scaled(
+    logits: Tensor, temperature: float, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """z = softcap tanh(logit_scale logits / softcap) / temperature; without a cap logit_scale
+    logits / temperature.
+    """
     z = logit_scale * _promoted(logits)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
 
 
-def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int) -> Tensor:
-    """hidden weight^T + bias at the scored positions; the rows of ignored ones are zeros that nothing reads."""
+def _linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
+) -> Tensor:
+    """hidden weight^T + bias at the scored positions; the rows of ignored ones are zeros that
+    nothing reads.
+    """
     scored = labels != ignore_index
     rows = _promoted(hidden[scored]) @ _promoted(weight).T
     if bias is not None:
@@ -571,7 +682,9 @@ def _promoted(x: Tensor) -> Tensor:
 
 def _spread(values: Tensor, scored: Tensor) -> Tensor:
     """The values at the scored positions, exact zeros elsewhere."""
-    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(scored, values)
+    return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(
+        scored, values
+    )
 
 
 def _stack(scalars: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
     with ledger() as launches:
         token_logps(logits, labels, backend="triton")
-    launches[0].kernel, launches[0].loads["logits"]     # times each element was loaded, in the shape of the logits
+    launches[0].kernel, launches[0].loads["logits"]     # times each element was loaded, in the
+    shape of the logits
 
-The interpreter runs programs one after the other and sees every address. So counts are exact, and show what only a GPU would
+The interpreter runs programs one after the other and sees every address. So counts are exact, and
+show what only a GPU would
 suffer from: accesses outside the arguments, and accesses that no barrier orders.
 """
 
@@ -20,23 +22,37 @@ import torch
 
 
 class Launch:
-    """What one launch of a kernel did to its tensors, each under the name of its argument without ``_ptr``.
+    """What one launch of a kernel did to its tensors, each under the name of its argument without
+    ``_ptr``.
 
     Attributes:
         kernel: name of the kernel.
-        loads, stores: per tensor, how often each element was accessed, in its shape. Tensors in the same memory share counts.
+        loads, stores: per tensor, how often each element was accessed, in its shape. Tensors in the
+            same memory share counts.
         loaded_bytes, stored_bytes: per tensor.
         stray: accesses to no element of any argument.
-        races: accesses to what another program stores, and loads of what the same program stored since its last barrier.
+        races: accesses to what another program stores, and loads of what the same program stored
+            since its last barrier.
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any]):
         self.kernel, self.races, self._outside = kernel, 0, 0
-        self._epoch = self._program = 0  # barriers and programs so far; epoch in which the present program began
+        self._epoch = self._program = (
+            0  # barriers and programs so far; epoch in which the present program began
+        )
         self._regions: dict[tuple, _Region] = {}
-        tensors = {name.removesuffix("_ptr"): x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
-        keys = {name: (x.data_ptr(), tuple(x.shape), x.stride(), x.element_size()) for name, x in tensors.items()}
-        self._named = {name: self._regions.setdefault(key, _Region(*key)) for name, key in keys.items()}
+        tensors = {
+            name.removesuffix("_ptr"): x
+            for name, x in arguments.items()
+            if isinstance(x, torch.Tensor)
+        }
+        keys = {
+            name: (x.data_ptr(), tuple(x.shape), x.stride(), x.element_size())
+            for name, x in tensors.items()
+        }
+        self._named = {
+            name: self._regions.setdefault(key, _Region(*key)) for name, key in keys.items()
+        }
 
     @property
     def loads(self) -> dict[str, np.ndarray]:
@@ -48,15 +64,23 @@ class Launch:
 
     @property
     def loaded_bytes(self) -> dict[str, int]:
-        return {name: int(counts.sum()) * self._named[name].size for name, counts in self.loads.items()}
+        return {
+            name: int(counts.sum()) * self._named[name].size for name, counts in self.loads.items()
+        }
 
     @property
     def stored_bytes(self) -> dict[str, int]:
-        return {name: int(counts.sum()) * self._named[name].size for name, counts in self.stores.items()}
+        return {
+            name: int(counts.sum()) * self._named[name].size for name, counts in self.stores.items()
+        }
 
     @property
     def stray(self) -> int:
-        gaps = (c.sum() - r.by_element(c).sum() for r in self._regions.values() for c in (r.loads, r.stores))
+        gaps = (
+            c.sum() - r.by_element(c).sum()
+            for r in self._regions.values()
+            for c in (r.loads, r.stores)
+        )
         return self._outside + int(sum(gaps))
 
     def advance(self, program: bool) -> None:
@@ -66,14 +90,22 @@ class Launch:
 
     def book(self, pointers: Any, mask: Any, store: bool) -> None:
         """Count an access to a block of pointers of the interpreter."""
-        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.int64)
+        addresses = pointers.data[
+            np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+        ].astype(np.int64)
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
         for region in self._regions.values():
-            inside = (addresses >= region.start) & (addresses < region.start + region.span * region.size)
+            inside = (addresses >= region.start) & (
+                addresses < region.start + region.span * region.size
+            )
             if size % region.size == 0 and inside.any():
                 # a word may hold several elements
-                offsets = (addresses[inside, None] - region.start + np.arange(0, size, region.size)).flatten()
-                self._outside += int(((offsets % region.size != 0) | (offsets >= region.span * region.size)).sum())
+                offsets = (
+                    addresses[inside, None] - region.start + np.arange(0, size, region.size)
+                ).flatten()
+                self._outside += int(
+                    ((offsets % region.size != 0) | (offsets >= region.span * region.size)).sum()
+                )
                 offsets = offsets[offsets < region.span * region.size]
                 self.races += region.book(offsets // region.size, store, self._epoch, self._program)
                 addresses = addresses[~inside]
@@ -85,7 +117,9 @@ class _Region:
 
     def __init__(self, start: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int):
         self.start, self.shape, self.strides, self.size = start, shape, strides, size
-        self.span = 0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        self.span = (
+            0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
+        )
         self.loads, self.stores = np.zeros((2, self.span), np.int64)
         self._stored_in, self._loaded_by = np.full((2, self.span), -1)  # an epoch, a program
 
@@ -105,7 +139,8 @@ class _Region:
 
 @contextlib.contextmanager
 def ledger() -> Iterator[list[Launch]]:
-    """Within it, every launch of a kernel is appended to the list that it yields. Atomics are refused.
+    """Within it, every launch of a kernel is appended to the list that it yields. Atomics are
+    refused.
 
     Raises:
         RuntimeError: where kernels are compiled, not interpreted.
@@ -113,14 +148,21 @@ def ledger() -> Iterator[list[Launch]]:
     from .backend import interpreted
 
     if not interpreted():
-        raise RuntimeError("ledger: traffic is counted in Triton's interpreter; start the process with TRITON_INTERPRET=1")
+        raise RuntimeError(
+            "ledger: traffic is counted in Triton's interpreter; start the process with "
+            "TRITON_INTERPRET=1"
+        )
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     launches: list[Launch] = []
 
     def before(owner: type, name: str, action: Any) -> Any:
         original = getattr(owner, name)
-        return mock.patch.object(owner, name, lambda *args, **kwargs: (action(*args, **kwargs), original(*args, **kwargs))[1])
+        return mock.patch.object(
+            owner,
+            name,
+            lambda *args, **kwargs: (action(*args, **kwargs), original(*args, **kwargs))[1],
+        )
 
     def launch(fn, *args, grid, warmup, **kwargs):
         launches.append(Launch(fn.__name__, dict(zip(fn.arg_names, args)) | kwargs))
@@ -133,8 +175,16 @@ def ledger() -> Iterator[list[Launch]]:
             (InterpretedFunction, "run", launch),
             (InterpreterBuilder, "set_grid_idx", lambda *_: launches[-1].advance(program=True)),
             (InterpreterBuilder, "create_barrier", lambda *_: launches[-1].advance(program=False)),
-            (InterpreterBuilder, "create_masked_load", lambda _, at, mask, *rest, **kw: launches[-1].book(at, mask, False)),
-            (InterpreterBuilder, "create_masked_store", lambda _, at, x, mask, *rest: launches[-1].book(at, mask, True)),
+            (
+                InterpreterBuilder,
+                "create_masked_load",
+                lambda _, at, mask, *rest, **kw: launches[-1].book(at, mask, False),
+            ),
+            (
+                InterpreterBuilder,
+                "create_masked_store",
+                lambda _, at, x, mask, *rest: launches[-1].book(at, mask, True),
+            ),
             (InterpreterBuilder, "create_atomic_cas", refuse),
             (InterpreterBuilder, "create_atomic_rmw", refuse),
         ]:

@@ -1,11 +1,15 @@
-"""One suite for every machine: compiled kernels where there is a GPU, Triton's interpreter elsewhere."""
+"""One suite for every machine: compiled kernels where there is a GPU, Triton's interpreter
+elsewhere.
+"""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before any import of one
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is decorated, so before any import of one
+    )
 
 import pytest
 
@@ -16,12 +20,16 @@ if not torch.cuda.is_available():
     def _fma(self, x, y, z):
         """Rounded once, as on a chip; the interpreter rounds the product too."""
         with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(
+                np.float64
+            )
             return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     InterpreterBuilder.create_fma = _fma
 
-torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(
+    max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,7 +6,9 @@ import functools
 
 import torch
 
-WORDS = "red green blue one two three small large cat dog bird runs sleeps sings the a and then".split()
+WORDS = (
+    "red green blue one two three small large cat dog bird runs sleeps sings the a and then".split()
+)
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -23,16 +25,26 @@ def tokenizer():
     raw = Tokenizer(models.BPE(unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator([" ".join(WORDS)] * 20, trainers.BpeTrainer(vocab_size=120, special_tokens=special))
+    raw.train_from_iterator(
+        [" ".join(WORDS)] * 20, trainers.BpeTrainer(vocab_size=120, special_tokens=special)
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", additional_special_tokens=special[2:], chat_template=TEMPLATE
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="</s>",
+        additional_special_tokens=special[2:],
+        chat_template=TEMPLATE,
     )
 
 
 SIZES = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 128,
-}  # fmt: skip
+}
 
 
 def llama(seed: int = 0):
@@ -48,7 +60,9 @@ def mixtral(seed: int = 0):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)
-    return MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer()), num_local_experts=4, **SIZES))
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=len(tokenizer()), num_local_experts=4, **SIZES)
+    )
 
 
 def text(seed: int, words: int) -> str:

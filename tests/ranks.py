@@ -1,7 +1,7 @@
 """Many cases in one set of gloo processes, because starting them takes longer than any case.
 
-``python -m tests.ranks MODULE WORLD RANK FOLDER`` is one rank: it runs every case of a module, each in a process group of its own,
-so that a case that fails on one rank leaves the next one alone.
+``python -m tests.ranks MODULE WORLD RANK FOLDER`` is one rank: it runs every case of a module, each
+in a process group of its own, so that a case that fails on one rank leaves the next one alone.
 """
 
 from __future__ import annotations
@@ -25,20 +25,30 @@ PATIENCE = timedelta(seconds=20)  # of a collective that a failed rank does not 
 
 def run(module: str, world: int, folder: Path) -> dict[str, list[str]]:
     """Names of the cases that ran on so many ranks, with the failures of each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with contextlib.ExitStack() as files:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.ranks", module, str(world), str(rank), str(folder)], cwd=Path(__file__).parents[1],
-                env=environment, stdout=files.enter_context((folder / f"log{rank}").open("w")), stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "tests.ranks", module, str(world), str(rank), str(folder)],
+                cwd=Path(__file__).parents[1],
+                env=environment,
+                stdout=files.enter_context((folder / f"log{rank}").open("w")),
+                stderr=subprocess.STDOUT,
             )
             for rank in range(world)
-        ]  # fmt: skip
+        ]
         for process in processes:
             process.wait()
     failures: dict[str, list[str]] = {}
     for rank, process in enumerate(processes):
-        assert process.returncode == 0, f"rank {rank}:\n{(folder / f'log{rank}').read_text()[-4000:]}"
+        assert process.returncode == 0, (
+            f"rank {rank}:\n{(folder / f'log{rank}').read_text()[-4000:]}"
+        )
         for name, failure in json.loads((folder / f"rank{rank}.json").read_text()).items():
             failures.setdefault(name, []).extend([f"rank {rank}:\n{failure}"] if failure else [])
     return failures
@@ -48,11 +58,17 @@ def main(module: str, world: int, rank: int, folder: Path) -> None:
     cases: dict[str, tuple[Callable, tuple[int, ...]]] = importlib.import_module(module).CASES
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world, timeout=PATIENCE
+        "gloo",
+        store=dist.FileStore(str(folder / "store"), world),
+        rank=rank,
+        world_size=world,
+        timeout=PATIENCE,
     )
     results = {}
     for name, (case, worlds) in cases.items():
-        if world not in worlds or name not in os.environ.get("CASES", name):  # CASES: some alone, by hand
+        if world not in worlds or name not in os.environ.get(
+            "CASES", name
+        ):  # CASES: some alone, by hand
             continue
         torch.manual_seed(0)  # the same tensors on all ranks
         group = dist.new_group(timeout=PATIENCE)

@@ -1,8 +1,9 @@
-"""Arguments that do not fit raise before anything is launched, and the message names the operation, the argument in
-backticks, what was expected and what came.
+"""Arguments that do not fit raise before anything is launched, and the message names the operation,
+the argument in backticks, what was expected and what came.
 
-No engine can run in this file: whoever asks for one fails the test. Values are looked at on a CPU only, so all tensors
-here live on one; what a GPU makes of bad values is for the tests of the kernels.
+No engine can run in this file: whoever asks for one fails the test. Values are looked at on a CPU
+only, so all tensors here live on one; what a GPU makes of bad values is for the tests of the
+kernels.
 """
 
 from __future__ import annotations
@@ -22,11 +23,29 @@ from rpo_kernels import RPOObjective, backend
 from .helpers import compiling
 
 INF, NAN = math.inf, math.nan
-PRESETS_WITH_BETA = ["dpo", "robust_dpo", "simpo", "cpo", "distill_dpo", "exo", "softmax_dpo", "infonca", "rloo", "gvpo",
-                     "sppo", "nca", "bco"]  # fmt: skip
+PRESETS_WITH_BETA = [
+    "dpo",
+    "robust_dpo",
+    "simpo",
+    "cpo",
+    "distill_dpo",
+    "exo",
+    "softmax_dpo",
+    "infonca",
+    "rloo",
+    "gvpo",
+    "sppo",
+    "nca",
+    "bco",
+]
 
 # Four sequences of three tokens, two groups, a vocabulary of five.
-LOGITS, LABELS, REWARDS, REF_LOGPS = torch.zeros(4, 3, 5), torch.ones(4, 3).long(), torch.arange(4.0), torch.zeros(4)
+LOGITS, LABELS, REWARDS, REF_LOGPS = (
+    torch.zeros(4, 3, 5),
+    torch.ones(4, 3).long(),
+    torch.arange(4.0),
+    torch.zeros(4),
+)
 PACKED = {"logits": torch.zeros(12, 5), "labels": torch.ones(12).long()}
 OFFSETS = torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)
 TOKENS = {"logits": LOGITS, "labels": LABELS}
@@ -79,7 +98,7 @@ def test_without_a_bad_argument_an_engine_is_asked_for(op):
         call(op, {})
 
 
-# ---- what a tensor is -------------------------------------------------------------------------------------------------
+# ---- what a tensor is ----------------------------------------------------------------------------
 
 TENSORS = [
     *[(op, name, {}) for op in VOCABULARY_OPS for name in ("logits", "labels")],
@@ -94,7 +113,11 @@ TENSORS = [
     ("sequence_logps", "cu_seqlens", {"token_logps": torch.zeros(12), "cu_seqlens": OFFSETS}),
     ("shift_labels", "input_ids", {}),
     ("shift_labels", "mask", {}),
-    ("shift_labels", "cu_seqlens", {"input_ids": LABELS[0], "mask": LABELS[0], "cu_seqlens": offsets(0, 3)}),
+    (
+        "shift_labels",
+        "cu_seqlens",
+        {"input_ids": LABELS[0], "mask": LABELS[0], "cu_seqlens": offsets(0, 3)},
+    ),
 ]
 FIRST = ("logits", "logps", "token_logps", "input_ids")  # the others must be where these are
 
@@ -109,7 +132,10 @@ def test_a_jagged_tensor_is_told_to_come_packed(op, name, good):
     """As verl hands them over."""
     x = (GOOD[op] | good)[name]
     nested = torch.nested.nested_tensor([x.reshape(-1)[:1], x.reshape(-1)[:2]], layout=torch.jagged)
-    message = f"`{name}` must be a plain tensor, got a nested one; pass {name}.values(), packed, and {name}.offsets().int() as "
+    message = (
+        f"`{name}` must be a plain tensor, got a nested one; pass {name}.values(), packed, and "
+        f"{name}.offsets().int() as "
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(f'{op}: {message}`cu_seqlens`')}"):
         call(op, good | {name: nested})
 
@@ -117,12 +143,18 @@ def test_a_jagged_tensor_is_told_to_come_packed(op, name, good):
 @pytest.mark.parametrize("op, name, good", [case for case in TENSORS if case[1] not in FIRST])
 def test_a_tensor_on_another_device_is_named(op, name, good):
     elsewhere = (GOOD[op] | good)[name].to("meta")
-    refuses(op, f"`{name}` must be on cpu like the first argument, got meta", **good | {name: elsewhere})
+    refuses(
+        op, f"`{name}` must be on cpu like the first argument, got meta", **good | {name: elsewhere}
+    )
 
 
 @pytest.mark.parametrize("op, name, good", [(op, "normalizer", {}) for op in GROUP_OPS])
 def test_a_normalizer_on_another_device_is_named(op, name, good):
-    refuses(op, "`normalizer` must be on cpu like the first argument, got meta", normalizer=torch.ones((), device="meta"))
+    refuses(
+        op,
+        "`normalizer` must be on cpu like the first argument, got meta",
+        normalizer=torch.ones((), device="meta"),
+    )
 
 
 DTYPES = [
@@ -131,8 +163,16 @@ DTYPES = [
     ("preference_loss", "logps", torch.float64, "float32, float16 or bfloat16"),
     ("sequence_logps", "token_logps", torch.float64, "float32, float16 or bfloat16"),
     *[(op, "ref_logps", torch.float64, "float32, float16 or bfloat16") for op in GROUP_OPS],
-    *[(op, "labels", dtype, "int64 or int32") for op in VOCABULARY_OPS for dtype in (torch.float32, torch.bool)],
-    *[(op, "rewards", dtype, "real numbers") for op in GROUP_OPS for dtype in (torch.bool, torch.complex64)],
+    *[
+        (op, "labels", dtype, "int64 or int32")
+        for op in VOCABULARY_OPS
+        for dtype in (torch.float32, torch.bool)
+    ],
+    *[
+        (op, "rewards", dtype, "real numbers")
+        for op in GROUP_OPS
+        for dtype in (torch.bool, torch.complex64)
+    ],
     ("shift_labels", "input_ids", torch.float32, "integers"),
     ("shift_labels", "input_ids", torch.bool, "integers"),
 ]
@@ -140,12 +180,25 @@ DTYPES = [
 
 @pytest.mark.parametrize("op, name, dtype, expected", DTYPES)
 def test_a_tensor_of_another_dtype_is_named(op, name, dtype, expected):
-    refuses(op, f"`{name}` must be {expected}, got {dtype}", TypeError, **{name: GOOD[op][name].to(dtype)})
+    refuses(
+        op,
+        f"`{name}` must be {expected}, got {dtype}",
+        TypeError,
+        **{name: GOOD[op][name].to(dtype)},
+    )
 
 
 def test_float64_is_told_what_computes_in_it():
-    message = "`logits` must be float32, float16 or bfloat16, got torch.float64; the kernels compute in float32, "
-    refuses("token_logps", message + "rpo_kernels.reference in float64", TypeError, logits=LOGITS.double())
+    message = (
+        "`logits` must be float32, float16 or bfloat16, got torch.float64; the kernels compute in "
+        "float32, "
+    )
+    refuses(
+        "token_logps",
+        message + "rpo_kernels.reference in float64",
+        TypeError,
+        logits=LOGITS.double(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,22 +208,34 @@ def test_float64_is_told_what_computes_in_it():
 )
 def test_a_gradient_that_would_be_lost_is_refused(op, name, good):
     wants = (GOOD[op] | good)[name].clone().requires_grad_()
-    refuses(op, f"`{name}` gets no gradient, but requires one; pass {name}.detach()", **good | {name: wants})
+    refuses(
+        op,
+        f"`{name}` gets no gradient, but requires one; pass {name}.detach()",
+        **good | {name: wants},
+    )
     with torch.no_grad(), pytest.raises(AssertionError, match="launched"):
         call(op, good | {name: wants})  # no gradient is expected here
 
 
-# ---- logits and labels ------------------------------------------------------------------------------------------------
+# ---- logits and labels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_labels_one_longer_than_logits_are_told_to_shift(op):
-    message = "`labels` must be [4, 3], one for each position of `logits`; got [4, 4]; labels[t] is the token that position "
-    refuses(op, message + "t predicts, did you mean `labels[:, 1:]`?", labels=torch.ones(4, 4).long())
+    message = (
+        "`labels` must be [4, 3], one for each position of `logits`; got [4, 4]; labels[t] is the "
+        "token that position "
+    )
+    refuses(
+        op, message + "t predicts, did you mean `labels[:, 1:]`?", labels=torch.ones(4, 4).long()
+    )
 
 
 def test_packed_labels_one_longer_than_logits_are_told_to_shift():
-    message = "`labels` must be [12], one for each position of `logits`; got [13]; labels[t] is the token that position "
+    message = (
+        "`labels` must be [12], one for each position of `logits`; got [13]; labels[t] is the "
+        "token that position "
+    )
     changes = PACKED | {"labels": torch.ones(13).long()}
     refuses("token_logps", message + "t predicts, did you mean `labels[1:]`?", **changes)
 
@@ -206,13 +271,17 @@ def test_a_vocabulary_of_zero_is_refused(shape):
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_a_strided_vocabulary_is_told_to_become_contiguous(op):
-    message = "the last dimension of `logits` must be contiguous, got strides (30, 10, 2); pass logits.contiguous()"
+    message = (
+        "the last dimension of `logits` must be contiguous, got strides (30, 10, 2); pass "
+        "logits.contiguous()"
+    )
     refuses(op, message, logits=torch.zeros(4, 3, 10)[..., ::2])
 
 
 def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
     message = (
-        "the leading dimensions of `logits` must collapse to two without a copy, got shape [3, 4, 2, 5] with strides "
+        "the leading dimensions of `logits` must collapse to two without a copy, got shape [3, 4, "
+        "2, 5] with strides "
         "(10, 30, 5, 1); pass logits.contiguous()"
     )
     logits = torch.zeros(4, 3, 2, 5).transpose(0, 1)
@@ -226,13 +295,24 @@ def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
     ids=["expanded", "overlapping"],
 )
 def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
-    message = "`inplace_backward` needs rows that share no memory, but those of `logits` do, got shape [4, 3, 5] with strides "
-    refuses(op, message + f"{logits.stride()}; pass logits.contiguous()", logits=logits, inplace_backward=True)
+    message = (
+        "`inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
+        "[4, 3, 5] with strides "
+    )
+    refuses(
+        op,
+        message + f"{logits.stride()}; pass logits.contiguous()",
+        logits=logits,
+        inplace_backward=True,
+    )
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_a_parameter_is_not_overwritten_by_its_gradient(op):
-    message = "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; pass what a model computed"
+    message = (
+        "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; "
+        "pass what a model computed"
+    )
     refuses(op, message, logits=torch.zeros(4, 3, 5, requires_grad=True), inplace_backward=True)
 
 
@@ -270,28 +350,41 @@ def test_triton_on_a_cpu_asks_for_the_interpreter():
     )
     environment = compiling()
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.strip() == (
-        "token_logps: backend 'triton' on a CPU tensor runs in Triton's interpreter: set TRITON_INTERPRET=1 in the environment "
+        "token_logps: backend 'triton' on a CPU tensor runs in Triton's interpreter: set "
+        "TRITON_INTERPRET=1 in the environment "
         "before the first kernel is imported, or pass backend='torch'"
     ), done.stderr
 
 
 def test_triton_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = "rpo_loss: backend 'auto' on a cuda tensor needs the package triton, which is not installed; install it or pass"
+    message = (
+        "rpo_loss: backend 'auto' on a cuda tensor needs the package triton, which is not "
+        "installed; install it or pass"
+    )
     with pytest.raises(RuntimeError, match=re.escape(f"{message} backend='torch'")):
         backend.engine("rpo_loss", "auto", torch.device("cuda"), "vocabulary")
 
 
-# ---- sequences --------------------------------------------------------------------------------------------------------
+# ---- sequences -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "op, name, tokens", [("rpo_loss", "labels", PACKED), ("sequence_logps", "token_logps", {"token_logps": torch.zeros(12)})]
+    "op, name, tokens",
+    [
+        ("rpo_loss", "labels", PACKED),
+        ("sequence_logps", "token_logps", {"token_logps": torch.zeros(12)}),
+    ],
 )
 def test_packed_tokens_need_cu_seqlens(op, name, tokens):
-    message = f"`{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got [12] without cu_seqlens"
+    message = (
+        f"`{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got [12] without "
+        "cu_seqlens"
+    )
     refuses(op, message, **tokens)
 
 
@@ -301,16 +394,42 @@ def test_rows_with_cu_seqlens_are_refused(op, name):
 
 
 BAD_OFFSETS = [
-    (OFFSETS.long(), TypeError, "`{name}` must be int32 as in FlashAttention, got torch.int64; pass {name}.int()"),
-    (OFFSETS[:1], ValueError, "`{name}` must hold the boundaries [0, ..., total], at least two of them; got shape [1]"),
-    (OFFSETS[None], ValueError, "`{name}` must hold the boundaries [0, ..., total], at least two of them; got shape [1, 5]"),
-    (offsets(1, 3, 12), ValueError, "`{name}` must begin at 0 and end at the number of {what}, {total}; got 1 and 12"),
-    (offsets(0, 3, 11), ValueError, "`{name}` must begin at 0 and end at the number of {what}, {total}; got 0 and 11"),
+    (
+        OFFSETS.long(),
+        TypeError,
+        "`{name}` must be int32 as in FlashAttention, got torch.int64; pass {name}.int()",
+    ),
+    (
+        OFFSETS[:1],
+        ValueError,
+        "`{name}` must hold the boundaries [0, ..., total], at least two of them; got shape [1]",
+    ),
+    (
+        OFFSETS[None],
+        ValueError,
+        "`{name}` must hold the boundaries [0, ..., total], at least two of them; got shape [1, 5]",
+    ),
+    (
+        offsets(1, 3, 12),
+        ValueError,
+        "`{name}` must begin at 0 and end at the number of {what}, {total}; got 1 and 12",
+    ),
+    (
+        offsets(0, 3, 11),
+        ValueError,
+        "`{name}` must begin at 0 and end at the number of {what}, {total}; got 0 and 11",
+    ),
 ]
 PLACES = [
     ("rpo_loss", "cu_seqlens", "tokens", 12, PACKED),
     ("sequence_logps", "cu_seqlens", "tokens", 12, {"token_logps": torch.zeros(12)}),
-    ("shift_labels", "cu_seqlens", "tokens", 12, {"input_ids": torch.ones(12).long(), "mask": torch.ones(12)}),
+    (
+        "shift_labels",
+        "cu_seqlens",
+        "tokens",
+        12,
+        {"input_ids": torch.ones(12).long(), "mask": torch.ones(12)},
+    ),
     ("rpo_loss", "cu_groups", "sequences", 4, {}),
     ("preference_loss", "cu_groups", "sequences", 4, {}),
 ]
@@ -329,7 +448,11 @@ def test_offsets_that_decrease_are_refused(op, name, what, total, good):
 
 
 def test_packed_token_ids_are_not_rows():
-    refuses("shift_labels", "`input_ids` must be packed [N] with `cu_seqlens`, got [4, 3]", cu_seqlens=OFFSETS)
+    refuses(
+        "shift_labels",
+        "`input_ids` must be packed [N] with `cu_seqlens`, got [4, 3]",
+        cu_seqlens=OFFSETS,
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3,), (12,)])
@@ -358,7 +481,11 @@ def test_lengths_are_asked_for_where_the_loss_divides_by_them(objective):
     "lengths, error, message",
     [
         (torch.ones(4), TypeError, "`lengths` must be int64 or int32, got torch.float32"),
-        (torch.ones(3).int(), ValueError, "`lengths` must be one number per sequence, [S] = [4]; got [3]"),
+        (
+            torch.ones(3).int(),
+            ValueError,
+            "`lengths` must be one number per sequence, [S] = [4]; got [3]",
+        ),
         (torch.tensor([1, 2, -3, 4]), ValueError, "`lengths` must be >= 0, got -3"),
     ],
 )
@@ -366,7 +493,7 @@ def test_lengths_that_count_nothing_are_refused(lengths, error, message):
     refuses("preference_loss", message, error, lengths=lengths)
 
 
-# ---- groups -----------------------------------------------------------------------------------------------------------
+# ---- groups --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
@@ -377,14 +504,18 @@ def test_a_group_size_that_does_not_divide_is_named(op):
 @pytest.mark.parametrize("comparison, least", [("listwise", 2), ("pairwise", 2), ("pointwise", 1)])
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_a_group_too_small_to_compare_is_named(op, comparison, least):
-    message = f"`group_size` must be at least {least} for comparison {comparison!r}, got {least - 1}"
+    message = (
+        f"`group_size` must be at least {least} for comparison {comparison!r}, got {least - 1}"
+    )
     refuses(op, message, group_size=least - 1, objective=RPOObjective(comparison=comparison))
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("size", [2, 4])
 def test_two_ways_to_say_the_groups_are_refused(op, size):
-    message = "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
+    message = (
+        "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
+    )
     refuses(op, message, group_size=size, cu_groups=offsets(0, 4))
 
 
@@ -395,8 +526,16 @@ def test_a_group_size_that_is_no_int_is_named(value):
 
 def test_labelled_pairs_are_pairs():
     pairs = {"objective": RPOObjective.robust_dpo(), "rewards": None}
-    refuses("rpo_loss", "`group_size` must be 2 for an objective that labels pairs, got 4", group_size=4, **pairs)
-    message = "`cu_groups` must be None for an objective that labels pairs, got offsets; pass group_size=2"
+    refuses(
+        "rpo_loss",
+        "`group_size` must be 2 for an objective that labels pairs, got 4",
+        group_size=4,
+        **pairs,
+    )
+    message = (
+        "`cu_groups` must be None for an objective that labels pairs, got offsets; pass "
+        "group_size=2"
+    )
     refuses("rpo_loss", message, cu_groups=offsets(0, 4), **pairs)
 
 
@@ -410,13 +549,20 @@ def test_no_sequences_are_no_group():
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("value", ["dpo", None, RPOObjective])
 def test_an_objective_that_is_none_shows_how_to_build_one(op, value):
-    message = f"`objective` must be an RPOObjective, got {value!r}; for example RPOObjective.dpo(beta=0.1)"
+    message = (
+        f"`objective` must be an RPOObjective, got {value!r}; for example "
+        "RPOObjective.dpo(beta=0.1)"
+    )
     refuses(op, message, TypeError, objective=value)
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_an_unknown_reduction_lists_the_known_ones(op):
-    refuses(op, "`reduction` must be one of 'mean', 'sum', 'none'; got 'batchmean'", reduction="batchmean")
+    refuses(
+        op,
+        "`reduction` must be one of 'mean', 'sum', 'none'; got 'batchmean'",
+        reduction="batchmean",
+    )
 
 
 NORMALIZERS = [
@@ -444,30 +590,41 @@ def test_a_normalizer_without_a_sum_is_refused(op):
     refuses(op, message, normalizer=8, reduction="none")
 
 
-# ---- rewards and references -------------------------------------------------------------------------------------------
+# ---- rewards and references ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_missing_rewards_are_asked_for(op):
-    message = "`rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] = [4]"
+    message = (
+        "`rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] "
+        "= [4]"
+    )
     refuses(op, message, rewards=None)
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_superfluous_rewards_are_refused(op):
-    message = "`rewards` are superfluous: this objective brings its own target (the first response of a group is the chosen one)"
+    message = (
+        "`rewards` are superfluous: this objective brings its own target (the first response of a "
+        "group is the chosen one)"
+    )
     refuses(op, f"{message}; pass None", objective=RPOObjective.dpo())
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_rewards_by_group_are_told_to_flatten(op):
-    message = "`rewards` must be one number per sequence, [S] = [4]; got [2, 2]; flatten the groups, rewards.flatten()"
+    message = (
+        "`rewards` must be one number per sequence, [S] = [4]; got [2, 2]; flatten the groups, "
+        "rewards.flatten()"
+    )
     refuses(op, message, rewards=REWARDS.view(2, 2))
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_rewards_of_another_length_are_named(op):
-    refuses(op, "`rewards` must be one number per sequence, [S] = [4]; got [2]", rewards=REWARDS[:2])
+    refuses(
+        op, "`rewards` must be one number per sequence, [S] = [4]; got [2]", rewards=REWARDS[:2]
+    )
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
@@ -478,7 +635,10 @@ def test_a_reward_that_is_no_number_is_pointed_at(op):
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, distance):
-    message = f"infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at 1 with {distance!r}"
+    message = (
+        "infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at 1 "
+        f"with {distance!r}"
+    )
     infinite = torch.tensor([0, -INF, 0, 0])
     refuses(op, message, rewards=infinite, objective=RPOObjective(distance))
     with pytest.raises(AssertionError, match="launched"):
@@ -486,9 +646,16 @@ def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, dist
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-@pytest.mark.parametrize("objective", [{}, OWN_TARGET, TWO_REFERENCES], ids=["rewards", "own target", "several references"])
+@pytest.mark.parametrize(
+    "objective",
+    [{}, OWN_TARGET, TWO_REFERENCES],
+    ids=["rewards", "own target", "several references"],
+)
 def test_missing_references_are_asked_for(op, objective):
-    message = "`ref_logps` are missing: this objective compares with a reference; for a reference-free one build it with "
+    message = (
+        "`ref_logps` are missing: this objective compares with a reference; for a reference-free "
+        "one build it with "
+    )
     refuses(op, f"{message}reference='none'", **objective | {"ref_logps": None})
 
 
@@ -503,14 +670,23 @@ def test_superfluous_references_are_refused(op):
     [
         ("preference_loss", {"ref_logps": torch.zeros(3)}, "[4], got [3]"),
         ("rpo_loss", {"ref_logps": torch.zeros(4, 2)}, "[4] or [4, 3], got [4, 2]"),
-        ("rpo_loss", PACKED | {"cu_seqlens": OFFSETS, "ref_logps": torch.zeros(4, 3)}, "[4] or [12], got [4, 3]"),
+        (
+            "rpo_loss",
+            PACKED | {"cu_seqlens": OFFSETS, "ref_logps": torch.zeros(4, 3)},
+            "[4] or [12], got [4, 3]",
+        ),
         (
             "preference_loss",
             {"ref_logps": torch.zeros(2, 4)},
-            "[4], got [2, 4]; several references need an objective with reference='harmonic' or 'geometric'",
+            "[4], got [2, 4]; several references need an objective with reference='harmonic' or "
+            "'geometric'",
         ),
         ("preference_loss", TWO_REFERENCES | {"ref_logps": torch.zeros(4)}, "[R, 4], got [4]"),
-        ("rpo_loss", TWO_REFERENCES | {"ref_logps": torch.zeros(0, 4)}, "[R, 4] or [R, 4, 3], got [0, 4]"),
+        (
+            "rpo_loss",
+            TWO_REFERENCES | {"ref_logps": torch.zeros(0, 4)},
+            "[R, 4] or [R, 4, 3], got [0, 4]",
+        ),
     ],
 )
 def test_references_of_another_shape_name_the_legal_ones(op, changes, message):
@@ -520,7 +696,10 @@ def test_references_of_another_shape_name_the_legal_ones(op, changes, message):
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("changes, kind", [({}, "single"), (NO_REFERENCE, "none")])
 def test_weights_without_several_references_are_refused(op, changes, kind):
-    message = f"`ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with {kind!r}"
+    message = (
+        "`ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with "
+        f"{kind!r}"
+    )
     refuses(op, message, ref_weights=torch.ones(1), **changes)
 
 
@@ -531,7 +710,10 @@ def test_weights_without_several_references_are_refused(op, changes, kind):
         (torch.ones(3) / 3, "`ref_weights` must be [R] = [2] or [R, G] = [2, 2], got [3]"),
         (torch.ones(2, 4) / 2, "`ref_weights` must be [R] = [2] or [R, G] = [2, 2], got [2, 4]"),
         (torch.tensor([0.5, 0.75]), "`ref_weights` must sum to 1 over the references, got 1.25"),
-        (torch.tensor([[0.5, 0.5], [0.5, 0.25]]), "`ref_weights` must sum to 1 over the references, got 1, 0.75"),
+        (
+            torch.tensor([[0.5, 0.5], [0.5, 0.25]]),
+            "`ref_weights` must sum to 1 over the references, got 1, 0.75",
+        ),
         (torch.tensor([0.5, NAN]), "`ref_weights` must sum to 1 over the references, got nan"),
         (torch.tensor([1.5, -0.5]), "`ref_weights` must be >= 0, got -0.5"),
     ],
@@ -540,7 +722,7 @@ def test_weights_that_are_no_mixture_are_named(op, weights, message):
     refuses(op, message, ref_weights=weights, **TWO_REFERENCES)
 
 
-# ---- objectives -------------------------------------------------------------------------------------------------------
+# ---- objectives ----------------------------------------------------------------------------------
 
 
 def objective_refuses(message, error=ValueError, build=RPOObjective, **arguments):
@@ -591,7 +773,9 @@ def test_a_flag_that_is_no_flag_is_named(name):
 
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance):
-    objective_refuses("`target` must be a finite number >= 0, got inf", distance=distance, target=INF)
+    objective_refuses(
+        "`target` must be a finite number >= 0, got inf", distance=distance, target=INF
+    )
 
 
 @pytest.mark.parametrize(
@@ -599,22 +783,26 @@ def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance
     [
         ("`target` must be a number >= 0, got nan", {"target": NAN}),
         (
-            "target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', got 'backward_kl' with 'listwise'",
+            "target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', got "
+            "'backward_kl' with 'listwise'",
             {"target": "softmax"},
         ),
         (
-            "`label` is a pair's target under distance 'backward_kl', in place of `target`; got distance 'squared', comparison "
+            "`label` is a pair's target under distance 'backward_kl', in place of `target`; got "
+            "distance 'squared', comparison "
             "'listwise', target 'rewards'",
             {"label": 0.5, "distance": "squared"},
         ),
         ("`label` above 1 has no KL divergence, got 2.0; pass cross_entropy=True", {"label": 2.0}),
         (
-            "`cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target || policy)), got distance "
+            "`cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target "
+            "|| policy)), got distance "
             "'forward_kl'",
             {"cross_entropy": True, "distance": "forward_kl"},
         ),
         (
-            "`leave_one_out=False` belongs to distance 'squared' with comparison 'listwise', got 'squared' with 'pairwise'",
+            "`leave_one_out=False` belongs to distance 'squared' with comparison 'listwise', got "
+            "'squared' with 'pairwise'",
             {"leave_one_out": False, "distance": "squared", "comparison": "pairwise"},
         ),
     ],
@@ -626,16 +814,36 @@ def test_arguments_that_exclude_each_other_name_both(message, arguments):
 @pytest.mark.parametrize("preset", PRESETS_WITH_BETA)
 @pytest.mark.parametrize("beta", [0, -0.1])
 def test_presets_refuse_a_beta_that_is_not_positive(preset, beta):
-    objective_refuses(f"`beta` must be a finite number > 0, got {beta!r}", build=getattr(RPOObjective, preset), beta=beta)
+    objective_refuses(
+        f"`beta` must be a finite number > 0, got {beta!r}",
+        build=getattr(RPOObjective, preset),
+        beta=beta,
+    )
 
 
 @pytest.mark.parametrize(
     "preset, arguments, message",
     [
-        ("dpo", {"label_smoothing": 1}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got 1"),
-        ("dpo", {"label_smoothing": -0.1}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got -0.1"),
-        ("robust_dpo", {"label_smoothing": 0.5}, "`label_smoothing` must be a finite number >= 0 and < 0.5, got 0.5"),
-        ("exo", {"label_smoothing": 0}, "`label_smoothing` must be a finite number > 0 and < 0.5, got 0"),
+        (
+            "dpo",
+            {"label_smoothing": 1},
+            "`label_smoothing` must be a finite number >= 0 and < 0.5, got 1",
+        ),
+        (
+            "dpo",
+            {"label_smoothing": -0.1},
+            "`label_smoothing` must be a finite number >= 0 and < 0.5, got -0.1",
+        ),
+        (
+            "robust_dpo",
+            {"label_smoothing": 0.5},
+            "`label_smoothing` must be a finite number >= 0 and < 0.5, got 0.5",
+        ),
+        (
+            "exo",
+            {"label_smoothing": 0},
+            "`label_smoothing` must be a finite number > 0 and < 0.5, got 0",
+        ),
         ("ipo", {"tau": 0}, "`tau` must be a finite number > 0, got 0"),
         ("ipo", {"tau": -1}, "`tau` must be a finite number > 0, got -1"),
         ("rebel", {"eta": 0}, "`eta` must be a finite number > 0, got 0"),

@@ -1,4 +1,7 @@
-"""The commands as a user meets them. What audit and verify find is in test_compile.py and test_verify.py."""
+"""The commands as a user meets them.
+
+What audit and verify find is in test_compile.py and test_verify.py.
+"""
 
 import json
 import subprocess
@@ -29,7 +32,9 @@ def test_the_help_names_every_command_and_info_says_what_is_here():
     text = run("--help")
     assert all(name in text for name in COMMANDS)
     found = json.loads(run("info", "--json"))
-    assert found["torch"] == torch.__version__ and found["backend auto"].startswith("triton" if HAS_GPU else "torch")
+    assert found["torch"] == torch.__version__ and found["backend auto"].startswith(
+        "triton" if HAS_GPU else "torch"
+    )
 
 
 @pytest.mark.skipif(HAS_GPU, reason="traffic is counted in Triton's interpreter")
@@ -41,10 +46,16 @@ def test_traffic_finds_the_cost_model_and_what_naive_pytorch_moves():
     forward, _, backward, ours, naive = rows[5:10]  # bf16, every row scored
     tokens = 32 * 4 * 8  # a few numbers for each
     assert elements * 2 <= forward["read"] < elements * 2 + tokens and forward["written"] < tokens
-    assert elements * 2 <= backward["read"] < elements * 2 + tokens and elements * 2 == backward["written"]
+    assert (
+        elements * 2 <= backward["read"] < elements * 2 + tokens
+        and elements * 2 == backward["written"]
+    )
     assert ours["read"] == sum(row["read"] for row in rows[5:8])
-    # cast, log_softmax, zeros for the gather, log_softmax backward, cast: 2 + 4 + 0 + 8 + 4 read, 4 + 4 + 4 + 4 + 2 written
-    assert naive["read"] == pytest.approx(18 * elements, rel=0.02) and naive["written"] == pytest.approx(18 * elements, rel=0.02)
+    # cast, log_softmax, zeros for the gather, log_softmax backward, cast: 2 + 4 + 0 + 8 + 4 read, 4
+    # + 4 + 4 + 4 + 2 written
+    assert naive["read"] == pytest.approx(18 * elements, rel=0.02) and naive[
+        "written"
+    ] == pytest.approx(18 * elements, rel=0.02)
     scored_half = rows[10]
     assert scored_half["read"] == pytest.approx(forward["read"] / 2, rel=0.01)
 
@@ -79,7 +90,8 @@ SASS = """
 .L_x_3:
         /*0090*/                   BRA `(.L_x_3);
 """
-# The inner loop's body lies before the header that it is entered by, behind a branch from which nothing falls into it.
+# The inner loop's body lies before the header that it is entered by, behind a branch from which
+# nothing falls into it.
 GCN = """
 .LBB0_0:
 \tglobal_load_ushort v2, v[2:3], off
@@ -100,9 +112,17 @@ GCN = """
 
 def test_loops_are_read_from_branches_and_inner_loops_are_taken_apart():
     outer, inner, trap = loops(SASS)
-    assert outer.accesses == {("load", 16): 1, ("store", 8): 1} and outer.exponentials == outer.special == 1 and outer.issued == 4
+    assert (
+        outer.accesses == {("load", 16): 1, ("store", 8): 1}
+        and outer.exponentials == outer.special == 1
+        and outer.issued == 4
+    )
     assert inner.accesses == {("load", 2): 1} and inner.issued == 2 and not trap.accesses
     assert (outer.innermost, inner.innermost) == (False, True)
     outer, loop = loops(GCN)
     assert outer.accesses == {("load", 2): 1, ("store", 1): 1}
-    assert loop.accesses == {("load", 16): 1, ("store", 8): 1} and loop.exponentials == 1 and loop.issued == 1
+    assert (
+        loop.accesses == {("load", 16): 1, ("store", 8): 1}
+        and loop.exponentials == 1
+        and loop.issued == 1
+    )

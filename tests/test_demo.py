@@ -1,4 +1,6 @@
-"""The demo in examples/: its judge, its files, and both of its loops end to end on a tiny random model."""
+"""The demo in examples/: its judge, its files, and both of its loops end to end on a tiny random
+model.
+"""
 
 import json
 import random
@@ -31,28 +33,43 @@ WORDS = ["yes", "no", "red", "green", "blue", "one", "two", "?", "."]
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A random Llama of a few thousand weights and a tokenizer of a few words, in place of any that would be loaded."""
+    """A random Llama of a few thousand weights and a tokenizer of a few words, in place of any that
+    would be loaded.
+    """
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "<user>", "<bot>", *WORDS])}
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "<user>", "<bot>", *WORDS])
+    }
     words = Tokenizer(kinds.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<pad>"
     )
     tokenizer.chat_template = (
-        "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+        "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<bot>{% endif %}"
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     model = attach(transformers.LlamaForCausalLM(config).eval())
     monkeypatch.setattr(models, "load", lambda name, device: (model, tokenizer))
-    monkeypatch.setattr(models, "precision", lambda device: torch.autocast("cpu", enabled=False))  # faster at this size
+    # faster at this size
+    monkeypatch.setattr(models, "precision", lambda device: torch.autocast("cpu", enabled=False))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield model, tokenizer
@@ -64,7 +81,11 @@ def tiny(monkeypatch):
     [
         ("capitals", "BECAUSE OF SALT, 3 %.", "BECAUSE of salt"),
         ("capitals", " YES \n", "?!"),
-        ("few words", "It's a well-known rock that circles the earth.", "one two three four five six seven eight nine"),
+        (
+            "few words",
+            "It's a well-known rock that circles the earth.",
+            "one two three four five six seven eight nine",
+        ),
         ("few words", "A rock.", "..."),
         ("bullets", "- salt\n- rivers", "- salt\n- rivers\n- rain"),
         ("bullets", "* salt\n\n* rivers\n", "Here they are:\n- salt\n- rivers"),
@@ -91,7 +112,10 @@ def test_saying_nothing_or_repeating_the_prompt_earns_nothing(rule):
 
 
 def test_held_out_prompts_share_no_question_with_training_and_neighbours_differ():
-    training, held_out = prompts.tasks(prompts.TRAINING_QUESTIONS), prompts.tasks(prompts.HELD_OUT_QUESTIONS)
+    training, held_out = (
+        prompts.tasks(prompts.TRAINING_QUESTIONS),
+        prompts.tasks(prompts.HELD_OUT_QUESTIONS),
+    )
     question = lambda task: task.prompt.lower().split("?")[0]
     assert not {question(t) for t in training} & {question(t) for t in held_out}
     for tasks in (training, held_out):
@@ -101,7 +125,10 @@ def test_held_out_prompts_share_no_question_with_training_and_neighbours_differ(
 
 
 def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -128,14 +155,37 @@ def test_each_layout_of_a_file_is_read(tmp_path):
     ("bad", "message"),
     [
         ('{"prompt": ', "line 2: not JSON"),
-        ("[1, 2]", r"line 2: expected prompt, chosen, rejected or prompt, responses, rewards; got \[1, 2\]"),
-        ({"prompt": "red ?", "chosen": "yes"}, "line 2: expected prompt.*got the keys prompt, chosen"),
+        (
+            "[1, 2]",
+            r"line 2: expected prompt, chosen, rejected or prompt, responses, rewards; got \[1, "
+            r"2\]",
+        ),
+        (
+            {"prompt": "red ?", "chosen": "yes"},
+            "line 2: expected prompt.*got the keys prompt, chosen",
+        ),
         (PAIR | {"chosen": "  "}, "line 2: prompt and responses must be non-empty strings"),
-        (PAIR | {"prompt": [{"role": "user"}]}, "line 2: prompt and responses must be non-empty strings"),
-        (PAIR | {"chosen_reward": "5", "rejected_reward": 1}, 'line 2: rewards must be finite numbers, got "5"'),
-        ('{"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": NaN, "score_rejected": 1}', "line 2.*finite"),
-        ({"prompt": "p", "responses": ["a"], "rewards": [1]}, "line 2: `responses` must be a list of at least two"),
-        ({"prompt": "p", "responses": ["a", "b"], "rewards": [1]}, "line 2: `rewards` must be a list of 2 numbers"),
+        (
+            PAIR | {"prompt": [{"role": "user"}]},
+            "line 2: prompt and responses must be non-empty strings",
+        ),
+        (
+            PAIR | {"chosen_reward": "5", "rejected_reward": 1},
+            'line 2: rewards must be finite numbers, got "5"',
+        ),
+        (
+            '{"prompt": "p", "chosen": "c", "rejected": "r", '
+            '"score_chosen": NaN, "score_rejected": 1}',
+            "line 2.*finite",
+        ),
+        (
+            {"prompt": "p", "responses": ["a"], "rewards": [1]},
+            "line 2: `responses` must be a list of at least two",
+        ),
+        (
+            {"prompt": "p", "responses": ["a", "b"], "rewards": [1]},
+            "line 2: `rewards` must be a list of 2 numbers",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad, message):
@@ -147,7 +197,10 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
     ("arguments", "message"),
     [
         (["--data", "missing.jsonl"], "missing.jsonl: No such file"),
-        (["--objective", "dpoo"], "'dpoo': expected a distance (squared, backward_kl, forward_kl) or preset (dpo, "),
+        (
+            ["--objective", "dpoo"],
+            "'dpoo': expected a distance (squared, backward_kl, forward_kl) or preset (dpo, ",
+        ),
         (["--objective", "ipo", "--beta", "1"], "--beta: the preset 'ipo' takes tau, average"),
         (["--beta", "-1"], "`beta` must be a finite number > 0"),
         (["--steps", "0"], "argument --steps: must be greater than 0, got 0"),
@@ -159,7 +212,9 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
         (["--data", "PAIRS"], "2 rows, --held-out 24 leaves none for training"),
     ],
 )
-def test_bad_options_are_refused_before_a_model_is_loaded(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_options_are_refused_before_a_model_is_loaded(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded a model"))
     pairs = write(tmp_path / "pairs.jsonl", PAIR, PAIR)
     with pytest.raises(SystemExit):
@@ -178,7 +233,9 @@ def test_an_objective_without_rewards_sees_the_best_first_and_no_ties():
 
 
 def test_a_batch_scores_the_tokens_of_responses_alone(tiny):
-    batch = data.collate([data.Group([3, 9, 4], [[5, 1], [6]], [1.0, 0.0]), data.Group([7], [[8, 9, 1]], [2])], "cpu")
+    batch = data.collate(
+        [data.Group([3, 9, 4], [[5, 1], [6]], [1.0, 0.0]), data.Group([7], [[8, 9, 1]], [2])], "cpu"
+    )
     assert batch.input_ids.tolist() == [[3, 9, 4, 5, 1], [3, 9, 4, 6, 0], [7, 8, 9, 1, 0]]
     assert batch.attention_mask.tolist() == [[1] * 5, [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
     ignored = -100
@@ -222,7 +279,9 @@ def run(tmp_path, *arguments):
 @pytest.mark.parametrize("objective", ["squared", "dpo"])
 def test_online_the_reward_rises(tiny, tmp_path, monkeypatch, capsys, objective):
     monkeypatch.setattr(align, "judge", yes_is_good)
-    result = run(tmp_path, "--objective", objective, "--steps", "15", "--lr", "2e-2", "--sample-tokens", "3")
+    result = run(
+        tmp_path, "--objective", objective, "--steps", "15", "--lr", "2e-2", "--sample-tokens", "3"
+    )
     reward = result.held_out["judge reward"]
     assert reward["before"].mean < 0.4 and reward["change"].mean > 4 * reward["change"].error > 0
     assert result.held_out["win rate against before"]["after"].mean > 0.6
@@ -243,7 +302,11 @@ def test_the_same_seed_gives_the_same_run(tiny, tmp_path, monkeypatch):
     runs = []
     for seed in ("1", "1", "2"):
         tiny[0].load_state_dict(weights)
-        runs.append(run(tmp_path, "--steps", "3", "--lr", "1e-2", "--sample-tokens", "3", "--seed", seed).steps)
+        runs.append(
+            run(
+                tmp_path, "--steps", "3", "--lr", "1e-2", "--sample-tokens", "3", "--seed", seed
+            ).steps
+        )
     assert str(runs[0]) == str(runs[1]) != str(runs[2])  # as text: NaN differs from itself
 
 
@@ -257,8 +320,23 @@ def test_offline_the_implicit_rewards_learn_the_order(tiny, tmp_path, objective)
             rows.append({"prompt": prompt, "chosen": f"yes {tail}", "rejected": f"no {tail}"})
             rows[-1] |= {"chosen_reward": 4, "rejected_reward": 1}
         else:
-            rows.append({"prompt": prompt, "responses": [tail, f"yes {tail}", f"no {tail}"], "rewards": [2, 4, 1]})
-    arguments = ["--data", write(tmp_path / "x.jsonl", *rows), "--steps", "25", "--lr", "1e-2", "--sample-tokens", "3"]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "responses": [tail, f"yes {tail}", f"no {tail}"],
+                    "rewards": [2, 4, 1],
+                }
+            )
+    arguments = [
+        "--data",
+        write(tmp_path / "x.jsonl", *rows),
+        "--steps",
+        "25",
+        "--lr",
+        "1e-2",
+        "--sample-tokens",
+        "3",
+    ]
     result = run(tmp_path, *arguments, *(["--objective", objective] if objective else []))
     accuracy, loss = result.held_out["implicit reward accuracy"], result.held_out["loss"]
     assert accuracy["after"].mean > 0.85
@@ -277,15 +355,29 @@ def test_pairs_without_scores_train_dpo(tiny, tmp_path):
 def test_an_estimate_leaves_nan_out_and_a_tie_is_half_a_win():
     estimate = report.Estimate.of([1.0, float("nan"), 3.0])
     assert (estimate.mean, estimate.error) == (2.0, pytest.approx(1.0))
-    assert report.win_rate([1.0, 0.0], [1.0, 0.0]) == 0.5 and report.win_rate([1.0], [0.0, 1.0]) == 0.75
+    assert (
+        report.win_rate([1.0, 0.0], [1.0, 0.0]) == 0.5
+        and report.win_rate([1.0], [0.0, 1.0]) == 0.75
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--lora"]])
 def test_the_bare_loop_learns_the_order_of_its_rewards(tiny, monkeypatch, tmp_path, arguments):
-    rows = [PAIR | {"prompt": f"{word} ?", "chosen_reward": 3, "rejected_reward": 1} for word in WORDS]
-    arguments = [*arguments, "--data", write(tmp_path / "x.jsonl", *rows), "--steps", "12", "--lr", "1e-2"]
+    rows = [
+        PAIR | {"prompt": f"{word} ?", "chosen_reward": 3, "rejected_reward": 1} for word in WORDS
+    ]
+    arguments = [
+        *arguments,
+        "--data",
+        write(tmp_path / "x.jsonl", *rows),
+        "--steps",
+        "12",
+        "--lr",
+        "1e-2",
+    ]
     history = transformers_loop.main(arguments)
-    assert len(history) == 12 and history[0]["rewards/agreement"] == 0  # policy and reference are one
+    # policy and reference are one
+    assert len(history) == 12 and history[0]["rewards/agreement"] == 0
     assert history[-1]["loss"] < history[0]["loss"] / 2 and history[-1]["rewards/agreement"] == 1
 
 

@@ -1,4 +1,6 @@
-"""Rows beyond 2^31 elements, reached for real: three rows in a strided view over 4.3 GB, of which only their pages are touched."""
+"""Rows beyond 2^31 elements, reached for real: three rows in a strided view over 4.3 GB, of which
+only their pages are touched.
+"""
 
 from pathlib import Path
 
@@ -19,9 +21,13 @@ def available(device: str) -> int:
 
 
 @pytest.mark.memory
-def test_rows_that_begin_beyond_two_to_the_31_elements_are_read_and_written_where_they_lie(backend, device):
+def test_rows_that_begin_beyond_two_to_the_31_elements_are_read_and_written_where_they_lie(
+    backend, device
+):
     if available(device) < NEEDED:
-        pytest.skip(f"needs {NEEDED >> 30} GiB of memory, {available(device) / 2**30:.1f} are available")
+        pytest.skip(
+            f"needs {NEEDED >> 30} GiB of memory, {available(device) / 2**30:.1f} are available"
+        )
     storage = torch.empty(2 * STRIDE + V, dtype=torch.float16, device=device)
     near = torch.randn(3, V, device=device).half()
     labels = torch.tensor([3, -100, 5], device=device)

@@ -1,4 +1,6 @@
-"""What only a GPU can show: no call waits for the device, graphs replay to the same bits, any device may be the current one."""
+"""What only a GPU can show: no call waits for the device, graphs replay to the same bits, any
+device may be the current one.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +20,55 @@ OBJECTIVE = RPOObjective(beta=0.5)
 COUNTS = [6, 5, 6, 0]
 
 
-def step_of(name: str, device: str = "cuda") -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
+def step_of(
+    name: str, device: str = "cuda"
+) -> tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]]:
     """Inputs that may be refilled, and a step from them to a loss and its gradients."""
     generator = torch.Generator(device).manual_seed(0)
     S, T, V, H = 4, 6, 4097, 64
-    logits = torch.randn(S, T, V, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
-    hidden = torch.randn(S, T, H, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
-    weight = torch.randn(V, H, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_()
+    logits = torch.randn(
+        S, T, V, generator=generator, device=device, dtype=torch.bfloat16
+    ).requires_grad_()
+    hidden = torch.randn(
+        S, T, H, generator=generator, device=device, dtype=torch.bfloat16
+    ).requires_grad_()
+    weight = torch.randn(
+        V, H, generator=generator, device=device, dtype=torch.bfloat16
+    ).requires_grad_()
     labels = torch.randint(V, (S, T), generator=generator, device=device)
     labels[1, 2], labels[3] = -100, -100
     rewards, ref_logps = (torch.randn(S, generator=generator, device=device) for _ in range(2))
 
     def logits_step(inplace: bool) -> list[torch.Tensor]:
-        out = rpo_loss(logits * 1, labels, rewards, OBJECTIVE, ref_logps=ref_logps, inplace_backward=inplace)
+        out = rpo_loss(
+            logits * 1, labels, rewards, OBJECTIVE, ref_logps=ref_logps, inplace_backward=inplace
+        )
         return [out.loss.detach(), out.rewards, *torch.autograd.grad(out.loss, [logits])]
 
     def tokens_step() -> list[torch.Tensor]:
         logps, entropies = token_logps_and_entropy(logits, labels)
-        return [logps.detach(), entropies.detach(), *torch.autograd.grad((logps * entropies).sum(), [logits])]
+        return [
+            logps.detach(),
+            entropies.detach(),
+            *torch.autograd.grad((logps * entropies).sum(), [logits]),
+        ]
 
     def linear_step(workspace: int | None) -> list[torch.Tensor]:
         out = linear_rpo_loss(
-            hidden, weight, labels, rewards, OBJECTIVE, ref_logps=ref_logps, counts=COUNTS, workspace_bytes=workspace
+            hidden,
+            weight,
+            labels,
+            rewards,
+            OBJECTIVE,
+            ref_logps=ref_logps,
+            counts=COUNTS,
+            workspace_bytes=workspace,
         )
-        return [out.loss.detach(), out.rewards, *torch.autograd.grad(out.loss * 2, [hidden, weight])]
+        return [
+            out.loss.detach(),
+            out.rewards,
+            *torch.autograd.grad(out.loss * 2, [hidden, weight]),
+        ]
 
     steps = {
         "logits": lambda: logits_step(False),

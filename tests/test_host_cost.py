@@ -1,4 +1,6 @@
-"""What calls cost the CPU: operators go around PyTorch's dispatcher where nobody watches, and nowhere else."""
+"""What calls cost the CPU: operators go around PyTorch's dispatcher where nobody watches, and
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
+from rpo_kernels import (
+    RPOObjective,
+    preference_loss,
+    rpo_loss,
+    token_logps,
+    token_logps_and_entropy,
+)
 from rpo_kernels.ops.token_logps import _token_logps
 
 from .helpers import compiling, needs_a_driver, operator_calls
@@ -22,14 +30,22 @@ ROOT = Path(__file__).parent.parent
 def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
     """Timed beside each other in one process: 4.5 x on a quiet machine; room for a noisy one."""
     environment = compiling(OMP_NUM_THREADS="1")
-    command = [sys.executable, "benchmarks/host.py", "--rounds", "1000", "--json", str(tmp_path / "host.json")]
+    command = [
+        sys.executable,
+        "benchmarks/host.py",
+        "--rounds",
+        "1000",
+        "--json",
+        str(tmp_path / "host.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     row, least = rows["rpo_loss"], rows["an autograd function that does nothing"]["step, us"]
     assert (row["call, launches"], row["step, launches"]) == (2, 3)
     assert row["call, us"] <= 6 * row["call, us of bare launches"], rows
-    assert row["step, us"] - least <= 6 * row["step, us of bare launches"], rows  # beyond what PyTorch takes for any backward
+    # beyond what PyTorch takes for any backward
+    assert row["step, us"] - least <= 6 * row["step, us of bare launches"], rows
 
 
 def batch():
@@ -45,7 +61,9 @@ def losses(logits, labels, rewards, ref_logps, inplace):
     on_logits = {"backend": "torch", "inplace_backward": inplace}
     out = rpo_loss(logits * 1, labels, rewards, objective, ref_logps=ref_logps, **on_logits)
     logps, entropies = token_logps_and_entropy(logits * 1, labels, **on_logits)
-    sums = preference_loss(token_logps(logits * 1, labels, **on_logits).sum(1), rewards, objective, ref_logps=ref_logps)
+    sums = preference_loss(
+        token_logps(logits * 1, labels, **on_logits).sum(1), rewards, objective, ref_logps=ref_logps
+    )
     return out.loss + (logps * entropies).sum() + sums.loss
 
 
@@ -63,7 +81,11 @@ def test_a_call_in_eager_mode_is_the_call_through_torch_library(inplace):
 
 def test_subclasses_and_the_meta_device_get_operators():
     logits, *_ = batch()
-    assert _token_logps.on(logits) is _token_logps.on(torch.nn.Parameter(logits.detach())) is _token_logps.eager
+    assert (
+        _token_logps.on(logits)
+        is _token_logps.on(torch.nn.Parameter(logits.detach()))
+        is _token_logps.eager
+    )
     for x in (logits.to("meta"), torch.Tensor._make_subclass(_Subclass, logits.detach())):
         assert _token_logps.on(x) == _token_logps._traced
 
@@ -86,9 +108,9 @@ def test_function_transforms_give_the_same_gradient_or_raise():
 def test_forward_mode_raises_where_it_would_give_zeros():
     logits, labels, *_ = batch()
     tangent = torch.randn_like(logits)
-    with pytest.raises(Exception, match="jvp|forward"):
+    with pytest.raises(Exception, match=r"jvp|forward"):
         torch.func.jvp(lambda x: token_logps(x, labels), (logits.detach(),), (tangent,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match="jvp|forward"):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match=r"jvp|forward"):
         token_logps(torch.autograd.forward_ad.make_dual(logits.detach(), tangent), labels)
 
 
@@ -121,22 +143,28 @@ BATCHES = """if True:
         lengths = [random.Random(step).randint(20, 300) for _ in range(8)]
         labels = torch.randint(100, (sum(lengths),), device=device)
         labels[torch.rand(len(labels), device=device) < 0.3] = -100
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+        hidden = torch.randn(len(labels), 8, device=device, requires_grad=True)
+        ref_logps, rewards = torch.randn(len(labels), device=device), torch.randn(8, device=device)
         linear_rpo_loss(
-            torch.randn(len(labels), 8, device=device, requires_grad=True), weight, labels, torch.randn(8, device=device),
-            RPOObjective(), ref_logps=torch.randn(len(labels), device=device), cu_seqlens=cu_seqlens, group_size=4,
-            workspace_bytes=700 * 100 * 4, backend="triton",
+            hidden, weight, labels, rewards, RPOObjective(), ref_logps=ref_logps,
+            cu_seqlens=cu_seqlens, group_size=4, workspace_bytes=700 * 100 * 4, backend="triton",
         ).loss.backward()
-    print(made["_group_pass_kernel"], made["_vocabulary_forward_kernel"], made["_vocabulary_backward_kernel"])
+    print(*(made[f"_{x}_kernel"] for x in (
+        "group_pass", "vocabulary_forward", "vocabulary_backward")))
 """
 
 
 @needs_a_driver
 def test_another_batch_takes_no_other_kernel():
-    """A new kernel stops a training step for seconds. The group pass has one that counts groups, and for windows of long and of short
-    sequences one each, where there are several windows and where there is one."""
+    """A new kernel stops a training step for seconds. The group pass has one that counts groups,
+    and for windows of long and of short sequences one each, where there are several windows and
+    where there is one.
+    """
     environment = compiling(OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     preference, forward, backward = map(int, done.stdout.split())
     assert preference <= 5 and forward == backward == 1

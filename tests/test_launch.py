@@ -49,14 +49,17 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
 
 
 def test_every_kernel_of_the_package_is_launched_so():
-    """Under a ``with`` that makes the device of its tensors current; pointers, numbers and floats are not specialised."""
+    """Under a ``with`` that makes the device of its tensors current; pointers, numbers and floats
+    are not specialised.
+    """
     launched = set()
     for path in sorted((ROOT / "rpo_kernels").rglob("*.py")):
         tree = ast.parse(path.read_text())
         guarded = {
             id(x)
             for node in ast.walk(tree)
-            if isinstance(node, ast.With) and "on_device_of(" in ast.unparse(node.items[0].context_expr)
+            if isinstance(node, ast.With)
+            and "on_device_of(" in ast.unparse(node.items[0].context_expr)
             for x in ast.walk(node)
         }
         for node in ast.walk(tree):
@@ -66,7 +69,9 @@ def test_every_kernel_of_the_package_is_launched_so():
     assert len(launched) == 6
     modules = group_pass, scaling, shards, vocabulary_backward, vocabulary_forward
     for name in launched:
-        (kernel,) = {id(x): x for module in modules for key, x in vars(module).items() if key == name}.values()
+        (kernel,) = {
+            id(x): x for module in modules for key, x in vars(module).items() if key == name
+        }.values()
         for param in getattr(kernel, "params", []):  # the interpreter has none
             if param.name.endswith("_ptr"):
                 assert param.do_not_specialize_on_alignment, (name, param.name)

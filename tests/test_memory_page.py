@@ -26,10 +26,17 @@ ROW_PASS = 0 if HAS_GPU else W
     ],
     ids=["fp32", "fp32 into a buffer", "autocast", "bf16", "bf16 into a buffer"],
 )
-def test_the_peak_is_the_workspace_and_the_terms_of_the_page(dtype, autocast, options, at_least, more, device):
-    """``more``: what is not there for sure at the peak. Small vectors have a tenth of the workspace."""
+def test_the_peak_is_the_workspace_and_the_terms_of_the_page(
+    dtype, autocast, options, at_least, more, device
+):
+    """``more``: what is not there for sure at the peak.
+
+    Small vectors have a tenth of the workspace.
+    """
     dtype = getattr(torch, dtype)
-    hidden, weight = (torch.randn(*shape, H, device=device).to(dtype).requires_grad_() for shape in ((S, T), (V,)))
+    hidden, weight = (
+        torch.randn(*shape, H, device=device).to(dtype).requires_grad_() for shape in ((S, T), (V,))
+    )
     labels, rewards = torch.randint(V, (S, T), device=device), torch.randn(S, device=device)
     if options:
         options = {"weight_grad": torch.zeros(V, H, device=device)}
@@ -38,7 +45,9 @@ def test_the_peak_is_the_workspace_and_the_terms_of_the_page(dtype, autocast, op
     def step():
         hidden.grad = weight.grad = None
         with torch.autocast(device, torch.bfloat16) if autocast else contextlib.nullcontext():
-            loss = linear_rpo_loss(hidden, weight, labels, rewards, objective, workspace_bytes=W, **options).loss
+            loss = linear_rpo_loss(
+                hidden, weight, labels, rewards, objective, workspace_bytes=W, **options
+            ).loss
         loss.backward()
 
     step()  # loads code

@@ -10,7 +10,12 @@ from rpo_kernels import RPOObjective, linear_rpo_loss, linear_token_logps, token
 from .helpers import worst
 
 S, T, H, V = 4, 6, 8, 33
-OPTIONS = {"temperature": 0.7, "logit_scale": 1.3, "softcap": 4.0, "workspace_bytes": 5 * 4 * V}  # chunks of 5 rows
+OPTIONS = {
+    "temperature": 0.7,
+    "logit_scale": 1.3,
+    "softcap": 4.0,
+    "workspace_bytes": 5 * 4 * V,
+}  # chunks of 5 rows
 
 
 @pytest.fixture
@@ -50,14 +55,24 @@ def test_the_loss_shows_the_policys_logits_and_not_the_references(batch, reducti
     hidden, weight, labels, bias = batch
     seen = Watcher()
     out = linear_rpo_loss(
-        hidden, weight, labels, torch.rand(S), RPOObjective(), bias=bias, ref_hidden=torch.randn(S, T, H), reduction=reduction,
-        on_logits=seen, **OPTIONS,
-    )  # fmt: skip
+        hidden,
+        weight,
+        labels,
+        torch.rand(S),
+        RPOObjective(),
+        bias=bias,
+        ref_hidden=torch.randn(S, T, H),
+        reduction=reduction,
+        on_logits=seen,
+        **OPTIONS,
+    )
     out.loss.sum().backward()
     check(seen, hidden, weight, labels, bias)
 
 
 def test_what_cannot_be_called_is_refused(batch):
     hidden, weight, labels, bias = batch
-    with pytest.raises(TypeError, match=r"linear_token_logps: `on_logits` must be a function .*, got 3"):
+    with pytest.raises(
+        TypeError, match=r"linear_token_logps: `on_logits` must be a function .*, got 3"
+    ):
         linear_token_logps(hidden, weight, labels, on_logits=3)

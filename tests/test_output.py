@@ -1,4 +1,6 @@
-"""What comes back: metrics against TRL's definitions written out, labels against a loop, sequence sums against a loop."""
+"""What comes back: metrics against TRL's definitions written out, labels against a loop, sequence
+sums against a loop.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from rpo_kernels import RPOObjective, RPOOutput, preference_loss, rpo_loss, sequence_logps, shift_labels, token_logps
+from rpo_kernels import (
+    RPOObjective,
+    RPOOutput,
+    preference_loss,
+    rpo_loss,
+    sequence_logps,
+    shift_labels,
+    token_logps,
+)
 
 IGNORE = -100
 RAGGED = [0, 3, 4, 4, 6, 10]  # groups of 3, 1, 0, 2 and 4 responses
@@ -30,21 +40,33 @@ def made_of(rewards, targets, *, logps=None, lengths=None, cu_groups=None, group
     return RPOOutput(torch.zeros(()), torch.zeros(G), rewards, logps, lengths, targets, cu_groups)
 
 
-# ---- metrics of pairs -------------------------------------------------------------------------------------------------
+# ---- metrics of pairs ----------------------------------------------------------------------------
 
 
 def test_metrics_of_pairs_are_those_of_trl(backend, device):
-    """DPOTrainer: beta (logps - ref_logps) of the chosen and of the rejected half of the batch, then means."""
+    """DPOTrainer: beta (logps - ref_logps) of the chosen and of the rejected half of the batch,
+    then means.
+    """
     chosen, rejected = torch.tensor([-20.0, -31.5, -18.0]), torch.tensor([-22.0, -30.0, -18.0])
-    ref_chosen, ref_rejected = torch.tensor([-21.0, -30.0, -19.0]), torch.tensor([-21.5, -31.0, -19.0])
-    interleaved = [torch.stack(pair, 1).flatten().to(device) for pair in ((chosen, rejected), (ref_chosen, ref_rejected))]
-    out = preference_loss(interleaved[0], None, RPOObjective.dpo(beta=0.1), ref_logps=interleaved[1], backend=backend)
+    ref_chosen, ref_rejected = (
+        torch.tensor([-21.0, -30.0, -19.0]),
+        torch.tensor([-21.5, -31.0, -19.0]),
+    )
+    interleaved = [
+        torch.stack(pair, 1).flatten().to(device)
+        for pair in ((chosen, rejected), (ref_chosen, ref_rejected))
+    ]
+    out = preference_loss(
+        interleaved[0], None, RPOObjective.dpo(beta=0.1), ref_logps=interleaved[1], backend=backend
+    )
 
     chosen_rewards, rejected_rewards = 0.1 * (chosen - ref_chosen), 0.1 * (rejected - ref_rejected)
     expected = {
         "rewards/chosen": chosen_rewards.mean(),
         "rewards/rejected": rejected_rewards.mean(),
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float().mean(),  # 1 of 3: the last pair is tied
+        "rewards/accuracies": (chosen_rewards > rejected_rewards)
+        .float()
+        .mean(),  # 1 of 3: the last pair is tied
         "rewards/margins": (chosen_rewards - rejected_rewards).mean(),
         "logps/chosen": chosen.mean(),
         "logps/rejected": rejected.mean(),
@@ -63,7 +85,10 @@ def test_the_chosen_response_has_the_larger_target_and_is_the_first_when_tied():
     assert metrics["logps/chosen"].item() == pytest.approx((2 + 3 + 7) / 3 - 10)
 
 
-@pytest.mark.parametrize("objective", [RPOObjective.dpo(), RPOObjective.dpo(label_smoothing=0.1), RPOObjective.robust_dpo()])
+@pytest.mark.parametrize(
+    "objective",
+    [RPOObjective.dpo(), RPOObjective.dpo(label_smoothing=0.1), RPOObjective.robust_dpo()],
+)
 def test_without_rewards_the_first_response_is_the_chosen_one(objective):
     """Hard, soft and out-of-range labels: targets of +-inf, of +-gap / 2, and NaN."""
     logps = torch.tensor([-1.0, -5.0, -3.0, -2.0])
@@ -79,7 +104,7 @@ def test_pairs_without_two_scored_responses_do_not_count():
     assert all(x.isnan() for x in made_of(rewards, targets, lengths=[0, 1] * 3).metrics().values())
 
 
-# ---- metrics of other groups ------------------------------------------------------------------------------------------
+# ---- metrics of other groups ---------------------------------------------------------------------
 
 
 def slow_metrics(out, bounds):
@@ -102,15 +127,21 @@ def slow_metrics(out, bounds):
     }
 
 
-@pytest.mark.parametrize("lengths", [None, [3, 0, 2, 1, 4, 0, 5, 0, 1, 1]], ids=["all count", "some are dropped"])
-@pytest.mark.parametrize("bounds", [[0, 5, 10], RAGGED, [0, 2, 4, 6, 8, 10]], ids=["fives", "ragged", "pairs as ragged"])
+@pytest.mark.parametrize(
+    "lengths", [None, [3, 0, 2, 1, 4, 0, 5, 0, 1, 1]], ids=["all count", "some are dropped"]
+)
+@pytest.mark.parametrize(
+    "bounds", [[0, 5, 10], RAGGED, [0, 2, 4, 6, 8, 10]], ids=["fives", "ragged", "pairs as ragged"]
+)
 def test_metrics_of_groups_are_those_of_a_double_loop(bounds, lengths):
     rewards = torch.randn(10)
     targets = torch.randint(3, (10,)).float()  # with ties, which no one can order
     rewards[1] = rewards[0]  # a tie of implicit rewards agrees with nothing
     targets[0], targets[1], targets[2] = 2, 1, 0
     uniform = bounds == [0, 5, 10]
-    out = made_of(rewards, targets, lengths=lengths, cu_groups=None if uniform else bounds, group_size=5)
+    out = made_of(
+        rewards, targets, lengths=lengths, cu_groups=None if uniform else bounds, group_size=5
+    )
     torch.testing.assert_close(out.metrics(), slow_metrics(out, bounds))
 
 
@@ -118,21 +149,33 @@ def test_numbers_of_dropped_responses_do_not_leak():
     """What a sequence without scored tokens holds, NaN included, is nobody's mean."""
     rewards, nan = torch.tensor([1.0, 2.0, 3.0, 4.0]), float("nan")
     clean = made_of(rewards, rewards, lengths=[1, 0, 1, 1], group_size=4)
-    dirty = clean._replace(rewards=torch.tensor([1.0, nan, 3.0, 4.0]), logps=torch.tensor([-9.0, nan, -7.0, -6.0]))
+    dirty = clean._replace(
+        rewards=torch.tensor([1.0, nan, 3.0, 4.0]), logps=torch.tensor([-9.0, nan, -7.0, -6.0])
+    )
     torch.testing.assert_close(dirty.metrics(), clean.metrics())
 
 
-@pytest.mark.parametrize("cu_groups, group_size", [(None, 2), (None, 5), (RAGGED, None)], ids=["pairs", "fives", "ragged"])
+@pytest.mark.parametrize(
+    "cu_groups, group_size",
+    [(None, 2), (None, 5), (RAGGED, None)],
+    ids=["pairs", "fives", "ragged"],
+)
 @pytest.mark.parametrize("lengths", [None, [1] * 10])
 def test_metrics_never_wait_for_the_device(cu_groups, group_size, lengths):
     """Tensors without values: whatever looked at one, or made a shape of one, would raise."""
-    out = made_of(torch.randn(10), torch.randn(10), lengths=lengths, cu_groups=cu_groups, group_size=group_size)
+    out = made_of(
+        torch.randn(10),
+        torch.randn(10),
+        lengths=lengths,
+        cu_groups=cu_groups,
+        group_size=group_size,
+    )
     with FakeTensorMode() as mode:
         fake = RPOOutput(*(None if x is None else mode.from_tensor(x) for x in out))
         assert all(x.shape == () for x in fake.metrics().values())
 
 
-# ---- the output itself ------------------------------------------------------------------------------------------------
+# ---- the output itself ---------------------------------------------------------------------------
 
 
 def losses_of(device, backend, **options):
@@ -148,16 +191,22 @@ def losses_of(device, backend, **options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("groups", [{"group_size": 3}, {"cu_groups": [0, 4, 6]}], ids=["threes", "ragged"])
+@pytest.mark.parametrize(
+    "groups", [{"group_size": 3}, {"cu_groups": [0, 4, 6]}], ids=["threes", "ragged"]
+)
 def test_an_output_unpacks_and_only_its_loss_has_a_gradient(backend, device, reduction, groups):
-    options = {name: ints(*x).to(device) if name == "cu_groups" else x for name, x in groups.items()}
+    options = {
+        name: ints(*x).to(device) if name == "cu_groups" else x for name, x in groups.items()
+    }
     for out, expected in losses_of(device, backend, reduction=reduction, **options):
         loss, losses, rewards, logps, lengths, *_ = out
         assert loss.shape == ((2,) if reduction == "none" else ())
         assert losses.shape == (2,) and rewards.shape == logps.shape == out.targets.shape == (6,)
         assert (out.cu_groups is None) == ("group_size" in groups)
         torch.testing.assert_close(lengths.long(), expected)
-        assert [name for name, x in out._asdict().items() if x is not None and x.requires_grad] == ["loss"]
+        assert [name for name, x in out._asdict().items() if x is not None and x.requires_grad] == [
+            "loss"
+        ]
         assert all(x.dtype == torch.float32 for x in (loss, losses, rewards, logps, out.targets))
         assert not any(x.requires_grad for x in out.metrics().values())
 
@@ -167,14 +216,18 @@ def test_an_output_says_what_each_of_its_fields_is():
     assert all(f"{name}: " in inspect.getdoc(RPOOutput) for name in RPOOutput._fields)
 
 
-# ---- labels -----------------------------------------------------------------------------------------------------------
+# ---- labels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "input_ids, mask, expected",
     [
         ([[7, 8, 9, 3]], [[0, 0, 1, 1]], [[IGNORE, 9, 3, IGNORE]]),  # prompt, then response
-        ([[7, 8, 9], [7, 8, 0]], [[0, 1, 1], [0, 1, 0]], [[8, 9, IGNORE], [8, IGNORE, IGNORE]]),  # padded on the right
+        (
+            [[7, 8, 9], [7, 8, 0]],
+            [[0, 1, 1], [0, 1, 0]],
+            [[8, 9, IGNORE], [8, IGNORE, IGNORE]],
+        ),  # padded on the right
         ([[0, 7, 8, 9]], [[0, 0, 1, 1]], [[IGNORE, 8, 9, IGNORE]]),  # padded on the left
         ([5, 6, 7], [1, 1, 1], [6, 7, IGNORE]),  # nothing predicts the first token
         ([[4]], [[1]], [[IGNORE]]),
@@ -187,12 +240,17 @@ def test_a_label_is_the_next_token_where_the_mask_scores_it(input_ids, mask, exp
     assert labels.tolist() == expected and labels.dtype == ids.dtype
     assert ids.tolist() == input_ids  # not written to
     other = shift_labels(ids.int(), mask, ignore_index=-1)
-    assert other.tolist() == torch.where(labels == IGNORE, -1, labels).tolist() and other.dtype == torch.int32
+    assert (
+        other.tolist() == torch.where(labels == IGNORE, -1, labels).tolist()
+        and other.dtype == torch.int32
+    )
 
 
 def test_packed_sequences_do_not_predict_each_other():
     """Three sequences, one of them empty; the mask would score the first token of the last one."""
-    labels = shift_labels(torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 1, 1, 1, 1]), cu_seqlens=ints(0, 3, 3, 5))
+    labels = shift_labels(
+        torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 1, 1, 1, 1]), cu_seqlens=ints(0, 3, 3, 5)
+    )
     assert labels.tolist() == [6, 7, IGNORE, 9, IGNORE]
     first_empty = shift_labels(torch.tensor([5, 6, 7]), torch.ones(3), cu_seqlens=ints(0, 0, 2, 3))
     assert first_empty.tolist() == [6, IGNORE, IGNORE]
@@ -204,11 +262,13 @@ def test_shifted_labels_score_what_shifted_logits_score(backend, device):
     logits, ids = torch.randn(2, 4, 5, device=device), torch.randint(5, (2, 4), device=device)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]], device=device)
     logps = token_logps(logits, shift_labels(ids, mask), backend=backend)
-    shifted = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    shifted = (
+        torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]
+    )
     torch.testing.assert_close(logps, F.pad(shifted, (0, 1)))
 
 
-# ---- sequences --------------------------------------------------------------------------------------------------------
+# ---- sequences -----------------------------------------------------------------------------------
 
 LABELS = torch.tensor([[1, 2, IGNORE], [IGNORE, IGNORE, IGNORE], [3, 4, 5], [IGNORE, 1, IGNORE]])
 
@@ -217,7 +277,10 @@ def slow_sequence_logps(sequences, labels, average):
     totals = []
     for lp, label in zip(sequences, labels):
         scored = [x for x, y in zip(lp, label) if y != IGNORE]
-        totals.append(sum(scored, torch.zeros((), dtype=torch.float64)) / (max(len(scored), 1) if average else 1))
+        totals.append(
+            sum(scored, torch.zeros((), dtype=torch.float64))
+            / (max(len(scored), 1) if average else 1)
+        )
     return torch.stack(totals)
 
 
@@ -225,7 +288,10 @@ def slow_sequence_logps(sequences, labels, average):
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sequence_logps_are_those_of_a_loop(average, packed, dtype, device):
-    """Value and gradient. Positions that are not scored hold NaN; one sequence has no scored token, one no token."""
+    """Value and gradient.
+
+    Positions that are not scored hold NaN; one sequence has no scored token, one no token.
+    """
     tokens = torch.where(LABELS == IGNORE, torch.nan, -3 * torch.rand(4, 3)).to(dtype)
     arguments, bounds = {"labels": LABELS.to(device), "average": average}, [0, 3, 6, 9, 12]
     if packed:
@@ -234,7 +300,9 @@ def test_sequence_logps_are_those_of_a_loop(average, packed, dtype, device):
     ours, slow = tokens.to(device, copy=True).requires_grad_(), tokens.double().requires_grad_()
     split = [slice(*pair) for pair in itertools.pairwise(bounds)]
     out = sequence_logps(ours, **arguments)
-    expected = slow_sequence_logps([slow.flatten()[x] for x in split], [LABELS.flatten()[x] for x in split], average)
+    expected = slow_sequence_logps(
+        [slow.flatten()[x] for x in split], [LABELS.flatten()[x] for x in split], average
+    )
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.cpu(), expected.float())
     upstream = torch.randn(len(expected), dtype=torch.float64)
@@ -247,12 +315,15 @@ def test_sequence_logps_without_labels_sum_everything():
     tokens = -torch.rand(2, 3)
     torch.testing.assert_close(sequence_logps(tokens), tokens.sum(1))
     torch.testing.assert_close(
-        sequence_logps(tokens.flatten(), cu_seqlens=ints(0, 1, 6)), torch.stack([tokens[0, 0], tokens.sum() - tokens[0, 0]])
+        sequence_logps(tokens.flatten(), cu_seqlens=ints(0, 1, 6)),
+        torch.stack([tokens[0, 0], tokens.sum() - tokens[0, 0]]),
     )
 
 
 def test_long_sequences_keep_their_digits():
-    """2^16 tokens of -0.1 in float32: a running sum in that dtype would be off by more than 1e-3 nats of 6,554."""
+    """2^16 tokens of -0.1 in float32: a running sum in that dtype would be off by more than 1e-3
+    nats of 6,554.
+    """
     tokens = torch.full((1, 1 << 16), -0.1)
     expected = float(tokens[0, 0].double() * (1 << 16))
     for out in (sequence_logps(tokens), sequence_logps(tokens[0], cu_seqlens=ints(0, 1 << 16))):

@@ -6,7 +6,16 @@ import math
 import pytest
 import torch
 
-from rpo_kernels import RPOObjective, checks, linear_rpo_loss, preference_loss, reference, rpo_loss, sequence_logps, token_logps
+from rpo_kernels import (
+    RPOObjective,
+    checks,
+    linear_rpo_loss,
+    preference_loss,
+    reference,
+    rpo_loss,
+    sequence_logps,
+    token_logps,
+)
 from rpo_kernels.inputs import Groups, Sequences
 from rpo_kernels.objectives import COMPARISONS, DISTANCES, PRESETS
 
@@ -16,7 +25,12 @@ FAMILY = list(itertools.product(DISTANCES, COMPARISONS))
 # Options that meet in the kernel's constexprs, one of each kind per set.
 OPTIONS = {
     "plain": {},
-    "average-margin-sft": {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "mean"},
+    "average-margin-sft": {
+        "average": True,
+        "margin": 0.3,
+        "sft_weight": 0.2,
+        "sft_normalizer": "mean",
+    },
     "harmonic-sft": {"reference": "harmonic", "sft_weight": 0.2, "sft_normalizer": "tokens"},
     "geometric-sft": {"reference": "geometric", "sft_weight": 0.2},
     "no-reference": {"reference": "none", "average": True},
@@ -58,15 +72,24 @@ def batch(objective, device, packed, ragged):
 
 
 def in_float64(kwargs):
-    return {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
+    return {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in kwargs.items()
+    }
 
 
 @pytest.mark.parametrize("layout", ["rows-pairs", "packed-ragged"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_equals_the_reference_in_every_output_and_gradient(objective, layout, backend, device):
-    logits, labels, rewards, kwargs = batch(objective, device, "packed" in layout, "ragged" in layout)
+def test_every_objective_equals_the_reference_in_every_output_and_gradient(
+    objective, layout, backend, device
+):
+    logits, labels, rewards, kwargs = batch(
+        objective, device, "packed" in layout, "ragged" in layout
+    )
     x64 = logits.double().requires_grad_()
-    truth = reference.rpo_loss(x64, labels, None if rewards is None else rewards.double(), objective, **in_float64(kwargs))
+    truth = reference.rpo_loss(
+        x64, labels, None if rewards is None else rewards.double(), objective, **in_float64(kwargs)
+    )
     truth.loss.backward()
     logits.requires_grad_()
     with poisoned_memory():
@@ -75,29 +98,46 @@ def test_every_objective_equals_the_reference_in_every_output_and_gradient(objec
     eps = torch.finfo(torch.float32).eps
 
     def close(a, b, roundings, scale=None):
-        scale = float(b.detach().abs().nan_to_num(posinf=0, neginf=0).max()) if scale is None else scale
+        scale = (
+            float(b.detach().abs().nan_to_num(posinf=0, neginf=0).max()) if scale is None else scale
+        )
         assert worst(a, b) <= roundings * eps * scale
 
     close(ours.logps, truth.logps, 4)
     assert torch.equal(ours.lengths.long(), truth.lengths)
     close(ours.targets, truth.targets, 4)
-    # rewards, losses and slopes pass through s = a (l - lref), whose own rounding is that of sums of some ten nats
+    # rewards, losses and slopes pass through s = a (l - lref), whose own rounding is that of sums
+    # of some ten nats
     close(ours.rewards, truth.rewards, 8)
     spread = 1 + float(truth.rewards.detach().abs().max())
-    close(ours.losses, truth.losses, 16, float(truth.losses.detach().abs().max()) * spread + objective.scale)
-    close(ours.loss, truth.loss, 16, float(truth.losses.detach().abs().max()) * spread + objective.scale)
+    close(
+        ours.losses,
+        truth.losses,
+        16,
+        float(truth.losses.detach().abs().max()) * spread + objective.scale,
+    )
+    close(
+        ours.loss,
+        truth.loss,
+        16,
+        float(truth.losses.detach().abs().max()) * spread + objective.scale,
+    )
     close(logits.grad, x64.grad, 32, float(x64.grad.abs().max()) * spread)
 
 
 @pytest.mark.parametrize("K", [1, 3, 8, 64, 70])
-@pytest.mark.parametrize("objective", [pytest.param(RPOObjective(d, 1.0, 1.0, c), id=f"{d}-{c}") for d, c in FAMILY])
+@pytest.mark.parametrize(
+    "objective", [pytest.param(RPOObjective(d, 1.0, 1.0, c), id=f"{d}-{c}") for d, c in FAMILY]
+)
 def test_groups_of_one_to_seventy_responses(objective, K, backend, device):
     if K == 1 and objective.comparison != "pointwise":
         pytest.skip("a single response has nothing to be compared with")
     logps = torch.randn(2 * K, device=device, requires_grad=True)
     ref, rewards = torch.randn(2, 2 * K, device=device)
     x64 = logps.detach().double().requires_grad_()
-    truth = reference.preference_loss(x64, rewards.double(), objective, ref_logps=ref.double(), group_size=K)
+    truth = reference.preference_loss(
+        x64, rewards.double(), objective, ref_logps=ref.double(), group_size=K
+    )
     ours = preference_loss(logps, rewards, objective, ref_logps=ref, group_size=K, backend=backend)
     (expected,) = torch.autograd.grad(truth.loss, x64)
     (grad,) = torch.autograd.grad(ours.loss, logps)
@@ -114,7 +154,9 @@ def test_gradients_of_confident_pairs_keep_their_digits(distance, backend, devic
     rewards = torch.tensor([19.0, 0.0, -31.0, 0.0, 2e-4, 0.0], device=device)
     objective = RPOObjective(distance, 1.0, reference="none")
     x64 = logps.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(reference.preference_loss(x64, rewards.double(), objective).loss, x64)
+    (expected,) = torch.autograd.grad(
+        reference.preference_loss(x64, rewards.double(), objective).loss, x64
+    )
     out = preference_loss(logps, rewards, objective, backend=backend)
     (grad,) = torch.autograd.grad(out.loss, logps)
     torch.testing.assert_close(grad.double(), expected, rtol=2e-5, atol=1e-16)
@@ -136,7 +178,9 @@ def test_losses_are_finite_where_a_probability_is_subnormal(distance, comparison
 def test_infinite_rewards_are_hard_targets(backend, device):
     """One +inf is a one-hot target, several share the mass; -inf has none; all -inf is a tie."""
     inf = math.inf
-    rewards = torch.tensor([0, inf, 1, inf, 2, inf, -inf, 1.0, 2.0, -inf, -inf, -inf], device=device)
+    rewards = torch.tensor(
+        [0, inf, 1, inf, 2, inf, -inf, 1.0, 2.0, -inf, -inf, -inf], device=device
+    )
     for comparison in ("listwise", "pairwise"):
         objective = RPOObjective("backward_kl", 1.0, comparison=comparison, reference="none")
         logps = torch.randn(12, device=device, requires_grad=True)
@@ -160,8 +204,20 @@ def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
     else:
         from rpo_kernels.torch_engine.group_pass import group_pass
     rewards = torch.zeros(2, device=device)
-    groups = Groups(RPOObjective("squared", 1.0), rewards, ref.view(1, -1), None, None, None, 2, True, ref_per_token=True)
-    _, _, (s, l, *_), _, _ = group_pass(lp.flatten(), labels.flatten(), None, Sequences(2), groups, -100)
+    groups = Groups(
+        RPOObjective("squared", 1.0),
+        rewards,
+        ref.view(1, -1),
+        None,
+        None,
+        None,
+        2,
+        True,
+        ref_per_token=True,
+    )
+    _, _, (s, l, *_), _, _ = group_pass(
+        lp.flatten(), labels.flatten(), None, Sequences(2), groups, -100
+    )
     assert float(((s.double() - truth) / truth).abs().max()) <= 1e-6
     assert float((l.double() / lp.double().sum(1) - 1).abs().max()) <= 1e-6
 
@@ -171,7 +227,9 @@ def test_equal_policy_and_reference_give_exactly_zero_reward(backend, device):
     labels = torch.randint(0, 37, (4, 5), device=device)
     ref = token_logps(logits, labels, backend=backend)
     objective = RPOObjective("squared", 0.1)
-    out = rpo_loss(logits, labels, torch.zeros(4, device=device), objective, ref_logps=ref, backend=backend)
+    out = rpo_loss(
+        logits, labels, torch.zeros(4, device=device), objective, ref_logps=ref, backend=backend
+    )
     assert (out.rewards == 0).all() and out.loss == 0
 
 
@@ -184,7 +242,13 @@ def test_fused_and_composed_losses_agree(backend, device):
     lp = token_logps(composed_in, labels, backend=backend)
     logps = sequence_logps(lp, cu_seqlens=kwargs["cu_seqlens"])
     composed = preference_loss(
-        logps, rewards, objective, ref_logps=ref, lengths=fused.lengths, cu_groups=kwargs["cu_groups"], backend=backend
+        logps,
+        rewards,
+        objective,
+        ref_logps=ref,
+        lengths=fused.lengths,
+        cu_groups=kwargs["cu_groups"],
+        backend=backend,
     )
     fused.loss.backward()
     composed.loss.backward()
@@ -223,7 +287,14 @@ def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, 
     logits = torch.randn(4, 3, 7, device=device, requires_grad=True)
     labels = torch.randint(0, 7, (4, 3), device=device)
     labels[1], labels[2] = -100, -100
-    out = rpo_loss(logits, labels, None, RPOObjective.dpo(), ref_logps=torch.zeros(4, device=device), backend=backend)
+    out = rpo_loss(
+        logits,
+        labels,
+        None,
+        RPOObjective.dpo(),
+        ref_logps=torch.zeros(4, device=device),
+        backend=backend,
+    )
     out.loss.backward()
     assert out.loss == 0 and (out.losses == 0).all() and (logits.grad == 0).all()
     assert out.lengths.tolist() == [3, 0, 0, 3]
@@ -233,11 +304,22 @@ def test_permuting_groups_permutes_the_results(backend, device):
     objective = RPOObjective("backward_kl", 0.5)
     logps, rewards, ref = torch.randn(3, 8, 4, device=device)
     order = torch.randperm(8, device=device)
-    a = preference_loss(logps.flatten(), rewards.flatten(), objective, ref_logps=ref.flatten(), group_size=4, backend=backend)
-    b = preference_loss(
-        logps[order].flatten(), rewards[order].flatten(), objective, ref_logps=ref[order].flatten(), group_size=4,
+    a = preference_loss(
+        logps.flatten(),
+        rewards.flatten(),
+        objective,
+        ref_logps=ref.flatten(),
+        group_size=4,
         backend=backend,
-    )  # fmt: skip
+    )
+    b = preference_loss(
+        logps[order].flatten(),
+        rewards[order].flatten(),
+        objective,
+        ref_logps=ref[order].flatten(),
+        group_size=4,
+        backend=backend,
+    )
     assert torch.equal(a.losses[order], b.losses)
 
 
@@ -253,7 +335,7 @@ def test_group_passes_repeat_bit_for_bit(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-# ---- what no check sees on a GPU ------------------------------------------------------------------------------------------
+# ---- what no check sees on a GPU -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -268,19 +350,29 @@ def test_strided_lengths_and_offsets_are_read_where_they_lie(device):
     cu_groups = torch.tensor([[0, 9], [2, 9], [4, 9]], dtype=torch.int32, device=device)[:, 0]
     objective = RPOObjective("squared", average=True)
     strided, plain = (
-        preference_loss(logps, rewards, objective, ref_logps=ref_logps, lengths=a, cu_groups=b, backend="triton").loss
+        preference_loss(
+            logps, rewards, objective, ref_logps=ref_logps, lengths=a, cu_groups=b, backend="triton"
+        ).loss
         for a, b in ((lengths, cu_groups), (lengths.contiguous(), cu_groups.contiguous()))
     )
     assert torch.equal(strided, plain)
 
 
 @pytest.mark.parametrize("distance, comparison", list(itertools.product(DISTANCES, COMPARISONS)))
-@pytest.mark.parametrize("rewards", [[math.nan] * 4, [math.nan, math.nan, 0.0, 1.0], [0.0, 1.0, math.nan, 1.0]])
+@pytest.mark.parametrize(
+    "rewards", [[math.nan] * 4, [math.nan, math.nan, 0.0, 1.0], [0.0, 1.0, math.nan, 1.0]]
+)
 def test_rewards_that_are_nan_make_the_loss_nan(unseen, distance, comparison, rewards, device):
     """A group whose rewards are all NaN is no group with nothing to compare."""
     objective = RPOObjective(distance, comparison=comparison)
     logps = torch.randn(4, device=device, requires_grad=True)
-    out = preference_loss(logps, torch.tensor(rewards, device=device), objective, ref_logps=logps.detach() * 0.9, backend="triton")
+    out = preference_loss(
+        logps,
+        torch.tensor(rewards, device=device),
+        objective,
+        ref_logps=logps.detach() * 0.9,
+        backend="triton",
+    )
     assert out.loss.isnan()
     (gradient,) = torch.autograd.grad(out.loss, logps)
     assert gradient.isnan().any()
@@ -289,8 +381,20 @@ def test_rewards_that_are_nan_make_the_loss_nan(unseen, distance, comparison, re
 @pytest.mark.parametrize("offsets", [(0, 2, 3), (1, 3, 4), (0, 2, 7), (0, 3, 2, 4)])
 def test_bad_groups_of_hidden_states_raise_though_no_check_sees_them(unseen, offsets, device):
     """Each chunk would see offsets that are good for it."""
-    hidden, weight = torch.randn(4, 3, 8, device=device, requires_grad=True), torch.randn(11, 8, device=device)
+    hidden, weight = (
+        torch.randn(4, 3, 8, device=device, requires_grad=True),
+        torch.randn(11, 8, device=device),
+    )
     cu_groups = torch.tensor(offsets, dtype=torch.int32, device=device)
     labels, values = torch.randint(0, 11, (4, 3), device=device), torch.randn(4, device=device)
     with pytest.raises(ValueError, match="`cu_groups` must begin at 0"):
-        linear_rpo_loss(hidden, weight, labels, values, RPOObjective(), ref_logps=values, cu_groups=cu_groups, backend="triton")
+        linear_rpo_loss(
+            hidden,
+            weight,
+            labels,
+            values,
+            RPOObjective(),
+            ref_logps=values,
+            cu_groups=cu_groups,
+            backend="triton",
+        )

@@ -1,7 +1,8 @@
-"""Every preset is the published loss: each formula is written out here as its paper or its authors' code has it.
+"""Every preset is the published loss: each formula is written out here as its paper or its authors'
+code has it.
 
-Three engines are held to it, value and gradient: the reference in float64, and the public function with both of its
-backends in float32.
+Three engines are held to it, value and gradient: the reference in float64, and the public function
+with both of its backends in float32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Case(NamedTuple):
     has_value: bool = True  # False: a policy-gradient surrogate, which only means its gradient
 
 
-# ---- the published losses ------------------------------------------------------------------------------------------
+# ---- the published losses ------------------------------------------------------------------------
 # Pairs hold the chosen response first. h is the log-ratio log pi(y) / pi_ref(y).
 
 
@@ -62,7 +63,10 @@ def cdpo(b, beta, eps):  # "conservative DPO", the label smoothing of the DPO au
 
 def robust_dpo(b, beta, eps):  # arXiv 2403.00409
     logits = pair_logits(b)
-    return ((-F.logsigmoid(beta * logits) * (1 - eps) + F.logsigmoid(-beta * logits) * eps) / (1 - 2 * eps)).mean()
+    return (
+        (-F.logsigmoid(beta * logits) * (1 - eps) + F.logsigmoid(-beta * logits) * eps)
+        / (1 - 2 * eps)
+    ).mean()
 
 
 def ipo(b, tau):  # arXiv 2310.12036, Eq. 17: log-probabilities are sums
@@ -78,7 +82,9 @@ def simpo(b, beta, gamma):  # arXiv 2405.14734, Eq. 6
     return -F.logsigmoid(beta * average[:, 0] - beta * average[:, 1] - gamma).mean()
 
 
-def cpo(b, beta, alpha):  # arXiv 2401.08417; TRL: preference loss + cpo_alpha x token-mean NLL of the chosen responses
+def cpo(
+    b, beta, alpha
+):  # arXiv 2401.08417; TRL: preference loss + cpo_alpha x token-mean NLL of the chosen responses
     preference = -F.logsigmoid(beta * (b.logps[:, 0] - b.logps[:, 1])).mean()
     return preference + alpha * -b.logps[:, 0].sum() / b.lengths[:, 0].sum()
 
@@ -117,19 +123,30 @@ def nca(b, beta, alpha):  # arXiv 2402.05369
 
 def nca_pair(b, beta):  # the same authors' code for preference pairs
     chosen, rejected = (beta * (b.logps - b.ref_logps)).unbind(1)
-    return (-F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)).mean()
+    return (
+        -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    ).mean()
 
 
-def rloo(b, beta):  # arXiv 2402.14740: -(1/K) sum_i (R_i - mean_{j != i} R_j) log pi(y_i), the KL inside the reward R
+def rloo(
+    b,
+    beta,
+    # arXiv 2402.14740: -(1/K) sum_i (R_i - mean_{j != i} R_j) log pi(y_i), the KL inside the reward
+    # R
+):
     total = b.rewards - beta * (b.logps - b.ref_logps).detach()
     K = total.shape[1]
     baseline = (total.sum(1, keepdim=True) - total) / (K - 1)
     return -((total - baseline) * b.logps).mean(1).mean()
 
 
-def gvpo(b, beta):  # arXiv 2504.19599: half a sum of squares, which the authors' code divides by K-1
+def gvpo(
+    b, beta
+):  # arXiv 2504.19599: half a sum of squares, which the authors' code divides by K-1
     R_theta = beta * (b.logps - b.ref_logps)
-    residual = (R_theta - R_theta.mean(1, keepdim=True)) - (b.rewards - b.rewards.mean(1, keepdim=True))
+    residual = (R_theta - R_theta.mean(1, keepdim=True)) - (
+        b.rewards - b.rewards.mean(1, keepdim=True)
+    )
     return (0.5 * residual**2).sum(1).mean() / (residual.shape[1] - 1)
 
 
@@ -168,20 +185,28 @@ CASES = {
     "softmax_dpo": Case(RPOObjective.softmax_dpo(0.1), lambda b: softmax_dpo(b, 0.1), K=4),
     "softmax_dpo, pairs": Case(RPOObjective.softmax_dpo(0.1), lambda b: dpo(b, 0.1)),
     "infonca": Case(RPOObjective.infonca(0.1, 0.5), lambda b: infonca(b, 0.1, 0.5), K=4),
-    "infonca, hard": Case(RPOObjective.infonca(0.1), lambda b: dpo(b, 0.1), rewards=(math.inf, 0.0)),
+    "infonca, hard": Case(
+        RPOObjective.infonca(0.1), lambda b: dpo(b, 0.1), rewards=(math.inf, 0.0)
+    ),
     "rloo": Case(RPOObjective.rloo(0.1), lambda b: rloo(b, 0.1), K=4, has_value=False),
     "gvpo": Case(RPOObjective.gvpo(0.1), lambda b: gvpo(b, 0.1), K=4),
     "sppo": Case(RPOObjective.sppo(1e-3), lambda b: sppo(b, 1e-3)),
     "nca": Case(RPOObjective.nca(0.1, 0.5), lambda b: nca(b, 0.1, 0.5), K=4),
     "nca, hard": Case(RPOObjective.nca(0.1), lambda b: nca_pair(b, 0.1), rewards=(1000.0, 0.0)),
     "bco": Case(RPOObjective.bco(0.1), lambda b: bco(b, 0.1)),
-    "RPO, backward_kl": Case(RPOObjective("backward_kl", 0.1, 2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_bwd_kl")),
-    "RPO, forward_kl": Case(RPOObjective("forward_kl", 0.1, 2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_fwd_kl")),
-    "RPO, squared": Case(RPOObjective("squared", 0.1, 2.0, scale=2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_sq")),
+    "RPO, backward_kl": Case(
+        RPOObjective("backward_kl", 0.1, 2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_bwd_kl")
+    ),
+    "RPO, forward_kl": Case(
+        RPOObjective("forward_kl", 0.1, 2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_fwd_kl")
+    ),
+    "RPO, squared": Case(
+        RPOObjective("squared", 0.1, 2.0, scale=2.0), lambda b: nemo(b, 0.1, 2.0, "rpo_sq")
+    ),
 }
 
 
-# ---- the engines -----------------------------------------------------------------------------------------------------
+# ---- the engines ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -203,17 +228,25 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
-    """Float32 numbers, so that float64 can hold the same ones: no error here comes from rounding the input."""
+    """Float32 numbers, so that float64 can hold the same ones: no error here comes from rounding
+    the input.
+    """
     g = torch.Generator().manual_seed(seed)
     shape = (GROUPS, case.K)
     logps = -30 - 100 * torch.rand(shape, generator=g)
     ref_logps = logps + 8 * torch.randn(shape, generator=g)
-    rewards = torch.randn(shape, generator=g) if case.rewards is None else torch.tensor([case.rewards] * GROUPS)
+    rewards = (
+        torch.randn(shape, generator=g)
+        if case.rewards is None
+        else torch.tensor([case.rewards] * GROUPS)
+    )
     return Batch(logps, ref_logps, rewards, torch.randint(5, 60, shape, generator=g))
 
 
 def published(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The published formula computed in ``dtype``: its value and its gradient [G, K], both as float64."""
+    """The published formula computed in ``dtype``: its value and its gradient [G, K], both as
+    float64.
+    """
     logps = batch.logps.to(dtype).requires_grad_()
     rest = {"ref_logps": batch.ref_logps.to(dtype), "rewards": batch.rewards.to(dtype)}
     loss = case.official(batch._replace(logps=logps, **rest))
@@ -228,7 +261,9 @@ def ours(case: Case, batch: Batch, engine: Engine) -> tuple[Tensor, Tensor]:
         logps,
         batch.rewards.flatten().to(engine.dtype) if case.objective.uses_rewards else None,
         case.objective,
-        ref_logps=None if case.objective.reference == "none" else batch.ref_logps.flatten().to(engine.dtype),
+        ref_logps=None
+        if case.objective.reference == "none"
+        else batch.ref_logps.flatten().to(engine.dtype),
         lengths=batch.lengths.flatten(),
         group_size=case.K,
         **engine.options,
@@ -238,18 +273,22 @@ def ours(case: Case, batch: Batch, engine: Engine) -> tuple[Tensor, Tensor]:
 
 
 def assert_as_accurate(actual: Tensor, truth: Tensor, formula: Tensor, dtype: torch.dtype) -> None:
-    """``actual`` may be 4 times as far from the float64 truth as the same formula is in float32, plus 8 ulps.
+    """``actual`` may be 4 times as far from the float64 truth as the same formula is in float32,
+    plus 8 ulps.
 
-    Both evaluate a dozen operations of equal conditioning in another order, so each error is a draw of about the same
-    size: the factor covers the luck of one draw, the ulps a draw of exactly 0. In float64 the allowance is 1e-10, far
-    above its rounding and far below any wrong constant.
+    Both evaluate a dozen operations of equal conditioning in another order, so each error is a draw
+    of about the same
+    size: the factor covers the luck of one draw, the ulps a draw of exactly 0. In float64 the
+    allowance is 1e-10, far above its rounding and far below any wrong constant.
     """
     if dtype == torch.float64:
         torch.testing.assert_close(actual, truth, rtol=1e-10, atol=1e-13 * truth.abs().max().item())
         return
     error, formula_error = (actual - truth).abs().max().item(), (formula - truth).abs().max().item()
     allowed = 4 * formula_error + 8 * torch.finfo(dtype).eps * truth.abs().max().item()
-    assert error <= allowed, f"error {error:.2e}, the published formula in {dtype} has {formula_error:.2e}"
+    assert error <= allowed, (
+        f"error {error:.2e}, the published formula in {dtype} has {formula_error:.2e}"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_value])
@@ -273,7 +312,9 @@ def test_a_preset_has_the_gradient_of_the_published_loss(engine: Engine, name: s
 
 
 def test_no_preset_is_left_out_of_this_file():
-    presets = {name for name, member in vars(RPOObjective).items() if isinstance(member, classmethod)}
+    presets = {
+        name for name, member in vars(RPOObjective).items() if isinstance(member, classmethod)
+    }
     assert presets == {name.partition(",")[0] for name in CASES} - {"RPO"}
 
 

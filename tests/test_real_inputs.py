@@ -1,10 +1,12 @@
-"""Accuracy on the hidden states of a real model: confident tokens, logits from -36 to 44, a vocabulary of 49,152.
+"""Accuracy on the hidden states of a real model: confident tokens, logits from -36 to 44, a
+vocabulary of 49,152.
 
 Needs two things that are not part of this project, and skips without them:
 
-- ``smollm2_hidden.safetensors``, bf16 hidden states of SmolLM2-135M-Instruct on 24 preference pairs, in the folder
-  RPO_KERNELS_DATA, or in ``../shared/data`` beside the repository;
-- the model itself as ``model.safetensors``, in the folder RPO_KERNELS_SMOLLM2, or where the demo keeps it in ``.cache``.
+- ``smollm2_hidden.safetensors``, bf16 hidden states of SmolLM2-135M-Instruct on 24 preference
+  pairs, in the folder RPO_KERNELS_DATA, or in ``../shared/data`` beside the repository;
+- the model itself as ``model.safetensors``, in the folder RPO_KERNELS_SMOLLM2, or where the demo
+  keeps it in ``.cache``.
 """
 
 import itertools
@@ -15,25 +17,47 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from rpo_kernels import RPOObjective, linear_rpo_loss, linear_token_logps, reference, rpo_loss, token_logps
+from rpo_kernels import (
+    RPOObjective,
+    linear_rpo_loss,
+    linear_token_logps,
+    reference,
+    rpo_loss,
+    token_logps,
+)
 
 from .helpers import HAS_GPU, worst
 
 ROOT = Path(__file__).parents[1]
-HIDDEN = Path(os.environ.get("RPO_KERNELS_DATA", ROOT.parent / "shared" / "data")) / "smollm2_hidden.safetensors"
-MODEL = Path(os.environ.get("RPO_KERNELS_SMOLLM2", ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct")) / "model.safetensors"
+HIDDEN = (
+    Path(os.environ.get("RPO_KERNELS_DATA", ROOT.parent / "shared" / "data"))
+    / "smollm2_hidden.safetensors"
+)
+MODEL = (
+    Path(
+        os.environ.get("RPO_KERNELS_SMOLLM2", ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct")
+    )
+    / "model.safetensors"
+)
 for path, what in [(HIDDEN, "RPO_KERNELS_DATA"), (MODEL, "RPO_KERNELS_SMOLLM2")]:
     if not path.exists():
-        pytest.skip(f"real inputs are not here: {what} names no folder with {path.name}", allow_module_level=True)
+        pytest.skip(
+            f"real inputs are not here: {what} names no folder with {path.name}",
+            allow_module_level=True,
+        )
 safetensors = pytest.importorskip("safetensors.torch")
 
 BETA, ETA = 0.1, 0.5
-OBJECTIVES = [RPOObjective(distance, BETA, ETA) for distance in ("squared", "backward_kl", "forward_kl")]
+OBJECTIVES = [
+    RPOObjective(distance, BETA, ETA) for distance in ("squared", "backward_kl", "forward_kl")
+]
 
 
 @pytest.fixture(scope="module")
 def real():
-    """(hidden [N, 576] bf16, head [49152, 576] fp32, labels [N], boundaries of the 48 responses, rewards [48])."""
+    """(hidden [N, 576] bf16, head [49152, 576] fp32, labels [N], boundaries of the 48 responses,
+    rewards [48]).
+    """
     with safetensors.safe_open(MODEL, "pt") as model:
         head = model.get_tensor("model.embed_tokens.weight").float()
     data = safetensors.load_file(HIDDEN)
@@ -42,11 +66,15 @@ def real():
 
 
 def batch(real, pairs, device, longest=None):
-    """(logits [N, V] fp32, labels [N], cu_seqlens, rewards) of some of the pairs, responses cut to the longest allowed."""
+    """(logits [N, V] fp32, labels [N], cu_seqlens, rewards) of some of the pairs, responses cut to
+    the longest allowed.
+    """
     hidden, head, labels, bounds, rewards = real
     responses = [i for pair in pairs for i in (2 * pair, 2 * pair + 1)]
     rows = [torch.arange(bounds[i], bounds[i + 1])[:longest] for i in responses]
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(
+        [0, *itertools.accumulate(map(len, rows))], dtype=torch.int32, device=device
+    )
     logits = hidden[torch.cat(rows)].to(device).float() @ head.to(device).t()
     return logits, labels[torch.cat(rows)].to(device), cu_seqlens, rewards[responses].to(device)
 
@@ -64,27 +92,51 @@ def pytorch_loss(logits, labels, cu_seqlens, rewards, ref, objective):
 
 
 def errors(objective, logits, labels, cu_seqlens, rewards, backend):
-    """Ours and PyTorch's: errors of log-probabilities, of the loss and, relative to its largest, of the gradient."""
+    """Ours and PyTorch's: errors of log-probabilities, of the loss and, relative to its largest, of
+    the gradient.
+    """
     z, lengths = logits.double(), cu_seqlens.diff().long()
-    logps64 = torch.stack([x.sum() for x in reference.token_logps(z, labels).split(lengths.tolist())]).requires_grad_()
+    logps64 = torch.stack(
+        [x.sum() for x in reference.token_logps(z, labels).split(lengths.tolist())]
+    ).requires_grad_()
     ref = (logps64.detach() + 3 * torch.randn(len(lengths)).to(z)).float()
-    truth = reference.preference_loss(logps64, rewards.double(), objective, ref_logps=ref.double(), reduction="sum").loss
+    truth = reference.preference_loss(
+        logps64, rewards.double(), objective, ref_logps=ref.double(), reduction="sum"
+    ).loss
     (coef,) = torch.autograd.grad(truth, logps64)
     grad64 = torch.zeros_like(z).scatter_(1, labels.long()[:, None], 1).sub_(z.softmax(-1))
     grad64.mul_(coef.repeat_interleave(lengths)[:, None])
     x, y = logits.clone().requires_grad_(), logits.requires_grad_()
-    out = rpo_loss(x, labels, rewards, objective, ref_logps=ref, cu_seqlens=cu_seqlens, reduction="sum", backend=backend)
+    out = rpo_loss(
+        x,
+        labels,
+        rewards,
+        objective,
+        ref_logps=ref,
+        cu_seqlens=cu_seqlens,
+        reduction="sum",
+        backend=backend,
+    )
     theirs = pytorch_loss(y, labels, cu_seqlens, rewards, ref, objective)
     for logps, loss, leaf in [(out.logps, out.loss, x), (*theirs, y)]:
         (grad,) = torch.autograd.grad(loss, leaf)
-        yield [worst(logps, logps64), worst(loss, truth), float((grad - grad64).abs().max() / grad64.abs().max())]
+        yield [
+            worst(logps, logps64),
+            worst(loss, truth),
+            float((grad - grad64).abs().max() / grad64.abs().max()),
+        ]
 
 
 def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend, device):
-    if backend == "triton" and not HAS_GPU:  # two pairs in one call, cut short: the interpreter is slow
+    if (
+        backend == "triton" and not HAS_GPU
+    ):  # two pairs in one call, cut short: the interpreter is slow
         calls = [(objective, batch(real, [6, 10], device, longest=5)) for objective in OBJECTIVES]
     else:
-        calls = ((objective, batch(real, [pair], device)) for pair, objective in zip(range(24), itertools.cycle(OBJECTIVES)))
+        calls = (
+            (objective, batch(real, [pair], device))
+            for pair, objective in zip(range(24), itertools.cycle(OBJECTIVES))
+        )
     ours, theirs = {}, {}
     for objective, inputs in calls:
         for kept, new in zip((ours, theirs), errors(objective, *inputs, backend)):
@@ -94,22 +146,33 @@ def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend
             assert mine <= 1.5 * other, (distance, ours[distance], theirs[distance])
         # PyTorch's log_softmax is off by up to 1e-3 nats a sequence: that bounds little.
         nats, relative = 3e-5, 1e-4
-        assert ours[distance][0] <= nats and ours[distance][2] <= relative, (distance, ours[distance])
+        assert ours[distance][0] <= nats and ours[distance][2] <= relative, (
+            distance,
+            ours[distance],
+        )
 
 
 def test_real_log_probs_keep_all_their_digits(real, backend, device):
-    """Of tokens with p > 0.99 too, a tenth of these: log p = -1e-4 from logsumexps of 20 has four digits."""
+    """Of tokens with p > 0.99 too, a tenth of these: log p = -1e-4 from logsumexps of 20 has four
+    digits.
+    """
     logits, labels, _, _ = batch(real, [10], device)
     truth = reference.token_logps(logits.double(), labels)
     ours = token_logps(logits, labels, backend=backend)
     assert float(((ours - truth) / truth).abs().max()) <= 2e-6
 
 
-def test_bf16_hidden_states_and_head_give_log_probs_within_a_thousandth_of_a_nat_per_sequence(real, device):
+def test_bf16_hidden_states_and_head_give_log_probs_within_a_thousandth_of_a_nat_per_sequence(
+    real, device
+):
     """Against a product in float64: what the fp32 logits of the linear path are for."""
     hidden, head, labels, bounds, _ = real
     rows = bounds[8]
-    hidden, labels, head = hidden[:rows].to(device), labels[:rows].to(device), head.to(device, torch.bfloat16)
+    hidden, labels, head = (
+        hidden[:rows].to(device),
+        labels[:rows].to(device),
+        head.to(device, torch.bfloat16),
+    )
     truth = reference.token_logps(hidden.double() @ head.double().t(), labels)
     ours = linear_token_logps(hidden, head, labels)
     lengths = [b - a for a, b in itertools.pairwise(bounds[:9])]
@@ -117,11 +180,17 @@ def test_bf16_hidden_states_and_head_give_log_probs_within_a_thousandth_of_a_nat
 
 
 def test_bf16_hidden_gradients_are_within_the_rounding_of_a_bf16_number(real, device):
-    """Against float64 throughout. dlogits are rounded to bf16 for their GEMM, their product once more: together less than 2^-8,
-    what one rounding may cost (2.7e-3, where rounding the true gradient costs 1.7e-3)."""
+    """Against float64 throughout. dlogits are rounded to bf16 for their GEMM, their product once
+    more: together less than 2^-8, what one rounding may cost (2.7e-3, where rounding the true
+    gradient costs 1.7e-3).
+    """
     hidden, head, labels, bounds, rewards = real
     n, lengths = bounds[4], [b - a for a, b in itertools.pairwise(bounds[:5])]
-    hidden, labels, rewards = hidden[:n].to(device), labels[:n].to(device).long(), rewards[:4].to(device)
+    hidden, labels, rewards = (
+        hidden[:n].to(device),
+        labels[:n].to(device).long(),
+        rewards[:4].to(device),
+    )
     cu_seqlens = torch.tensor(bounds[:5], dtype=torch.int32, device=device)
     head = head.to(device, torch.bfloat16)
     logits = hidden.double() @ head.double().t()
@@ -129,13 +198,19 @@ def test_bf16_hidden_gradients_are_within_the_rounding_of_a_bf16_number(real, de
     ref = (logps - 0.05 * torch.rand_like(logps)).float()
     sequences = torch.stack([x.sum() for x in logps.split(lengths)]).requires_grad_()
     ref_sequences = torch.stack([x.sum() for x in ref.double().split(lengths)])
-    onehot_less_p = torch.zeros_like(logits).scatter_(1, labels[:, None], 1).sub_(logits.softmax(-1))
+    onehot_less_p = (
+        torch.zeros_like(logits).scatter_(1, labels[:, None], 1).sub_(logits.softmax(-1))
+    )
     directions = onehot_less_p @ head.double()
     for objective in OBJECTIVES:
-        truth = reference.preference_loss(sequences, rewards.double(), objective, ref_logps=ref_sequences).loss
+        truth = reference.preference_loss(
+            sequences, rewards.double(), objective, ref_logps=ref_sequences
+        ).loss
         (coef,) = torch.autograd.grad(truth, sequences)
         exact = directions * torch.cat([c.expand(size) for c, size in zip(coef, lengths)])[:, None]
         x = hidden.clone().requires_grad_()
-        out = linear_rpo_loss(x, head, labels, rewards, objective, ref_logps=ref, cu_seqlens=cu_seqlens)
+        out = linear_rpo_loss(
+            x, head, labels, rewards, objective, ref_logps=ref, cu_seqlens=cu_seqlens
+        )
         (ours,) = torch.autograd.grad(out.loss, x)
         assert float((ours.double() - exact).norm() / exact.norm()) <= 2**-8, objective

@@ -1,4 +1,5 @@
-"""The cost model as counts: what each kernel reads and writes, element by element, and how often kernels are launched.
+"""The cost model as counts: what each kernel reads and writes, element by element, and how often
+kernels are launched.
 
 Counted in Triton's interpreter, which sees every address.
 """
@@ -10,12 +11,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rpo_kernels import RPOObjective, preference_loss, rpo_loss, token_logps, token_logps_and_entropy
+from rpo_kernels import (
+    RPOObjective,
+    preference_loss,
+    rpo_loss,
+    token_logps,
+    token_logps_and_entropy,
+)
 
 from .helpers import HAS_GPU
 
 if HAS_GPU:
-    pytest.skip("traffic is counted in Triton's interpreter, which a machine with a GPU does not use", allow_module_level=True)
+    pytest.skip(
+        "traffic is counted in Triton's interpreter, which a machine with a GPU does not use",
+        allow_module_level=True,
+    )
 
 pytest.importorskip("numpy")  # the interpreter's
 import triton
@@ -40,7 +50,9 @@ CASES = [(31, "contiguous"), (31, "transposed"), (2049, "shifted"), (2049, "padd
 
 
 def memory(layout, V, dtype=torch.float32):
-    """Logits ``[3, 4, V]``: contiguous, or views into something larger whose gaps must stay untouched."""
+    """Logits ``[3, 4, V]``: contiguous, or views into something larger whose gaps must stay
+    untouched.
+    """
     if layout == "contiguous":
         return torch.randn(3, 4, V).to(dtype)
     if layout == "shifted":
@@ -76,10 +88,17 @@ def test_a_forward_reads_each_scored_logit_once_and_nothing_of_ignored_rows(V, l
         for launch in launches:
             loads = torch.as_tensor(launch.loads["logits"].copy())
             expected = scored[..., None].expand(3, 4, V).long().clone()
-            expected.scatter_add_(-1, labels.clamp(min=0)[..., None], scored[..., None].long())  # the label's own, again
+            # the label's own, again
+            expected.scatter_add_(-1, labels.clamp(min=0)[..., None], scored[..., None].long())
             assert torch.equal(loads.view(3, 4, V), expected)
-            assert launch.loaded_bytes["logits"] == int(scored.sum()) * (V + 1) * logits.element_size()
-            assert once(launch.loads["labels"]) and once(launch.stores["logps"]) and once(launch.stores["lse"])
+            assert (
+                launch.loaded_bytes["logits"] == int(scored.sum()) * (V + 1) * logits.element_size()
+            )
+            assert (
+                once(launch.loads["labels"])
+                and once(launch.stores["logps"])
+                and once(launch.stores["lse"])
+            )
             assert clean(launch)
         without, with_entropy = launches
         assert without.loaded_bytes | {"entropy": 0} == with_entropy.loaded_bytes
@@ -97,7 +116,11 @@ def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_l
     here = int(((labels != -100) & (labels != -1)).sum())
     assert shard.loaded_bytes["logits"] == 4 * (int((labels != -100).sum()) * V + here)
     assert together.loaded_bytes["statistics"] == 4 * 12 * R * 4
-    assert once(together.stores["logps"]) and once(together.stores["lse"]) and once(together.stores["entropy"])
+    assert (
+        once(together.stores["logps"])
+        and once(together.stores["lse"])
+        and once(together.stores["entropy"])
+    )
     assert clean(shard) and clean(together)
 
 
@@ -109,7 +132,9 @@ def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(
         leaf = (logits.clone() if inplace else logits).requires_grad_()
         x = leaf * 1 if inplace else leaf
         with ledger() as launches:
-            logps, entropies = token_logps_and_entropy(x, labels, inplace_backward=inplace, backend="triton")
+            logps, entropies = token_logps_and_entropy(
+                x, labels, inplace_backward=inplace, backend="triton"
+            )
             ((logps + entropies).sum() if entropy else logps.sum()).backward()
         forward, backward = launches
         assert clean(forward) and clean(backward)
@@ -118,7 +143,10 @@ def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(
         assert once(backward.stores["dlogits"])
         assert backward.stored_bytes["dlogits"] == logits.numel() * 4
         if inplace:
-            assert once(backward.stores["logits"]) and backward.loaded_bytes["dlogits"] == backward.loaded_bytes["logits"]
+            assert (
+                once(backward.stores["logits"])
+                and backward.loaded_bytes["dlogits"] == backward.loaded_bytes["logits"]
+            )
         for name in ["labels", "coef", *(["entropy_coef"] if entropy else [])]:
             assert once(backward.loads[name])
         for name in ["logps", *(["entropy"] if entropy else [])]:
@@ -138,17 +166,22 @@ def test_labels_outside_the_vocabulary_reach_no_memory():
     """A CPU refuses them; the kernels, which see them on a GPU, must not follow them."""
     V = 37
     logits = torch.randn(1, 6, V + 3)[..., :V]
-    for outside in ([V, -1, V + 2, -3], [2**32 + 5, -(2**32), 2**40, -(2**62)]):  # near ones first: far ones would crash
+    for outside in (
+        [V, -1, V + 2, -3],
+        [2**32 + 5, -(2**32), 2**40, -(2**62)],
+    ):  # near ones first: far ones would crash
         labels = torch.tensor([*outside, V - 1, 0])
         with ledger() as launches:
             logps, lse, _ = vocabulary_forward(logits, labels, PLAIN)
-            vocabulary_backward(logits, labels, logps, lse, torch.ones(6), PLAIN, torch.empty(1, 6, V))
+            vocabulary_backward(
+                logits, labels, logps, lse, torch.ones(6), PLAIN, torch.empty(1, 6, V)
+            )
         assert all(map(clean, launches))
         assert launches[0].loads["logits"].sum() == 6 * V + 2
         assert logps.isnan().tolist() == [True] * 4 + [False] * 2
 
 
-# ---- the group pass -----------------------------------------------------------------------------------------------------
+# ---- the group pass ------------------------------------------------------------------------------
 
 
 def group_batch(packed):
@@ -162,37 +195,77 @@ def group_batch(packed):
 
 
 def one_pass(logps, labels, cu_seqlens, objective=None, sequences=8, lengths=None, **changes):
-    groups = Groups(objective or RPOObjective("squared"), torch.randn(8), None, None, None, None, group_size=2, mean=True)
+    groups = Groups(
+        objective or RPOObjective("squared"),
+        torch.randn(8),
+        None,
+        None,
+        None,
+        None,
+        group_size=2,
+        mean=True,
+    )
     labels = None if labels is None else labels.flatten()
     with ledger() as launches:
-        out = group_pass(logps.flatten(), labels, lengths, Sequences(sequences, cu_seqlens), groups._replace(**changes), -100)
+        out = group_pass(
+            logps.flatten(),
+            labels,
+            lengths,
+            Sequences(sequences, cu_seqlens),
+            groups._replace(**changes),
+            -100,
+        )
     (launch,) = launches
     return out, launch
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_group_pass_reads_log_probs_and_references_once_and_labels_twice_and_writes_a_coefficient_per_token(packed):
+def test_group_pass_reads_log_probs_and_references_once_and_labels_twice(
+    packed,
+):
     logps, labels, offsets = group_batch(packed)
     scored = (labels != -100).flatten().numpy()
     N = scored.size
-    for objective in (RPOObjective("squared"), RPOObjective(average=True, sft_weight=0.1, sft_normalizer="tokens")):
-        _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True)
+    for objective in (
+        RPOObjective("squared"),
+        RPOObjective(average=True, sft_weight=0.1, sft_normalizer="tokens"),
+    ):
+        _, launch = one_pass(
+            logps, labels, offsets, objective, ref_logps=torch.randn(1, N), ref_per_token=True
+        )
         assert clean(launch)
-        assert (launch.loads["logps"] == scored).all() and (launch.loads["ref_logps"][0] == scored).all()
+        assert (launch.loads["logps"] == scored).all() and (
+            launch.loads["ref_logps"][0] == scored
+        ).all()
         assert (launch.loads["labels"] == 2).all()  # to sum, and to spread the coefficients
-        assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and once(launch.stores["sequence"])
+        assert (
+            once(launch.stores["coef"])
+            and once(launch.stores["losses"])
+            and once(launch.stores["sequence"])
+        )
         assert once(launch.stores["lengths"]) and launch.stores["loss"] == 1
         assert launch.loads["coef"].sum() == launch.loads["losses"].sum() == 0
         _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(1, 8))
-        assert clean(launch) and once(launch.loads["ref_logps"]) and (launch.loads["logps"] == scored).all()
+        assert (
+            clean(launch)
+            and once(launch.loads["ref_logps"])
+            and (launch.loads["logps"] == scored).all()
+        )
 
 
 def test_each_further_reference_reads_the_log_probs_and_labels_again():
     logps, labels, offsets = group_batch(True)
     scored = (labels != -100).numpy()
     objective = RPOObjective("squared", reference="harmonic")
-    _, launch = one_pass(logps, labels, offsets, objective, ref_logps=torch.randn(3, scored.size), ref_per_token=True,
-                           ref_weights=torch.full((3, 4), 1 / 3))  # fmt: skip
+    _, launch = one_pass(
+        logps,
+        labels,
+        offsets,
+        objective,
+        ref_logps=torch.randn(3, scored.size),
+        ref_per_token=True,
+        ref_weights=torch.full((3, 4), 1 / 3),
+    )
     assert clean(launch)
     assert (launch.loads["ref_logps"] == scored).all()
     assert (launch.loads["logps"] == 3 * scored).all() and (launch.loads["labels"] == 4).all()
@@ -212,8 +285,13 @@ BROKEN = {
 @pytest.mark.parametrize("offsets", BROKEN.values(), ids=BROKEN)
 def test_offsets_that_do_not_partition_the_tokens_reach_no_other_memory_and_give_nan(offsets):
     labels = torch.zeros(100, dtype=torch.int64)
-    out, launch = one_pass(torch.randn(100), labels, torch.tensor(offsets, dtype=torch.int32), ref_logps=torch.randn(1, 100),
-                             ref_per_token=True)  # fmt: skip
+    out, launch = one_pass(
+        torch.randn(100),
+        labels,
+        torch.tensor(offsets, dtype=torch.int32),
+        ref_logps=torch.randn(1, 100),
+        ref_per_token=True,
+    )
     loss, _, _, _, coef = out
     assert clean(launch)
     assert loss.isnan() and coef.isnan().all()
@@ -232,24 +310,48 @@ BROKEN_GROUPS = {
 
 @pytest.mark.parametrize("offsets", BROKEN_GROUPS.values(), ids=BROKEN_GROUPS)
 @pytest.mark.parametrize("comparison", ["listwise", "pointwise"])
-def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_give_nan(offsets, comparison):
+def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_give_nan(
+    offsets, comparison
+):
     logps, labels, cu_seqlens = group_batch(True)
-    objective = RPOObjective("backward_kl", comparison=comparison, sft_weight=0.1, sft_normalizer="mean", reference="geometric")
-    out, launch = one_pass(logps, labels, cu_seqlens, objective, cu_groups=torch.tensor(offsets, dtype=torch.int32),
-                             ref_logps=torch.randn(2, 8), ref_weights=torch.rand(2, 3))  # fmt: skip
+    objective = RPOObjective(
+        "backward_kl",
+        comparison=comparison,
+        sft_weight=0.1,
+        sft_normalizer="mean",
+        reference="geometric",
+    )
+    out, launch = one_pass(
+        logps,
+        labels,
+        cu_seqlens,
+        objective,
+        cu_groups=torch.tensor(offsets, dtype=torch.int32),
+        ref_logps=torch.randn(2, 8),
+        ref_weights=torch.rand(2, 3),
+    )
     assert clean(launch)
     assert out[0].isnan() and out[4][labels != -100].isnan().all()
 
 
 def test_ragged_groups_with_gaps_stay_within_their_tensors():
-    """A group of one, an empty one, one with an empty sequence; more groups than programs have lanes in a block."""
+    """A group of one, an empty one, one with an empty sequence; more groups than programs have
+    lanes in a block.
+    """
     logps, labels, cu_seqlens = group_batch(True)
     for offsets in ([0, 1, 1, 6, 8], [0, 0, 0, 8], [0, 8, 8], [0, *[3] * 200, 8]):
         for comparison in ("listwise", "pairwise", "pointwise"):
-            out, launch = one_pass(logps, labels, cu_seqlens, RPOObjective("forward_kl", comparison=comparison),
-                                     cu_groups=torch.tensor(offsets, dtype=torch.int32))  # fmt: skip
+            out, launch = one_pass(
+                logps,
+                labels,
+                cu_seqlens,
+                RPOObjective("forward_kl", comparison=comparison),
+                cu_groups=torch.tensor(offsets, dtype=torch.int32),
+            )
             assert clean(launch)
-            assert once(launch.stores["coef"]) and once(launch.stores["losses"]) and out[0].isfinite()
+            assert (
+                once(launch.stores["coef"]) and once(launch.stores["losses"]) and out[0].isfinite()
+            )
 
 
 def test_scaling_by_one_touches_nothing_and_otherwise_each_element_once():
@@ -263,7 +365,7 @@ def test_scaling_by_one_touches_nothing_and_otherwise_each_element_once():
     assert clean(by_one) and clean(by_two)
 
 
-# ---- launches -----------------------------------------------------------------------------------------------------------
+# ---- launches ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -274,30 +376,41 @@ def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
     reference = {} if objective.reference == "none" else {"ref_logps": torch.randn(4)}
     with ledger() as launches:
         loss = rpo_loss(logits, labels, rewards, objective, backend="triton", **reference).loss
-        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_group_pass_kernel"]
+        assert [launch.kernel for launch in launches] == [
+            "_vocabulary_forward_kernel",
+            "_group_pass_kernel",
+        ]
         loss.backward()
         assert [launch.kernel for launch in launches[2:]] == ["_vocabulary_backward_kernel"]
     assert all(map(clean, launches))
     lengths = torch.tensor([3, 3, 3, 3])
     with ledger() as launches:
         logps = torch.randn(4, requires_grad=True)
-        preference_loss(logps, rewards, objective, lengths=lengths, backend="triton", **reference).loss.backward()
+        preference_loss(
+            logps, rewards, objective, lengths=lengths, backend="triton", **reference
+        ).loss.backward()
     assert [launch.kernel for launch in launches] == ["_group_pass_kernel"]
     assert clean(launches[0])
 
 
 def test_token_log_probs_take_one_launch_each_way():
     logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, -100])
-    for call in (token_logps, lambda *args, **kwargs: sum(token_logps_and_entropy(*args, **kwargs))):
+    for call in (
+        token_logps,
+        lambda *args, **kwargs: sum(token_logps_and_entropy(*args, **kwargs)),
+    ):
         with ledger() as launches:
             call(logits, labels, backend="triton").sum().backward()
-        assert [launch.kernel for launch in launches] == ["_vocabulary_forward_kernel", "_vocabulary_backward_kernel"]
+        assert [launch.kernel for launch in launches] == [
+            "_vocabulary_forward_kernel",
+            "_vocabulary_backward_kernel",
+        ]
     with ledger() as launches:
         token_logps(logits[:0], labels[:0], backend="triton")
     assert launches == []
 
 
-# ---- offsets of rows ----------------------------------------------------------------------------------------------------
+# ---- offsets of rows -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -321,7 +434,7 @@ def test_rows_beyond_two_to_the_31_elements_are_reached(row, inner, stride_outer
     assert int(out) == row // inner * stride_outer + row % inner * stride_inner
 
 
-# ---- the ledger itself --------------------------------------------------------------------------------------------------
+# ---- the ledger itself ---------------------------------------------------------------------------
 
 
 @triton.jit
@@ -351,21 +464,26 @@ def test_the_ledger_sees_what_lies_outside_and_between():
     x, out = torch.randn(2, 32)
     with ledger() as launches:
         _probe_kernel[(2,)](x[8:15], out[8:16], 8, BLOCK=4, RACE=0)  # one load past the end
-        _probe_kernel[(2,)](x[8:16], out[8:24:2], 8, BLOCK=4, RACE=0)  # as if contiguous: four stores into gaps
+        # as if contiguous: four stores into gaps
+        _probe_kernel[(2,)](x[8:16], out[8:24:2], 8, BLOCK=4, RACE=0)
     assert [launch.stray for launch in launches] == [1, 4]
     assert launches[0].loads["x"].tolist() == [1] * 7 and launches[0].loaded_bytes["x"] == 28
     assert launches[1].stores["out"].tolist() == [1] * 4 + [0] * 4
 
 
-# ---- alignment and parts of rows ------------------------------------------------------------------------------------------
+# ---- alignment and parts of rows -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("V", [5, 257, 2048 + 777])
 def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V):
-    """At every address modulo 16 bytes, in place and beside logits that lie elsewhere; in 16-byte accesses but for two edges."""
+    """At every address modulo 16 bytes, in place and beside logits that lie elsewhere; in 16-byte
+    accesses but for two edges.
+    """
     for offset, dtype in itertools.product((0, 1, 7), (torch.float16, torch.float32)):
         memory = torch.randn(3 * V + 48).to(dtype)
-        memory = memory[-memory.data_ptr() // memory.element_size() % (16 // memory.element_size()) :]
+        memory = memory[
+            -memory.data_ptr() // memory.element_size() % (16 // memory.element_size()) :
+        ]
         logits = memory[offset : offset + 3 * V].view(1, 3, V)
         labels = torch.tensor([0, V // 2, V - 1])
         with ledger() as launches:
@@ -380,7 +498,9 @@ def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V)
 
 
 def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
-    """Forward a second launch puts the parts together; it reads three numbers of each part and the label's logit."""
+    """Forward a second launch puts the parts together; it reads three numbers of each part and the
+    label's logit.
+    """
     monkeypatch.setattr(launch_settings_module, "PART", 512)
     for module in (forward_module, backward_module):
         monkeypatch.setattr(module, "splits_rows", lambda N, device: True)
@@ -390,7 +510,11 @@ def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
         logps, lse, _ = vocabulary_forward(logits, labels, PLAIN)
         vocabulary_backward(logits, labels, logps, lse, torch.ones(3), PLAIN, logits)
     forward, merge, backward = launches
-    assert [x.kernel for x in launches] == ["_vocabulary_forward_kernel", "_vocabulary_merge_kernel", "_vocabulary_backward_kernel"]
+    assert [x.kernel for x in launches] == [
+        "_vocabulary_forward_kernel",
+        "_vocabulary_merge_kernel",
+        "_vocabulary_backward_kernel",
+    ]
     assert all(map(clean, launches))
     parts = forward.stores["parts"].shape[1]
     assert parts > 1 and forward.loads["logits"].sum() == 2 * (V + parts)
@@ -409,11 +533,16 @@ def test_only_a_part_far_above_its_label_is_read_again(monkeypatch):
         logps, _, _ = vocabulary_forward(logits, labels, PLAIN)
     loads = launches[0].loads["logits"][0].copy()
     loads[:, 5] -= 1
-    assert (loads[0] == 1).all() and set(loads[1].tolist()) == {1, 3} and loads[1, V - 3] == 3 and loads[1, 0] == 1
+    assert (
+        (loads[0] == 1).all()
+        and set(loads[1].tolist()) == {1, 3}
+        and loads[1, V - 3] == 3
+        and loads[1, 0] == 1
+    )
     assert abs(float(logps[1]) + 200) < 1e-4
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 class _Allocations(TorchDispatchMode):
@@ -425,7 +554,11 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        inputs = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
                 self.bytes += x.untyped_storage().nbytes()
@@ -433,15 +566,24 @@ class _Allocations(TorchDispatchMode):
 
 
 def test_an_in_place_step_allocates_a_few_numbers_per_token_beside_the_logits():
-    """Peak of forward and backward = logits + O(N): a bound on all that is ever allocated bounds it."""
+    """Peak of forward and backward = logits + O(N): a bound on all that is ever allocated bounds
+    it.
+    """
     S, T = 4, 6
     for V in (300, 3000):
         logits = torch.randn(S, T, V, requires_grad=True)
         labels = torch.randint(0, V, (S, T))
         x = logits * 1
         with _Allocations() as allocations, ledger():
-            out = rpo_loss(x, labels, torch.randn(S), RPOObjective(), ref_logps=torch.zeros(S), inplace_backward=True,
-                           backend="triton")  # fmt: skip
+            out = rpo_loss(
+                x,
+                labels,
+                torch.randn(S),
+                RPOObjective(),
+                ref_logps=torch.zeros(S),
+                inplace_backward=True,
+                backend="triton",
+            )
             (grad,) = torch.autograd.grad(out.loss, x)
         assert grad.data_ptr() == x.data_ptr()
         assert allocations.bytes <= 40 * S * T * 4 < x.numel() * 4, allocations.bytes
@@ -456,23 +598,35 @@ class _Unlaunched:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_logits_path_never_looks_at_its_device(monkeypatch, packed):
-    """Tensors without values go through what runs on a GPU, so any look at a value raises: no sync, and a graph may capture it."""
+    """Tensors without values go through what runs on a GPU, so any look at a value raises: no sync,
+    and a graph may capture it.
+    """
     from rpo_kernels.kernels import group_pass as group_module
     from rpo_kernels.ops.rpo_loss import _rpo_loss
     from rpo_kernels.ops.token_logps import _dlogits_inplace_op, _dlogits_op
 
     for module, kernel in [
-        (forward_module, "_vocabulary_forward_kernel"), (forward_module, "_vocabulary_merge_kernel"),
-        (backward_module, "_vocabulary_backward_kernel"), (group_module, "_group_pass_kernel"),
-    ]:  # fmt: skip
+        (forward_module, "_vocabulary_forward_kernel"),
+        (forward_module, "_vocabulary_merge_kernel"),
+        (backward_module, "_vocabulary_backward_kernel"),
+        (group_module, "_group_pass_kernel"),
+    ]:
         monkeypatch.setattr(module, kernel, _Unlaunched())
     S, T, V = 4, 5, 33
     meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
-    logits, labels = (meta(S * T, V), meta(S * T, dtype=torch.int64)) if packed else (meta(S, T, V), meta(S, T, dtype=torch.int64))
+    logits, labels = (
+        (meta(S * T, V), meta(S * T, dtype=torch.int64))
+        if packed
+        else (meta(S, T, V), meta(S, T, dtype=torch.int64))
+    )
     sequences = Sequences(S, meta(S + 1, dtype=torch.int32) if packed else None)
     groups = Groups(RPOObjective(), meta(S), meta(1, S), None, None, None, group_size=2, mean=True)
     with pytest.raises(RuntimeError, match="meta"):
         logits[0].sum().item()
-    loss, _, _, _, coef, logps, lse, _ = _rpo_loss.eager(logits, labels, sequences, groups, LogitTransform(), True, "triton", "")
+    loss, _, _, _, coef, logps, lse, _ = _rpo_loss.eager(
+        logits, labels, sequences, groups, LogitTransform(), True, "triton", ""
+    )
     for backward in (_dlogits_op, _dlogits_inplace_op):
-        backward.eager(logits, labels, logps, lse, coef, loss, None, None, LogitTransform(), "triton")
+        backward.eager(
+            logits, labels, logps, lse, coef, loss, None, None, LogitTransform(), "triton"
+        )

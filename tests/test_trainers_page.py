@@ -33,7 +33,9 @@ def snippet(title: str, monkeypatch=None, **modules) -> dict:
     for name, contents in modules.items():
         parts = name.replace("__", ".").split(".")
         for i in range(1, len(parts)):
-            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+            monkeypatch.setitem(
+                sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i]))
+            )
         module = types.ModuleType(".".join(parts))
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, ".".join(parts), module)
@@ -59,15 +61,20 @@ def batch() -> dict:
     input_ids = torch.randint(4, V, (S, T)) * mask
     labels = torch.where((at >= prompts[:, None]) & (mask == 1), input_ids, -100)
     return {
-        "input_ids": input_ids, "attention_mask": mask, "labels": labels, "group_size": 2,
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "group_size": 2,
         "rewards": torch.tensor([1.0, 0.2, -0.5, 0.4]),
-    }  # fmt: skip
+    }
 
 
 def token_log_probs(model, batch) -> torch.Tensor:
     """``[S, T]``, at t the log-probability of token t + 1 (0 at the end), of every token."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return token_logps(logits, shift_labels(batch["input_ids"], torch.ones_like(batch["input_ids"])))
+    return token_logps(
+        logits, shift_labels(batch["input_ids"], torch.ones_like(batch["input_ids"]))
+    )
 
 
 def scored(batch) -> torch.Tensor:
@@ -79,7 +86,9 @@ def expected(policy, reference, batch, objective=OBJECTIVE):
     mask = scored(batch)
     sums = [(token_log_probs(model, batch) * mask).sum(1) for model in (policy, reference)]
     rewards = batch["rewards"] if objective.uses_rewards else None
-    return preference_loss(sums[0], rewards, objective, ref_logps=sums[1].detach(), lengths=mask.sum(1))
+    return preference_loss(
+        sums[0], rewards, objective, ref_logps=sums[1].detach(), lengths=mask.sum(1)
+    )
 
 
 def gradient(model) -> torch.Tensor:
@@ -101,7 +110,9 @@ def test_bare_loop(batch, monkeypatch):
     optimizers[1].step()
     metrics = next(names["train"](policy, reference, [batch], optimizers[0]))
     assert close(metrics["rewards/margins"], first.metrics()["rewards/margins"])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(policy.parameters(), twin.parameters()))
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(policy.parameters(), twin.parameters())
+    )
 
 
 def test_lightning(batch, monkeypatch):
@@ -129,7 +140,9 @@ def test_lightning(batch, monkeypatch):
 
 def test_nemo_rl_in_two_microbatches(batch, monkeypatch):
     interfaces = {
-        "LossType": enum.Enum("LossType", {"TOKEN_LEVEL": "token_level", "SEQUENCE_LEVEL": "sequence_level"}),
+        "LossType": enum.Enum(
+            "LossType", {"TOKEN_LEVEL": "token_level", "SEQUENCE_LEVEL": "sequence_level"}
+        ),
         "LossInputType": enum.Enum("LossInputType", {"LOGIT": "logit", "LOGPROB": "logprob"}),
     }
     names = snippet("NeMo-RL", monkeypatch, nemo_rl__algorithms__loss__interfaces=interfaces)
@@ -148,27 +161,43 @@ def test_nemo_rl_in_two_microbatches(batch, monkeypatch):
     total, metrics = 0.0, defaultdict(float)
     for pair in (slice(0, 2), slice(2, 4)):  # the host sums losses and metrics over micro-batches
         part = {name: x[pair] for name, x in data.items()}
-        logprobs = token_log_probs(policy, {name: batch[name][pair] for name in ("input_ids", "attention_mask")})[:, :-1]
+        logprobs = token_log_probs(
+            policy, {name: batch[name][pair] for name in ("input_ids", "attention_mask")}
+        )[:, :-1]
         loss, found = loss_fn(
-            data=part, global_valid_seqs=torch.tensor(4), global_valid_toks=part["token_mask"].sum(), next_token_logprobs=logprobs
+            data=part,
+            global_valid_seqs=torch.tensor(4),
+            global_valid_toks=part["token_mask"].sum(),
+            next_token_logprobs=logprobs,
         )
         loss.backward()
         total += loss.item()
         for name, x in found.items():
             metrics[name] += x
-    assert close(total, truth.loss) and close(metrics["loss"], truth.loss) and metrics["num_valid_samples"] == 4
+    assert (
+        close(total, truth.loss)
+        and close(metrics["loss"], truth.loss)
+        and metrics["num_valid_samples"] == 4
+    )
     assert close(gradient(policy), gradient(twin))
     assert close(metrics["rewards/margins"], truth.metrics()["rewards/margins"])
 
 
 def test_nemo_rl_masks_a_sample_with_its_group(batch, monkeypatch):
-    kinds = {"LossType": types.SimpleNamespace(SEQUENCE_LEVEL=0), "LossInputType": types.SimpleNamespace(LOGPROB=0)}
-    loss_fn = snippet("NeMo-RL", monkeypatch, nemo_rl__algorithms__loss__interfaces=kinds)["RPOLossFn"](OBJECTIVE)
+    kinds = {
+        "LossType": types.SimpleNamespace(SEQUENCE_LEVEL=0),
+        "LossInputType": types.SimpleNamespace(LOGPROB=0),
+    }
+    loss_fn = snippet("NeMo-RL", monkeypatch, nemo_rl__algorithms__loss__interfaces=kinds)[
+        "RPOLossFn"
+    ](OBJECTIVE)
     logprobs = torch.full((S, T - 1), -1.0, requires_grad=True)
     data = {
-        "token_mask": torch.ones(S, T), "sample_mask": torch.tensor([1.0, 1.0, 0.0, 0.0]), "rewards": batch["rewards"],
+        "token_mask": torch.ones(S, T),
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        "rewards": batch["rewards"],
         "reference_policy_logprobs": torch.full((S, T), -2.0),
-    }  # fmt: skip
+    }
     loss, _ = loss_fn(data, torch.tensor(2), torch.tensor(16), next_token_logprobs=logprobs)
     loss.backward()
     assert loss > 0 and logprobs.grad[:2].any() and not logprobs.grad[2:].any()
@@ -185,16 +214,20 @@ def test_verl_over_data_parallel_ranks(ranks, batch):
     truth.loss.backward()
     lengths = batch["attention_mask"].sum(1).tolist()
     jagged = lambda x, rows: torch.nested.nested_tensor_from_jagged(
-        torch.cat([x[i, : lengths[i]] for i in rows]), torch.tensor([0, *torch.tensor([lengths[i] for i in rows]).cumsum(0)])
+        torch.cat([x[i, : lengths[i]] for i in rows]),
+        torch.tensor([0, *torch.tensor([lengths[i] for i in rows]).cumsum(0)]),
     )
     ref_logps = (token_log_probs(reference, batch) * scored(batch)).sum(1).detach()
     losses = []
     for rank in range(ranks):  # each holds its share; gradients are averaged over ranks
         rows = range(rank * S // ranks, (rank + 1) * S // ranks)
         data = {
-            "loss_mask": jagged((batch["labels"] != -100).long(), rows), "rewards": batch["rewards"][list(rows)],
-            "ref_logps": ref_logps[list(rows)], "global_batch_size": S, "dp_size": ranks,
-        }  # fmt: skip
+            "loss_mask": jagged((batch["labels"] != -100).long(), rows),
+            "rewards": batch["rewards"][list(rows)],
+            "ref_logps": ref_logps[list(rows)],
+            "global_batch_size": S,
+            "dp_size": ranks,
+        }
         model_output = {"log_probs": jagged(token_log_probs(policy, batch), rows)}
         loss, metrics = worker.loss_fn(model_output=model_output, data=data, dp_group=None)
         (loss / ranks).backward()
@@ -208,11 +241,18 @@ def test_openrlhf():
     objective = RPOObjective.exo(0.3, 0.1)
     snippet("OpenRLHF")["use_rpo"](trainer, objective)
     chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5).requires_grad_()
-    loss, chosen_reward, reject_reward = trainer.loss_fn(chosen, rejected, ref_chosen.detach(), ref_rejected.detach())
-    logps, refs = (torch.stack(pair, 1).flatten() for pair in ((chosen, rejected), (ref_chosen, ref_rejected)))
+    loss, chosen_reward, reject_reward = trainer.loss_fn(
+        chosen, rejected, ref_chosen.detach(), ref_rejected.detach()
+    )
+    logps, refs = (
+        torch.stack(pair, 1).flatten() for pair in ((chosen, rejected), (ref_chosen, ref_rejected))
+    )
     assert close(loss, preference_loss(logps, None, objective, ref_logps=refs.detach()).loss)
-    assert close(chosen_reward, 0.3 * (chosen - ref_chosen)) and close(reject_reward, 0.3 * (rejected - ref_rejected))
-    assert loss.requires_grad and (chosen_reward > reject_reward).float().mean().item() >= 0  # what the host logs
+    assert close(chosen_reward, 0.3 * (chosen - ref_chosen)) and close(
+        reject_reward, 0.3 * (rejected - ref_rejected)
+    )
+    # what the host logs
+    assert loss.requires_grad and (chosen_reward > reject_reward).float().mean().item() >= 0
 
 
 def test_axolotl(batch, monkeypatch):
@@ -226,9 +266,11 @@ def test_axolotl(batch, monkeypatch):
             self.accelerator = types.SimpleNamespace(gather=lambda x: x)
 
     names = snippet(
-        "axolotl", monkeypatch, axolotl__core__trainers__dpo__trainer={"AxolotlDPOTrainer": AxolotlDPOTrainer},
+        "axolotl",
+        monkeypatch,
+        axolotl__core__trainers__dpo__trainer={"AxolotlDPOTrainer": AxolotlDPOTrainer},
         axolotl__integrations__base={"BasePlugin": type("BasePlugin", (), {})},
-    )  # fmt: skip
+    )
     plugin = names["RPOPlugin"]()
     plugin.post_model_load({}, llama())
     adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -244,7 +286,12 @@ def test_axolotl(batch, monkeypatch):
     twin = get_peft_model(twin, copy.deepcopy(adapter))
     with torch.no_grad(), twin.disable_adapter():
         ref = (token_log_probs(twin, batch) * scored(batch)).sum(1)
-    truth = preference_loss((token_log_probs(twin, batch) * scored(batch)).sum(1), None, trainer.objective, ref_logps=ref)
+    truth = preference_loss(
+        (token_log_probs(twin, batch) * scored(batch)).sum(1),
+        None,
+        trainer.objective,
+        ref_logps=ref,
+    )
     truth.loss.backward()
     assert close(loss, truth.loss) and close(gradient(trainer.model), gradient(twin))
     assert set(trainer._metrics["train"]) == set(truth.metrics())

@@ -1,4 +1,6 @@
-"""The transformers adapter: tiny random models of many families against their own logits, with and without PEFT."""
+"""The transformers adapter: tiny random models of many families against their own logits, with and
+without PEFT.
+"""
 
 import contextlib
 import copy
@@ -10,15 +12,29 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from rpo_kernels import RPOObjective, reference  # noqa: E402
-from rpo_kernels.adapters.transformers import TokenLogps, attach, detach, model_rpo_loss, model_token_logps  # noqa: E402
+from rpo_kernels.adapters.transformers import (  # noqa: E402
+    TokenLogps,
+    attach,
+    detach,
+    model_rpo_loss,
+    model_token_logps,
+)
 
 from .helpers import worst  # noqa: E402
 
 IMAGE, V, T = 90, 97, 12
 SIZE = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 EYES = {
     "hidden_size": 16,
@@ -40,8 +56,18 @@ TEXT = {
     "Granite": {"logits_scaling": 3.3},  # divides
     "HyperCLOVAX": {"logits_scaling": 3.3},  # multiplies
     "Phi": {},  # bias
-    "GPT2": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 32, "tie_word_embeddings": True},
-    "ModernBertDecoder": {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},  # layers between backbone and head
+    "GPT2": {
+        "n_embd": 32,
+        "n_head": 4,
+        "n_layer": 2,
+        "n_positions": 32,
+        "tie_word_embeddings": True,
+    },
+    "ModernBertDecoder": {
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },  # layers between backbone and head
     "Qwen3Moe": {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, **EXPERTS},
     "Mixtral": {"num_local_experts": 4, **EXPERTS},
 }
@@ -67,15 +93,33 @@ def vision_model(family: str):
     torch.manual_seed(0)
     if family == "Qwen2VL":
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-        eyes = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
-        ids = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-        config = transformers.Qwen2VLConfig(text_config=SIZE | {"rope_parameters": rope}, vision_config=eyes, **ids)
+        eyes = {
+            "depth": 1,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+        }
+        ids = {
+            "image_token_id": IMAGE,
+            "video_token_id": 91,
+            "vision_start_token_id": 92,
+            "vision_end_token_id": 93,
+        }
+        config = transformers.Qwen2VLConfig(
+            text_config=SIZE | {"rope_parameters": rope}, vision_config=eyes, **ids
+        )
     elif family == "Llava":
         text, eyes = transformers.LlamaConfig(**SIZE), transformers.CLIPVisionConfig(**EYES)
-        config = transformers.LlavaConfig(text_config=text, vision_config=eyes, image_token_index=IMAGE)
+        config = transformers.LlavaConfig(
+            text_config=text, vision_config=eyes, image_token_index=IMAGE
+        )
     else:
         ids = {"image_token_index": IMAGE, "boi_token_index": 92, "eoi_token_index": 93}
-        config = transformers.Gemma3Config(text_config=SIZE | {"head_dim": 8}, vision_config=EYES, mm_tokens_per_image=4, **ids)
+        config = transformers.Gemma3Config(
+            text_config=SIZE | {"head_dim": 8}, vision_config=EYES, mm_tokens_per_image=4, **ids
+        )
     return filled(getattr(transformers, f"{family}ForConditionalGeneration")(config))
 
 
@@ -89,7 +133,10 @@ def text_batch(padding="right") -> dict:
     ids = torch.where(mask == 1, ids, 0)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if padding == "left":
-        batch = {name: torch.stack([row.roll(T - int(n)) for row, n in zip(x, lengths)]) for name, x in batch.items()}
+        batch = {
+            name: torch.stack([row.roll(T - int(n)) for row, n in zip(x, lengths)])
+            for name, x in batch.items()
+        }
     return batch | {"rewards": torch.tensor([1.0, 0.2, -0.5, 2.0])}
 
 
@@ -100,15 +147,22 @@ def vision_batch(family: str) -> dict:
     image = batch["input_ids"] == IMAGE
     generator = torch.Generator().manual_seed(2)
     if family == "Qwen2VL":
-        extra = {"pixel_values": torch.randn(4 * 16, 96, generator=generator), "image_grid_thw": torch.tensor([[1, 4, 4]] * 4)}
+        extra = {
+            "pixel_values": torch.randn(4 * 16, 96, generator=generator),
+            "image_grid_thw": torch.tensor([[1, 4, 4]] * 4),
+        }
         return batch | extra | {"mm_token_type_ids": image.long()}
     batch["pixel_values"] = torch.randn(4, 3, 8, 8, generator=generator)
     return batch | ({"token_type_ids": image.long()} if family == "Gemma3" else {})
 
 
 def own_results(model, batch: dict):
-    """The model's own logits, aligned labels, and token log-probabilities [S, T] of these by the reference."""
-    logits = model(**{name: x for name, x in batch.items() if name not in ("labels", "rewards")}).logits
+    """The model's own logits, aligned labels, and token log-probabilities [S, T] of these by the
+    reference.
+    """
+    logits = model(
+        **{name: x for name, x in batch.items() if name not in ("labels", "rewards")}
+    ).logits
     labels = torch.cat([batch["labels"][:, 1:], torch.full((4, 1), -100)], 1)
     return logits, labels, reference.token_logps(logits.detach(), labels)
 
@@ -141,13 +195,18 @@ def assert_equal_to_own_logits(model, batch, tolerance=1e-5):
     loss = reference.rpo_loss(logits, labels, batch["rewards"], OBJECTIVE, ref_logps=ref_logps).loss
     out = model(**batch, objective=OBJECTIVE, ref_logps=ref_logps, **NO_AUX)
     tokens = model_token_logps(model, batch, output_entropies=True)
-    for ours, theirs in [(out.loss, loss), (out.logps, logps.sum(1)), (tokens.logps, logps), (tokens.entropies, entropies)]:
+    for ours, theirs in [
+        (out.loss, loss),
+        (out.logps, logps.sum(1)),
+        (tokens.logps, logps),
+        (tokens.entropies, entropies),
+    ]:
         assert worst(ours, theirs) <= tolerance * float(theirs.detach().abs().max())
     assert torch.equal(out.lengths, (labels != -100).sum(1).int())
     assert_same_gradients(gradients(model, out.loss), gradients(model, loss), tolerance)
 
 
-# ---- families ---------------------------------------------------------------------------------------------------------
+# ---- families ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TEXT)
@@ -160,7 +219,9 @@ def test_a_model_that_sees_images_sees_them(family):
     model, batch = attach(vision_model(family)), vision_batch(family)
     assert_equal_to_own_logits(model, batch)
     other = batch | {"pixel_values": batch["pixel_values"] + 1}
-    assert worst(model_token_logps(model, batch).logps, model_token_logps(model, other).logps) > 1e-3
+    assert (
+        worst(model_token_logps(model, batch).logps, model_token_logps(model, other).logps) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
@@ -168,7 +229,9 @@ def test_left_padding(family):
     model, batch = attach(text_model(family)), text_batch("left")
     assert_equal_to_own_logits(model, batch)
     if family == "Llama":  # positions are relative
-        a, b = (model_token_logps(model, text_batch(side)).logps.sum(1) for side in ("left", "right"))
+        a, b = (
+            model_token_logps(model, text_batch(side)).logps.sum(1) for side in ("left", "right")
+        )
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -179,18 +242,26 @@ def test_packed_sequences_are_the_rows():
     packed = {name: batch[name][present][None] for name in ("input_ids", "labels")}
     packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
     packed["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    packed["labels"][0, 0] = packed["labels"][0, T] = 7  # a sequence's first token follows nothing, whatever its label
+    packed["labels"][0, 0] = packed["labels"][0, T] = (
+        7  # a sequence's first token follows nothing, whatever its label
+    )
     ref_logps = torch.randn(4)
     rows = model(**batch, objective=OBJECTIVE, ref_logps=ref_logps)
     out = model(**packed, rewards=batch["rewards"], objective=OBJECTIVE, ref_logps=ref_logps)
     torch.testing.assert_close(out.logps, rows.logps, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(model, out.loss), gradients(model, rows.loss))
     tokens = model_token_logps(model, packed)
-    torch.testing.assert_close(tokens.logps, model_token_logps(model, batch).logps[present], rtol=1e-5, atol=1e-5)
-    per_token = model(**packed, rewards=batch["rewards"], objective=OBJECTIVE, ref_logps=tokens.logps.detach())
+    torch.testing.assert_close(
+        tokens.logps, model_token_logps(model, batch).logps[present], rtol=1e-5, atol=1e-5
+    )
+    per_token = model(
+        **packed, rewards=batch["rewards"], objective=OBJECTIVE, ref_logps=tokens.logps.detach()
+    )
     assert worst(per_token.rewards, torch.zeros(4)) < 1e-5
     with pytest.raises(ValueError, match="`cu_seqlens` needs `position_ids` that begin anew"):
-        model(**packed, attention_mask=torch.ones_like(packed["input_ids"]), output_token_logps=True)
+        model(
+            **packed, attention_mask=torch.ones_like(packed["input_ids"]), output_token_logps=True
+        )
 
 
 def test_labels_that_are_shifted_already():
@@ -200,7 +271,7 @@ def test_labels_that_are_shifted_already():
     assert torch.equal(model_token_logps(model, batch | {"shift_labels": shifted}).logps, expected)
 
 
-# ---- precision, memory, hosts' machinery ------------------------------------------------------------------------------
+# ---- precision, memory, hosts' machinery ---------------------------------------------------------
 
 
 def test_bf16_autocast_is_closer_to_the_truth_than_the_models_own_logits():
@@ -220,7 +291,9 @@ def test_bf16_autocast_is_closer_to_the_truth_than_the_models_own_logits():
 
 @contextlib.contextmanager
 def capture(head, into):
-    handle = head.register_forward_pre_hook(lambda _, args: into.setdefault("head", args[0].detach()))
+    handle = head.register_forward_pre_hook(
+        lambda _, args: into.setdefault("head", args[0].detach())
+    )
     yield
     handle.remove()
 
@@ -230,7 +303,15 @@ def test_a_bf16_model():
     out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
     out.loss.backward()
     assert out.loss.dtype == torch.float32 and model.lm_head.weight.grad.dtype == torch.bfloat16
-    assert worst(out.logps, attach(text_model("Llama"))(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).logps) < 1
+    assert (
+        worst(
+            out.logps,
+            attach(text_model("Llama"))(
+                **batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)
+            ).logps,
+        )
+        < 1
+    )
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -310,7 +391,9 @@ def test_a_function_behind_the_head_runs_before_the_heads_gradient_arrives():
     model.lm_head.weight.register_hook(lambda grad: seen.append("gradient"))
     model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss.backward()
     assert seen == ["gathered", "gradient"]
-    assert not [hook for hook in model.lm_head._forward_hooks.values() if "after_head" in repr(hook)]
+    assert not [
+        hook for hook in model.lm_head._forward_hooks.values() if "after_head" in repr(hook)
+    ]
 
 
 def test_an_auxiliary_loss_is_added_as_the_models_own_forward_does():
@@ -322,7 +405,9 @@ def test_an_auxiliary_loss_is_added_as_the_models_own_forward_does():
     assert added > 0.1
     torch.testing.assert_close(out.loss - plain.loss, added, rtol=1e-4, atol=1e-5)
     assert torch.equal(out.losses, plain.losses)
-    torch.testing.assert_close(model_token_logps(model, batch).aux_loss, added, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model_token_logps(model, batch).aux_loss, added, rtol=1e-4, atol=1e-5
+    )
     for other in ({"reduction": "sum"}, {"normalizer": 2.0}, {"reduction": "none"}):
         with pytest.raises(ValueError, match="auxiliary loss is a mean"):
             model(**batch, **options, **other)
@@ -345,7 +430,9 @@ def test_ddp_and_adapters_that_are_off_for_the_reference(one_process):
     out = model_rpo_loss(torch.nn.parallel.DistributedDataParallel(model), batch, OBJECTIVE)
     assert torch.equal(out.loss, expected.loss) and (out.rewards != 0).all()
     out.loss.backward()
-    assert_same_gradients({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, grads)
+    assert_same_gradients(
+        {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, grads
+    )
 
 
 @pytest.mark.parametrize("own_unit", [False, True])
@@ -367,12 +454,14 @@ def test_fsdp2_gathers_the_head_where_the_loss_reads_it(own_unit, one_process):
     assert_same_gradients(ours, expected)
 
 
-# ---- PEFT -------------------------------------------------------------------------------------------------------------
+# ---- PEFT ----------------------------------------------------------------------------------------
 
 
 def peft_model(family="Llama", **config):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(text_model(family), peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **config))
+    model = peft.get_peft_model(
+        text_model(family), peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **config)
+    )
     return model.eval()
 
 
@@ -399,7 +488,9 @@ def test_adapters_train_and_their_absence_is_the_reference(where, first):
     base_logps = own_results(base, batch)[2].sum(1)
     if first == "attach":
         attach(base)
-    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **ADAPTERS[where])).eval()
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **ADAPTERS[where])
+    ).eval()
     if first == "adapt":
         attach(model)
     start = model_rpo_loss(model, batch, OBJECTIVE)
@@ -414,7 +505,9 @@ def test_adapters_train_and_their_absence_is_the_reference(where, first):
 def test_several_adapters_on_the_head_with_dropout_and_their_own_scaling():
     peft = pytest.importorskip("peft")
     model = peft_model(target_modules=["lm_head"], lora_dropout=0.4)
-    model.add_adapter("second", peft.LoraConfig(r=5, lora_alpha=2, use_rslora=True, target_modules=["lm_head"]))
+    model.add_adapter(
+        "second", peft.LoraConfig(r=5, lora_alpha=2, use_rslora=True, target_modules=["lm_head"])
+    )
     model.base_model.set_adapter(["default", "second"])
     randomise(model)
     for name, parameter in model.named_parameters():
@@ -436,22 +529,28 @@ def test_several_adapters_on_the_head_with_dropout_and_their_own_scaling():
 def test_tuners_that_leave_the_head_alone(tuner):
     peft = pytest.importorskip("peft")
     options = {} if tuner == "IA3" else {"num_virtual_tokens": 3}
-    model = peft.get_peft_model(text_model("Llama"), getattr(peft, f"{tuner}Config")(task_type="CAUSAL_LM", **options))
+    model = peft.get_peft_model(
+        text_model("Llama"), getattr(peft, f"{tuner}Config")(task_type="CAUSAL_LM", **options)
+    )
     attach(model.eval())
     batch = text_batch()
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -T:]  # after soft prompts
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, -T:
+    ]  # after soft prompts
     labels = batch["labels"].roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)
     out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
     assert worst(out.logps, reference.token_logps(logits, labels).sum(1)) < 1e-4
     assert gradients(model, out.loss)
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # merging it would be another matter
+# merging it would be another matter
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_fp32_adapters_on_a_16_bit_head(autocast):
     """As PEFT leaves them: B A is not rounded to the model's dtype before it is used."""
     peft = pytest.importorskip("peft")
-    base = text_model("Gemma2") if autocast else text_model("Gemma2").bfloat16()  # soft cap, and a tied head
+    # soft cap, and a tied head
+    base = text_model("Gemma2") if autocast else text_model("Gemma2").bfloat16()
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["lm_head"])
     model, batch = attach(peft.get_peft_model(base, config).eval()), text_batch()
     randomise(model)
@@ -461,7 +560,9 @@ def test_fp32_adapters_on_a_16_bit_head(autocast):
         out = model_rpo_loss(model, batch, OBJECTIVE)
         own = own_results(model, batch)[2].sum(1)
     assert (out.rewards != 0).all() and worst(out.logps, own) < 0.02 * float(own.abs().max())
-    assert all(grad.dtype == torch.float32 and grad.any() for grad in torch.autograd.grad(out.loss, lora))
+    assert all(
+        grad.dtype == torch.float32 and grad.any() for grad in torch.autograd.grad(out.loss, lora)
+    )
 
 
 def test_a_merged_adapter_is_part_of_the_head():
@@ -476,7 +577,10 @@ def test_a_merged_adapter_is_part_of_the_head():
     ("config", "message"),
     [
         ({"use_dora": True}, "plain LoRA is supported on the head, but adapter 'default' has Dora"),
-        ({"lora_bias": True}, "plain LoRA is supported on the head, but adapter 'default' has lora_bias"),
+        (
+            {"lora_bias": True},
+            "plain LoRA is supported on the head, but adapter 'default' has lora_bias",
+        ),
     ],
 )
 def test_variants_of_lora_on_the_head_are_refused(config, message):
@@ -494,13 +598,17 @@ def test_other_tuners_on_the_head_are_refused():
         attach(model)
 
 
-# ---- what does not change, and what is refused ------------------------------------------------------------------------
+# ---- what does not change, and what is refused ---------------------------------------------------
 
 
 def test_without_our_keywords_the_model_is_what_it_was():
     model, batch = text_model("Llama"), text_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    before, attributes, signature = model(**inputs), set(vars(model)), inspect.signature(model.forward)
+    before, attributes, signature = (
+        model(**inputs),
+        set(vars(model)),
+        inspect.signature(model.forward),
+    )
     prompt = {"input_ids": batch["input_ids"][:1, :4], "max_new_tokens": 5, "do_sample": False}
     text = model.generate(**prompt)
     attach(model.train())
@@ -510,7 +618,11 @@ def test_without_our_keywords_the_model_is_what_it_was():
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
     assert torch.equal(model.generate(**prompt), text)
     assert detach(model) is model
-    assert set(vars(model)) == attributes and "forward" not in vars(model) and "forward" not in vars(model.lm_head)
+    assert (
+        set(vars(model)) == attributes
+        and "forward" not in vars(model)
+        and "forward" not in vars(model.lm_head)
+    )
     with pytest.raises(ValueError, match="LlamaForCausalLM is not attached"):
         detach(model)
 
@@ -530,13 +642,20 @@ def test_a_deep_copy_is_attached_and_runs_its_own_weights():
 def test_references_of_every_kind():
     model, twin, batch = attach(text_model("Llama")), attach(text_model("Qwen3")), text_batch()
     given = model_rpo_loss(model, batch | {"ref_logps": torch.zeros(4)}, OBJECTIVE)
-    assert torch.equal(given.loss, model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss)
+    assert torch.equal(
+        given.loss, model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss
+    )
     free = model_rpo_loss(model, batch | {"rewards": None}, RPOObjective.simpo())
     assert free.loss.requires_grad
-    several = model_rpo_loss(model, batch, RPOObjective(reference="geometric"), reference=[model, twin], temperature=2.0)
+    several = model_rpo_loss(
+        model, batch, RPOObjective(reference="geometric"), reference=[model, twin], temperature=2.0
+    )
     one = model_rpo_loss(model, batch, RPOObjective(beta=0.05), reference=twin, temperature=2.0)
     torch.testing.assert_close(several.rewards, one.rewards, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model"):
+    with pytest.raises(
+        ValueError,
+        match=r"pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model",
+    ):
         model_rpo_loss(model, batch, OBJECTIVE)
 
 
@@ -546,7 +665,11 @@ def test_references_of_every_kind():
     [
         (OBJECTIVE, [1], "one model for an objective with reference='single'"),
         (RPOObjective(reference="none"), [0], "None for an objective with reference='none'"),
-        (RPOObjective(reference="geometric"), [1, 2, 3], "at least one model for an objective with reference='geometric'"),
+        (
+            RPOObjective(reference="geometric"),
+            [1, 2, 3],
+            "at least one model for an objective with reference='geometric'",
+        ),
     ],
 )
 def test_as_many_references_as_the_objective_has(count, objective, fits, expected):
@@ -588,7 +711,9 @@ def odd_head(model):
 
 
 def integer_head(model):
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(V, 32, dtype=torch.int8), requires_grad=False)
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.zeros(V, 32, dtype=torch.int8), requires_grad=False
+    )
     model.lm_head.forward = lambda x: x @ torch.zeros(32, V)
 
 
@@ -615,25 +740,39 @@ def squared_logits(model):
 
 
 def hooked_head(model):
-    model.lm_head.register_forward_hook(lambda module, args, out: out * torch.linspace(1, 2, out.shape[-1]).to(out))
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: out * torch.linspace(1, 2, out.shape[-1]).to(out)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (odd_head, TypeError, "the head must be torch.nn.Linear, got tests.test_transformers.Odd"),
-        (integer_head, TypeError, "must be a plain floating-point tensor, got Parameter, torch.int8"),
+        (
+            integer_head,
+            TypeError,
+            "must be a plain floating-point tensor, got Parameter, torch.int8",
+        ),
         (masked_logits, ValueError, "makes -inf of"),
-        (squared_logits, ValueError, "does to the logits of its head what the kernels do not: it makes"),
+        (
+            squared_logits,
+            ValueError,
+            "does to the logits of its head what the kernels do not: it makes",
+        ),
         (hooked_head, ValueError, "does to the logits of its head what the kernels do not"),
     ],
 )
-def test_a_head_that_is_not_what_the_kernels_compute_is_refused_and_left_alone(change, error, message):
+def test_a_head_that_is_not_what_the_kernels_compute_is_refused_and_left_alone(
+    change, error, message
+):
     model = with_head(change)
     before = dict(vars(model))
     with pytest.raises(error, match=message):
         attach(model)
-    assert vars(model).keys() == before.keys() and vars(model).get("forward") is before.get("forward")
+    assert vars(model).keys() == before.keys() and vars(model).get("forward") is before.get(
+        "forward"
+    )
 
 
 def test_log_probabilities_that_are_not_the_models_own_are_both_named(monkeypatch):
@@ -642,15 +781,21 @@ def test_log_probabilities_that_are_not_the_models_own_are_both_named(monkeypatc
 
     inner = fused_forward.head_weights
     monkeypatch.setattr(fused_forward, "head_weights", lambda *args: inner(*args) | {"bias": None})
-    with pytest.raises(ValueError, match=r"gives a token log-probability -\d+\.\d+, but .* give -\d+\.\d+"):
+    with pytest.raises(
+        ValueError, match=r"gives a token log-probability -\d+\.\d+, but .* give -\d+\.\d+"
+    ):
         attach(text_model("Phi"))
 
 
 def test_models_that_are_none_are_refused():
-    with pytest.raises(TypeError, match="expected a model of transformers, or a PEFT model of one, got Linear"):
+    with pytest.raises(
+        TypeError, match="expected a model of transformers, or a PEFT model of one, got Linear"
+    ):
         attach(torch.nn.Linear(2, 2))
     t5 = transformers.T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(TypeError, match="expected a causal language model, got T5ForConditionalGeneration"):
+    with pytest.raises(
+        TypeError, match="expected a causal language model, got T5ForConditionalGeneration"
+    ):
         attach(transformers.T5ForConditionalGeneration(t5))
     with pytest.raises(TypeError, match="expected a causal language model, got LlamaModel"):
         attach(text_model("Llama").model)
@@ -664,22 +809,50 @@ def test_models_that_are_none_are_refused():
         ({"rewards": torch.zeros(3)}, "`rewards`"),
         ({"group_size": 1}, "`group_size`"),
         ({"group_size": 3}, "`group_size`"),
-        ({"cu_groups": torch.tensor([0, 3, 4], dtype=torch.int32), "objective": RPOObjective.robust_dpo()}, "group"),
+        (
+            {
+                "cu_groups": torch.tensor([0, 3, 4], dtype=torch.int32),
+                "objective": RPOObjective.robust_dpo(),
+            },
+            "group",
+        ),
         ({"labels": None}, "pass `labels` .unshifted, like input_ids. or `shift_labels`"),
-        ({"shift_labels": torch.zeros(4, T).long()}, "pass `labels` .unshifted, like input_ids. or `shift_labels`"),
+        (
+            {"shift_labels": torch.zeros(4, T).long()},
+            "pass `labels` .unshifted, like input_ids. or `shift_labels`",
+        ),
         ({"labels": torch.zeros(4, T + 1).long()}, "`labels` must be"),
         ({"logit_scale": 2.0}, "leave out `logit_scale`; it is read from the model"),
-        ({"ref_hidden": torch.zeros(2)}, "leave out `ref_hidden`; a reference comes as `ref_logps`"),
+        (
+            {"ref_hidden": torch.zeros(2)},
+            "leave out `ref_hidden`; a reference comes as `ref_logps`",
+        ),
         ({"output_token_logps": True}, "ask for two results"),
-        ({"output_entropies": True}, "`output_entropies` belongs to a call with `output_token_logps=True`"),
+        (
+            {"output_entropies": True},
+            "`output_entropies` belongs to a call with `output_token_logps=True`",
+        ),
         ({"num_items_in_batch": 12}, "`num_items_in_batch` counts tokens"),
-        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_seqlens` needs `position_ids`"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)},
+            "`cu_seqlens` needs `position_ids`",
+        ),
         ({"logits_to_keep": 3}, "`labels` must be"),
-        ({"group_sizes": 4}, "`group_sizes` is neither an argument of this model nor one of ours; did you mean `group_size`"),
+        (
+            {"group_sizes": 4},
+            "`group_sizes` is neither an argument of this model nor one of ours; did you mean "
+            "`group_size`",
+        ),
         ({"labels": None, "shifted_labels": torch.zeros(4, T).long()}, "pass `labels`"),
-        ({"cu_group": torch.tensor([0, 4], dtype=torch.int32)}, "`cu_group` is neither .* did you mean `cu_groups`"),
+        (
+            {"cu_group": torch.tensor([0, 4], dtype=torch.int32)},
+            "`cu_group` is neither .* did you mean `cu_groups`",
+        ),
         ({"ref_logp": torch.zeros(4), "ref_logps": None}, "did you mean `ref_logps`"),
-        ({"prompt_ids": torch.zeros(4, 2)}, "`prompt_ids` is neither an argument of this model nor one of ours; leave it out"),
+        (
+            {"prompt_ids": torch.zeros(4, 2)},
+            "`prompt_ids` is neither an argument of this model nor one of ours; leave it out",
+        ),
     ],
 )
 def test_a_call_that_does_not_fit_says_so(change, message):
@@ -693,9 +866,20 @@ def test_a_call_that_does_not_fit_says_so(change, message):
 def test_keywords_of_a_model_and_of_what_is_inside_it_are_no_slips():
     model, batch = attach(text_model("Llama")), text_batch()
     plain = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
-    known = {"use_cache": False, "output_hidden_states": True, "return_dict": True, "max_length_q": T, "group_sizes": None}
-    assert torch.equal(model(**batch, **known, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss, plain.loss)
-    with pytest.raises(ValueError, match=r"`output_entropy` is neither .* did you mean `output_entropies`"):
+    known = {
+        "use_cache": False,
+        "output_hidden_states": True,
+        "return_dict": True,
+        "max_length_q": T,
+        "group_sizes": None,
+    }
+    assert torch.equal(
+        model(**batch, **known, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss, plain.loss
+    )
+    with pytest.raises(
+        ValueError, match=r"`output_entropy` is neither .* did you mean `output_entropies`"
+    ):
         model_token_logps(model, batch, output_entropy=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert torch.equal(model(**inputs, group_sizes=4).logits, model(**inputs).logits)  # a call that is not ours
+    # a call that is not ours
+    assert torch.equal(model(**inputs, group_sizes=4).logits, model(**inputs).logits)

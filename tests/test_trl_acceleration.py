@@ -25,19 +25,33 @@ from rpo_kernels.adapters.trl import head as adapter  # noqa: E402
 from .test_trl_trainer import options  # noqa: E402
 
 PAIRS = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in pairs(8)]
-LABELED = [{"prompt": text(i, 3) + " ", "completion": text(50 + i, 4), "label": i % 2 == 0} for i in range(8)]
+LABELED = [
+    {"prompt": text(i, 3) + " ", "completion": text(50 + i, 4), "label": i % 2 == 0}
+    for i in range(8)
+]
 PROMPTS = [{"prompt": text(i, 4)} for i in range(8)]
 TEXTS = [{"prompt": text(i, 3) + " ", "completion": text(70 + i, 5)} for i in range(8)]
 
 
 def preference(cls, config, rows, **more):
     return lambda args: cls(
-        llama(), llama(seed=1), config(**args, **more), train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+        llama(),
+        llama(seed=1),
+        config(**args, **more),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
     )
 
 
 def online(cls, config, **more):
-    sampling = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1, "temperature": 0.9, "seed": 1, **more}
+    sampling = {
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "beta": 0.1,
+        "temperature": 0.9,
+        "seed": 1,
+        **more,
+    }
 
     def build(args):
         model = llama()
@@ -57,13 +71,20 @@ def online(cls, config, **more):
 
 TRAINERS = {
     "DPO": preference(trl.DPOTrainer, trl.DPOConfig, PAIRS),
-    "DPO, weighted (log sum p^2)": preference(trl.DPOTrainer, trl.DPOConfig, PAIRS, use_weighting=True),
+    "DPO, weighted (log sum p^2)": preference(
+        trl.DPOTrainer, trl.DPOConfig, PAIRS, use_weighting=True
+    ),
     "KTO": preference(trl.KTOTrainer, trl.KTOConfig, LABELED),
     "SFT": lambda args: trl.SFTTrainer(
-        llama(), trl.SFTConfig(**args), train_dataset=Dataset.from_list(TEXTS), processing_class=tokenizer()
+        llama(),
+        trl.SFTConfig(**args),
+        train_dataset=Dataset.from_list(TEXTS),
+        processing_class=tokenizer(),
     ),
     "RLOO": online(trl.RLOOTrainer, trl.RLOOConfig),
-    "GRPO, entropy bonus, fp32 head": online(trl.GRPOTrainer, trl.GRPOConfig, entropy_coef=0.01, cast_lm_head_to_fp32=True),
+    "GRPO, entropy bonus, fp32 head": online(
+        trl.GRPOTrainer, trl.GRPOConfig, entropy_coef=0.01, cast_lm_head_to_fp32=True
+    ),
 }
 
 
@@ -79,7 +100,9 @@ def test_six_steps_of_TRLs_trainers_keep_losses_and_metrics(name, tmp_path, monk
     expected = steps(TRAINERS[name], args)
     calls = []
     ours = adapter.LogProbs.apply
-    monkeypatch.setattr(adapter.LogProbs, "apply", staticmethod(lambda *a: calls.append(1) or ours(*a)))
+    monkeypatch.setattr(
+        adapter.LogProbs, "apply", staticmethod(lambda *a: calls.append(1) or ours(*a))
+    )
     with accelerate_trl():
         logged = steps(TRAINERS[name], args)
     assert len(calls) >= 6, "our function was not used"
@@ -99,7 +122,9 @@ def rows():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_every_output_and_gradient_is_TRLs(rows, softcap, monkeypatch):
-    chunks = functools.partial(rpo_kernels.linear_token_logps_and_entropy, workspace_bytes=10 * 4 * 53)
+    chunks = functools.partial(
+        rpo_kernels.linear_token_logps_and_entropy, workspace_bytes=10 * 4 * 53
+    )
     monkeypatch.setattr(adapter, "linear_token_logps_and_entropy", chunks)  # of 10 rows
     inputs, targets = rows
     theirs, ours = [], []
@@ -126,7 +151,9 @@ def test_what_is_not_asked_is_None_and_no_rows_stay_connected(rows):
         assert [x.shape for x in nothing] == [(0,)] * 5
         nothing[0].sum().backward()  # an all-masked microbatch is a differentiable zero
         assert weight.grad is not None and not weight.grad.any()
-        frozen = apply(hidden[:0], weight.detach(), None, targets[:0], 1.0, 20, None, 1.0, ("log_probs",))[0]  # under LoRA
+        frozen = apply(
+            hidden[:0], weight.detach(), None, targets[:0], 1.0, 20, None, 1.0, ("log_probs",)
+        )[0]  # under LoRA
         hidden.grad = None
         frozen.sum().backward()
         assert hidden.grad.shape == hidden.shape and not hidden.grad.any()
@@ -135,7 +162,9 @@ def test_what_is_not_asked_is_None_and_no_rows_stay_connected(rows):
 def test_a_LoRA_model_takes_a_micro_batch_with_nothing_scored():
     base = llama()
     host.add_fused_lm_head(base)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     ids = torch.randint(4, 60, (2, 7))
     results = []
     for labels in (torch.full_like(ids, -100), ids):
@@ -176,7 +205,10 @@ def test_an_unknown_signature_is_refused(monkeypatch):
             return hidden
 
     monkeypatch.setattr(host, "_ChunkedLogProbFunction", Changed)
-    with pytest.raises(RuntimeError, match=r"must take \(ctx, hidden, weight, bias.*found \(ctx, hidden, weight, targets\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"must take \(ctx, hidden, weight, bias.*found \(ctx, hidden, weight, targets\)",
+    ):
         accelerate_trl()
     assert host._ChunkedLogProbFunction is Changed
 

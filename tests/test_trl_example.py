@@ -37,7 +37,8 @@ def example(trl_rpo, tmp_path):
     """Its main, for a model in a folder."""
     llama().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    fixed = f"--model {tmp_path}/model --output_dir {tmp_path}/out --use_cpu True --bf16 False --disable_tqdm True".split()
+    fixed = f"--model {tmp_path}/model --output_dir {tmp_path}/out --use_cpu True".split()
+    fixed += "--bf16 False --disable_tqdm True".split()
     fixed += "--max_steps 3 --logging_steps 1 --gradient_checkpointing False".split()
     return lambda *more: trl_rpo.main([*fixed, *more])
 
@@ -47,7 +48,8 @@ def test_it_trains_and_evaluates_on_the_pairs_that_ship_with_it(example):
     logged = trainer.state.log_history
     assert [entry["loss"] for entry in logged if "loss" in entry] and trainer.state.global_step == 3
     assert any("eval_rewards/agreement" in entry for entry in logged)
-    assert logged[0]["rewards/target_margin"] > 0 and abs(logged[0]["rewards/margins"]) < 1e-4  # policy = reference at first
+    # policy = reference at first
+    assert logged[0]["rewards/target_margin"] > 0 and abs(logged[0]["rewards/margins"]) < 1e-4
 
 
 def test_its_options_reach_the_trainer(example, tmp_path):
@@ -55,9 +57,23 @@ def test_its_options_reach_the_trainer(example, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in groups([3, 2, 4, 3, 2, 2])))
     objective = '{"distance": "squared", "eta": 0.5}'
     trainer = example(
-        "--data", str(data), "--objective", objective, "--beta", "0.05", "--lora", "--held_out", "0", "--eval_strategy", "no"
+        "--data",
+        str(data),
+        "--objective",
+        objective,
+        "--beta",
+        "0.05",
+        "--lora",
+        "--held_out",
+        "0",
+        "--eval_strategy",
+        "no",
     )
-    assert (trainer.objective.distance, trainer.objective.eta, trainer.objective.beta) == ("squared", 0.5, 0.05)
+    assert (trainer.objective.distance, trainer.objective.eta, trainer.objective.beta) == (
+        "squared",
+        0.5,
+        0.05,
+    )
     assert trainer.state.global_step == 3 and hasattr(trainer.model, "disable_adapter")
     with pytest.raises(SystemExit, match="leaves nothing of 6 rows"):
         example("--data", str(data), "--held_out", "6")

@@ -19,19 +19,74 @@ import torch
 ROOT = Path(__file__).parents[1]
 # (family of cases that must fail, file, what it says, the error)
 PLANTED = {
-    "forward: lost rescale": ("vocabulary", "rows", "* _power_of_two(top - 40)", "* _power_of_two(top * 0 - 40)"),
-    "forward: dropped mask": ("vocabulary", "rows", "here = valid & (cols != label) &", "here = (cols != label) &"),
-    "forward: off-by-one tail": ("vocabulary", "rows", "if vectors * VEC < width - head:", "if vectors * VEC < width - head - 1:"),
-    "entropy: lost rescale": ("entropy", "vocabulary_forward", "log2_mantissa - rest_moment / total", "log2_mantissa - moment / total"),
-    "backward: wrong sign": ("vocabulary", "vocabulary_backward", "at_label = -coef", "at_label = coef"),
-    "backward: dropped mask": ("vocabulary", "vocabulary_backward", "d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)", "d.to(dlogits_ptr.dtype.element_ty), mask=edge_cols >= 0)"),
-    "backward: off-by-one tail": ("vocabulary", "vocabulary_backward", "tl.minimum(head, width), width))", "tl.minimum(head, width), width - 1))"),
-    "sums: dropped mask": ("objectives", "sequences", "scored = scored & (label != ignore_index)", "scored = scored & (label != -101)"),
-    "sums: off-by-one tail": ("objectives", "sequences", "scored = token < end[:, None]", "scored = token < end[:, None] - 1"),
+    "forward: lost rescale": (
+        "vocabulary",
+        "rows",
+        "* _power_of_two(top - 40)",
+        "* _power_of_two(top * 0 - 40)",
+    ),
+    "forward: dropped mask": (
+        "vocabulary",
+        "rows",
+        "here = valid & (cols != label) &",
+        "here = (cols != label) &",
+    ),
+    "forward: off-by-one tail": (
+        "vocabulary",
+        "rows",
+        "if vectors * VEC < width - head:",
+        "if vectors * VEC < width - head - 1:",
+    ),
+    "entropy: lost rescale": (
+        "entropy",
+        "vocabulary_forward",
+        "log2_mantissa - rest_moment / total",
+        "log2_mantissa - moment / total",
+    ),
+    "backward: wrong sign": (
+        "vocabulary",
+        "vocabulary_backward",
+        "at_label = -coef",
+        "at_label = coef",
+    ),
+    "backward: dropped mask": (
+        "vocabulary",
+        "vocabulary_backward",
+        "d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)",
+        "d.to(dlogits_ptr.dtype.element_ty), mask=edge_cols >= 0)",
+    ),
+    "backward: off-by-one tail": (
+        "vocabulary",
+        "vocabulary_backward",
+        "tl.minimum(head, width), width))",
+        "tl.minimum(head, width), width - 1))",
+    ),
+    "sums: dropped mask": (
+        "objectives",
+        "sequences",
+        "scored = scored & (label != ignore_index)",
+        "scored = scored & (label != -101)",
+    ),
+    "sums: off-by-one tail": (
+        "objectives",
+        "sequences",
+        "scored = token < end[:, None]",
+        "scored = token < end[:, None] - 1",
+    ),
     "groups: wrong sign": ("groups", "responses", "d = si[:, None] - s", "d = s - si[:, None]"),
-    "groups: lost rescale": ("groups", "responses", "sum_s = sum_s * tl.exp(top_s - base) + added", "sum_s = sum_s + added"),
-    "scaling: off-by-one tail": ("linear", "scaling", "element_ty), mask=offsets < left)", "element_ty), mask=offsets < left - 1)"),
-}  # fmt: skip
+    "groups: lost rescale": (
+        "groups",
+        "responses",
+        "sum_s = sum_s * tl.exp(top_s - base) + added",
+        "sum_s = sum_s + added",
+    ),
+    "scaling: off-by-one tail": (
+        "linear",
+        "scaling",
+        "element_ty), mask=offsets < left)",
+        "element_ty), mask=offsets < left - 1)",
+    ),
+}
 
 # Heavy imports once; then a process per package, forked before it imports the kernels.
 PROGRAM = """
@@ -56,7 +111,8 @@ for line in sys.stdin:
 """
 
 
-# A few cases of each family. Logits lie among NaNs and gradients take their place, so that no dropped mask reaches foreign memory.
+# A few cases of each family. Logits lie among NaNs and gradients take their place, so that no
+# dropped mask reaches foreign memory.
 CASES = {
     "vocabulary": "vocabulary 2x3x4097 float32 place",
     "entropy": "vocabulary 2x3x4097 float32 entropy",
@@ -71,17 +127,29 @@ def test_verify_sees_an_error_planted_in_each_kernel_and_passes_without(tmp_path
     sound = {f"{family}: sound": (family, None, "", "") for family in CASES}
     for i, (name, (family, file, says, error)) in enumerate((PLANTED | sound).items()):
         jobs[place := tmp_path / str(i)] = name, family
-        shutil.copytree(ROOT / "rpo_kernels", place / "rpo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / "rpo_kernels",
+            place / "rpo_kernels",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
         if file:
             path = place / "rpo_kernels" / "kernels" / f"{file}.py"
             source = path.read_text()
             assert says in source, f"{name}: kernels/{file}.py has changed; plant the error anew"
             path.write_text(source.replace(says, error))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
         input="\n".join(f"{place} {CASES[family]}" for place, (_, family) in jobs.items()),
-    )  # fmt: skip
+    )
     results = {Path(line.split()[0]): line.split()[1:] for line in done.stdout.splitlines()}
     assert len(results) == len(jobs), done.stderr
     for place, (name, family) in jobs.items():

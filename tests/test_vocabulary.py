@@ -25,7 +25,8 @@ TRANSFORMS = [
     pytest.param({"temperature": 0.7, "logit_scale": 1.3}, id="scaled"),
     pytest.param({"softcap": 30.0, "logit_scale": 0.5, "temperature": 1.5}, id="softcap"),
 ]
-# One element; odd below a tile; one past 16 bytes of fp32; one past a whole tile; GPT-2's odd vocabulary.
+# One element; odd below a tile; one past 16 bytes of fp32; one past a whole tile; GPT-2's odd
+# vocabulary.
 VOCABULARIES = [1, 31, 257, 4097, 50_257]
 
 
@@ -42,7 +43,9 @@ def truth(logits, labels, entropy_weight=None, logp_weight=None, **transform):
 
 
 def same_dtype_pytorch(logits, labels, weight, **transform):
-    """The same through PyTorch's own operators, in the precision of a careful trainer (logits upcast to fp32)."""
+    """The same through PyTorch's own operators, in the precision of a careful trainer (logits
+    upcast to fp32).
+    """
     x = logits.detach().clone().requires_grad_()
     z = x.float() * transform.get("logit_scale", 1.0)
     cap = transform.get("softcap")
@@ -54,7 +57,9 @@ def same_dtype_pytorch(logits, labels, weight, **transform):
 
 
 def rows(V, dtype, device, scale=8.0):
-    """Six rows: flat, ordinary, confident in the label, confident in another token, ignored, maximum in the last column."""
+    """Six rows: flat, ordinary, confident in the label, confident in another token, ignored,
+    maximum in the last column.
+    """
     x = torch.randn(2, 3, V, device=device) * scale
     labels = torch.randint(0, V, (2, 3), device=device)
     x[0, 0] = 0.25
@@ -67,7 +72,9 @@ def rows(V, dtype, device, scale=8.0):
 
 @pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_break_tiles(V, transform, backend, device):
+def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_break_tiles(
+    V, transform, backend, device
+):
     for dtype in kernel_dtypes(backend):
         x, labels = rows(V, dtype, device)
         weight = torch.randn(labels.shape, device=device)
@@ -77,9 +84,12 @@ def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_bre
         with poisoned_memory():
             ours = token_logps(x, labels, backend=backend, **transform)
             (our_grad,) = torch.autograd.grad((ours * weight).sum(), x)
-        # Where PyTorch happens to be exact (V = 1, a lone maximum) ours may still round a few times.
+        # Where PyTorch happens to be exact (V = 1, a lone maximum) ours may still round a few
+        # times.
         eps = torch.finfo(torch.float32).eps
-        assert worst(ours, logps64) <= 1.5 * worst(theirs, logps64) + 2 * eps * float(logps64.abs().max()), dtype
+        assert worst(ours, logps64) <= 1.5 * worst(theirs, logps64) + 2 * eps * float(
+            logps64.abs().max()
+        ), dtype
         ulp = max(4 * eps, torch.finfo(dtype).eps / 2) * float(grad64.abs().max())
         assert worst(our_grad, grad64) <= 1.5 * worst(their_grad, grad64) + ulp, dtype
         assert (ours[labels == -100] == 0).all() and (our_grad[labels == -100] == 0).all()
@@ -102,7 +112,9 @@ def test_entropy_and_its_gradient_match_float64(transform, backend, device):
 
 
 def test_confident_tokens_keep_their_digits(backend, device):
-    """log p = -e^-30 and 1 - p are lost to a subtraction of logsumexps, which gives 0 (and a zero gradient)."""
+    """log p = -e^-30 and 1 - p are lost to a subtraction of logsumexps, which gives 0 (and a zero
+    gradient).
+    """
     x = torch.zeros(1, 64, device=device)
     x[0, 5] = 30.0
     x.requires_grad_()
@@ -132,7 +144,13 @@ def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
     )
     labels = torch.zeros(len(x), dtype=torch.int64, device=device)
     expected = x.double().log_softmax(-1)[:, 0]
-    torch.testing.assert_close(token_logps(x, labels, backend=backend).double(), expected, equal_nan=True, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        token_logps(x, labels, backend=backend).double(),
+        expected,
+        equal_nan=True,
+        rtol=1e-6,
+        atol=0,
+    )
     whole = x.clone().requires_grad_()
     (grad,) = torch.autograd.grad(token_logps(whole, labels, backend=backend).sum(), whole)
     assert grad[[3, 4, 5, 6]].isnan().all()
@@ -144,7 +162,10 @@ def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
 
 
 def test_a_default_dtype_of_float64_changes_nothing(backend, device):
-    x, labels = torch.randn(4, 9, device=device, requires_grad=True), torch.tensor([2, 0, -100, 8], device=device)
+    x, labels = (
+        torch.randn(4, 9, device=device, requires_grad=True),
+        torch.tensor([2, 0, -100, 8], device=device),
+    )
     results = []
     for dtype in (torch.float32, torch.float64):
         torch.set_default_dtype(dtype)
@@ -188,7 +209,9 @@ def test_leading_dimensions_of_any_number_work(backend, device):
     expected = reference.token_logps(x.double(), labels)
     assert worst(token_logps(x, labels, backend=backend), expected) < 1e-6
     assert worst(token_logps(x[0, 0], labels[0, 0], backend=backend), expected[0, 0]) < 1e-6
-    assert worst(token_logps(x[0, 0, 0], labels[0, 0, 0], backend=backend), expected[0, 0, 0]) < 1e-6
+    assert (
+        worst(token_logps(x[0, 0, 0], labels[0, 0, 0], backend=backend), expected[0, 0, 0]) < 1e-6
+    )
     assert token_logps(x[:, :, :0], labels[:, :, :0], backend=backend).shape == (2, 3, 0)
 
 
@@ -198,7 +221,9 @@ def test_a_row_does_not_depend_on_its_batch_and_repeats_bit_for_bit(backend, dev
     together = token_logps(x, labels, backend=backend)
     assert torch.equal(together, token_logps(x, labels, backend=backend))
     for i in (0, 4, 8):
-        assert torch.equal(together[i], token_logps(x[i : i + 1], labels[i : i + 1], backend=backend)[0])
+        assert torch.equal(
+            together[i], token_logps(x[i : i + 1], labels[i : i + 1], backend=backend)[0]
+        )
 
 
 def test_the_gradient_may_take_the_place_of_the_logits(backend, device):
@@ -223,7 +248,9 @@ def test_labels_may_be_int32_or_strided(backend, device):
     assert torch.equal(token_logps(x, labels.int(), backend=backend), expected)
 
 
-@pytest.mark.parametrize("layout", ["every other", "last dimension", "expanded", "every other of one dimension"])
+@pytest.mark.parametrize(
+    "layout", ["every other", "last dimension", "expanded", "every other of one dimension"]
+)
 def test_strided_labels_are_read_where_they_lie(layout, device):
     """Flattened, these are views with strides 2, 2, 0 and 2."""
     big = torch.randint(0, 11, (4, 6), device=device)
@@ -239,13 +266,19 @@ def test_strided_labels_are_read_where_they_lie(layout, device):
     assert torch.equal(found, expected)
     assert all(map(torch.equal, *(torch.autograd.grad(y.sum(), x) for y in (expected, found))))
     hidden, weight = torch.randn(*labels.shape, 8, device=device), torch.randn(11, 8, device=device)
-    expected, found = (linear_token_logps(hidden, weight, y, backend="triton") for y in (labels.contiguous(), labels))
+    expected, found = (
+        linear_token_logps(hidden, weight, y, backend="triton")
+        for y in (labels.contiguous(), labels)
+    )
     assert torch.equal(found, expected)
     if labels.dim() == 2:
         rewards = torch.randn(4, device=device)
         objective = RPOObjective(reference="none")
         for loss, inputs in ((rpo_loss, (x,)), (linear_rpo_loss, (hidden, weight))):
-            expected, found = (loss(*inputs, y, rewards, objective, backend="triton").loss for y in (labels.contiguous(), labels))
+            expected, found = (
+                loss(*inputs, y, rewards, objective, backend="triton").loss
+                for y in (labels.contiguous(), labels)
+            )
             assert torch.equal(found, expected)
 
 
@@ -258,7 +291,7 @@ def test_a_label_outside_the_vocabulary_gives_nan_on_a_gpu():
     assert grad.isnan().any(-1).tolist() == [False, True, True]
 
 
-# ---- where rows lie, and how many programs read them ---------------------------------------------------------------------
+# ---- where rows lie, and how many programs read them ---------------------------------------------
 
 
 def at_offset(x, elements):
@@ -284,11 +317,15 @@ def arch(request):
 
 @pytest.mark.parametrize("V", [5, 8, 1029, 4096 + 3])
 def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, arch, device):
-    """Rows begin at every offset from 16 bytes; with an odd V each row at another one. The kernel, not PyTorch, promises this."""
+    """Rows begin at every offset from 16 bytes; with an odd V each row at another one.
+
+    The kernel, not PyTorch, promises this.
+    """
     for dtype in (torch.float16, torch.float32):
         x = (torch.randn(6, V, device=device) * 2).to(dtype)
         labels = torch.tensor([V - 1, V // 2, 0, 1, V - 2, V // 3], device=device)
-        # Rows made of columns that share a sum and lie in edges: only there a rounding in another order would show.
+        # Rows made of columns that share a sum and lie in edges: only there a rounding in another
+        # order would show.
         tile = launch.launch_settings("forward", V, x.element_size(), arch).tile
         x[3:, torch.arange(V) % tile > 2] -= 60
         expected = with_gradient(at_offset(x, 0), labels, "triton")
@@ -302,7 +339,9 @@ def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, arch, de
 
 @pytest.fixture
 def many_parts(monkeypatch):
-    """Rows in parts of one tile or a few; yields a switch between one program per row and one per part."""
+    """Rows in parts of one tile or a few; yields a switch between one program per row and one per
+    part.
+    """
     monkeypatch.setattr(launch, "PART", 512)
 
     def switch(split):
@@ -315,7 +354,11 @@ def many_parts(monkeypatch):
 def test_a_row_has_the_same_bits_whether_one_program_reads_it_or_several(many_parts, device):
     V = 2048 + 777
     x = torch.randn(5, V, device=device) * 6
-    x[1, 5], x[2, 2000] = 300.0, 1e6  # a part that is far above the label's, and one that is beyond all
+    # a part that is far above the label's, and one that is beyond all
+    x[1, 5], x[2, 2000] = (
+        300.0,
+        1e6,
+    )
     x[3, 700:] = -float("inf")
     labels = torch.tensor([2100, 1000, 3, 4, -100], device=device)
     many_parts(False)
@@ -326,7 +369,9 @@ def test_a_row_has_the_same_bits_whether_one_program_reads_it_or_several(many_pa
     many_parts(True)
     assert all(map(torch.equal, with_gradient(x, labels, "triton"), expected))
     for i in keep:  # and alone
-        assert torch.equal(with_gradient(x[i : i + 1], labels[i : i + 1], "triton")[0][0], expected[0][i])
+        assert torch.equal(
+            with_gradient(x[i : i + 1], labels[i : i + 1], "triton")[0][0], expected[0][i]
+        )
 
 
 BEYOND = {  # logits beside random ones, label, whether NaN is allowed
@@ -345,7 +390,9 @@ BEYOND = {  # logits beside random ones, label, whether NaN is allowed
 
 @pytest.mark.parametrize("name", BEYOND)
 def test_logits_of_millions_are_right_and_larger_ones_right_or_nan(name, device):
-    """A chip rounds y * scale2 - shift once: of a product beyond 2^24 it keeps what rounding the shift has left."""
+    """A chip rounds y * scale2 - shift once: of a product beyond 2^24 it keeps what rounding the
+    shift has left.
+    """
     logits, label, may_be_nan = BEYOND[name]
     x = torch.randn(1, 300, device=device)
     if isinstance(logits, float):
@@ -365,7 +412,9 @@ def test_logits_of_millions_are_right_and_larger_ones_right_or_nan(name, device)
         assert worst(ours.grad, truth.grad) <= 1e-5
 
 
-def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatever_their_batches(many_parts, device):
+def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatever_their_batches(
+    many_parts, device
+):
     V = 2048 + 777
     x = (torch.randn(6, V, device=device) * 6).half()
     labels = torch.randint(0, V, (6,), device=device)
@@ -373,7 +422,9 @@ def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatev
     policy = token_logps(x, labels, backend="triton")
     many_parts(True)
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        assert torch.equal(token_logps(x[part].clone(), labels[part], backend="triton"), policy[part])
+        assert torch.equal(
+            token_logps(x[part].clone(), labels[part], backend="triton"), policy[part]
+        )
 
 
 def test_more_rows_than_programs_are_all_done(monkeypatch, device):
@@ -385,7 +436,9 @@ def test_more_rows_than_programs_are_all_done(monkeypatch, device):
 
 
 def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
-    """Logits in padded rows, gradients in rows without padding: 16-byte writes, and reads as wide as the rows allow."""
+    """Logits in padded rows, gradients in rows without padding: 16-byte writes, and reads as wide
+    as the rows allow.
+    """
     V = 1029
     plain, backward = LogitTransform(), vocabulary_backward.vocabulary_backward
     x = torch.randn(1, 4, V + 11, device=device).half()[..., 3 : V + 3]
@@ -403,25 +456,46 @@ def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_shards_without_a_finite_column_add_nothing(entropy, backend, device):
-    """A vocabulary that is padded with -inf meets them on its last rank; a part of a row may be one too."""
+    """A vocabulary that is padded with -inf meets them on its last rank; a part of a row may be one
+    too.
+    """
     inf = float("inf")
-    rows = torch.tensor([
-        [-inf, -inf, -inf, -inf, -inf, -8.4, -inf, -inf],  # nothing but the label
-        [-inf, -inf, -inf, -inf, -120.0, -117.0, -118.5, -119.0],  # nothing on the first shard, little on the second
-        [-120.0, -117.0, -118.5, -119.0, -inf, -inf, -inf, -inf],
-        [1.0, 2.0, 3.0, 4.0, -inf, -inf, -inf, -inf],
-        [-inf, -inf, -inf, -inf, 90.0, -3.0, 2.0, 91.0],
-    ], device=device)  # fmt: skip
+    rows = torch.tensor(
+        [
+            [-inf, -inf, -inf, -inf, -inf, -8.4, -inf, -inf],  # nothing but the label
+            [
+                -inf,
+                -inf,
+                -inf,
+                -inf,
+                -120.0,
+                -117.0,
+                -118.5,
+                -119.0,
+            ],  # nothing on the first shard, little on the second
+            [-120.0, -117.0, -118.5, -119.0, -inf, -inf, -inf, -inf],
+            [1.0, 2.0, 3.0, 4.0, -inf, -inf, -inf, -inf],
+            [-inf, -inf, -inf, -inf, 90.0, -3.0, 2.0, 91.0],
+        ],
+        device=device,
+    )
     labels, transform = torch.tensor([5, 5, 1, 2, 5], device=device), LogitTransform()
-    modules = {x: engine("test", backend, torch.device(device), x) for x in ("vocabulary_forward", "shards")}
+    modules = {
+        x: engine("test", backend, torch.device(device), x)
+        for x in ("vocabulary_forward", "shards")
+    }
     statistics = [
-        modules["vocabulary_forward"].shard_statistics(part[None].contiguous(), local, transform, entropy)
+        modules["vocabulary_forward"].shard_statistics(
+            part[None].contiguous(), local, transform, entropy
+        )
         for part, local in (
             (rows[:, :4], torch.where(labels < 4, labels, -1)),
             (rows[:, 4:], torch.where(labels >= 4, labels - 4, -1)),
         )
     ]
-    logps, lse, entropies = modules["shards"].combine(torch.stack(statistics), labels, transform, entropy)
+    logps, lse, entropies = modules["shards"].combine(
+        torch.stack(statistics), labels, transform, entropy
+    )
     assert worst(logps, reference.token_logps(rows.double(), labels)) < 1e-5
     assert lse.isfinite().all()
     if entropy:
@@ -433,7 +507,8 @@ def test_parts_of_a_row_without_a_finite_column_add_nothing(split, many_parts, d
     many_parts(split)
     V = 2048 + 777
     x = torch.full((4, V), float("-inf"), device=device)
-    x[3, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)  # its label is at -inf
+    # its label is at -inf
+    x[3, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)
     x[0, 5] = -8.4
     x[1, 2000:2004] = torch.tensor([-120.0, -117.0, -118.5, -119.0], device=device)
     x[2, 7], x[2, 2500:2502] = -90.0, 3.0
@@ -445,13 +520,24 @@ def test_parts_of_a_row_without_a_finite_column_add_nothing(split, many_parts, d
 
 def test_launch_settings_come_from_the_table_and_a_user_s_table_comes_first(monkeypatch, tmp_path):
     own = tmp_path / "table.json"
-    row = {"arch": "sm_90", "op": "forward", "element_size": 2, "V_at_least": 1000, "lanes": 128, "vec": 8, "num_warps": 4,
-           "num_stages": 2, "evidence": "mine"}  # fmt: skip
+    row = {
+        "arch": "sm_90",
+        "op": "forward",
+        "element_size": 2,
+        "V_at_least": 1000,
+        "lanes": 128,
+        "vec": 8,
+        "num_warps": 4,
+        "num_stages": 2,
+        "evidence": "mine",
+    }
     own.write_text(json.dumps([row]))
     launch.launch_settings.cache_clear()
     package = launch.launch_settings("forward", 2000, 2, "sm_90")
     assert package.evidence != "mine" and package.vec == 8
-    assert launch.launch_settings("forward", 2000, 2, "sm_103") == launch.launch_settings("forward", 2000, 2, "sm_100")
+    assert launch.launch_settings("forward", 2000, 2, "sm_103") == launch.launch_settings(
+        "forward", 2000, 2, "sm_100"
+    )
     monkeypatch.setenv(launch.OWN_TABLE, str(own))
     launch.launch_settings.cache_clear()
     assert launch.launch_settings("forward", 2000, 2, "sm_90").evidence == "mine"

@@ -10,14 +10,29 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from .. import RPOOutput, linear_rpo_loss, linear_token_logps, linear_token_logps_and_entropy, shift_labels
+from .. import (
+    RPOOutput,
+    linear_rpo_loss,
+    linear_token_logps,
+    linear_token_logps_and_entropy,
+    shift_labels,
+)
 from .lm_head import head_as, head_weights
 
 # Keywords by the function that they belong to. What the model itself knows is read from it.
 READ = {
-    "hidden", "weight", "bias", "logit_scale", "softcap", "lora_hidden", "lora_weight", "weight_grad",
-    "ref_hidden", "ref_weight", "ref_bias",
-}  # fmt: skip
+    "hidden",
+    "weight",
+    "bias",
+    "logit_scale",
+    "softcap",
+    "lora_hidden",
+    "lora_weight",
+    "weight_grad",
+    "ref_hidden",
+    "ref_weight",
+    "ref_bias",
+}
 LOSS = set(inspect.signature(linear_rpo_loss).parameters) - READ - {"labels"}
 TOKENS = set(inspect.signature(linear_token_logps).parameters) - READ - {"labels"}
 TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies"}
@@ -27,11 +42,11 @@ class TokenLogps(NamedTuple):
     """What an attached model returns for ``output_token_logps=True``.
 
     Attributes:
-        logps: ``[S, T]`` fp32, or ``[N]`` if packed: at position t the log-probability of the label at t + 1, in nats; 0 where
-            nothing is scored.
+        logps: ``[S, T]`` fp32, or ``[N]`` if packed: at position t the log-probability of the label
+            at t + 1, in nats; 0 where nothing is scored.
         entropies: same shape, with ``output_entropies=True``; else None.
-        aux_loss: the auxiliary loss of a mixture of experts times its coefficient, where the model computes one; else None.
-            Add it to a loss that you make of logps.
+        aux_loss: the auxiliary loss of a mixture of experts times its coefficient, where the model
+            computes one; else None. Add it to a loss that you make of logps.
     """
 
     logps: Tensor
@@ -40,17 +55,28 @@ class TokenLogps(NamedTuple):
 
 
 def keywords_of(host: nn.Module) -> frozenset[str]:
-    """What a model, the models inside it, and the library around them read of a call's keywords; others vanish without a word."""
+    """What a model, the models inside it, and the library around them read of a call's keywords;
+    others vanish without a word.
+    """
     from transformers import PreTrainedModel
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
     from transformers.utils import TransformersKwargs
 
-    known = {"use_cache", "return_dict", *TransformersKwargs.__annotations__, *FlashAttentionKwargs.__annotations__}
-    for forward in {type(module).forward for module in host.modules() if isinstance(module, PreTrainedModel)}:
+    known = {
+        "use_cache",
+        "return_dict",
+        *TransformersKwargs.__annotations__,
+        *FlashAttentionKwargs.__annotations__,
+    }
+    for forward in {
+        type(module).forward for module in host.modules() if isinstance(module, PreTrainedModel)
+    }:
         for parameter in inspect.signature(forward).parameters.values():
             if parameter.kind is not parameter.VAR_KEYWORD:
                 known.add(parameter.name)
-            for annotation in get_args(parameter.annotation):  # Unpack[a TypedDict], of the model's own maybe
+            for annotation in get_args(
+                parameter.annotation
+            ):  # Unpack[a TypedDict], of the model's own maybe
                 known |= getattr(annotation, "__annotations__", {}).keys()
     return frozenset(known)
 
@@ -84,7 +110,9 @@ def fused(unfused: Callable, known: frozenset[str]) -> Callable:
 
 
 class Call:
-    """A call that asks for one of our results: made from its keywords, computed at the head, finished after the forward."""
+    """A call that asks for one of our results: made from its keywords, computed at the head,
+    finished after the forward.
+    """
 
     def __init__(self, op: str, labels: Tensor, shifted: bool, options: dict[str, Any]):
         self.op, self.labels, self.shifted, self.options = op, labels, shifted, options
@@ -92,59 +120,99 @@ class Call:
 
     @classmethod
     def of(cls, op: str, given: dict[str, Any], others: dict[str, Any]) -> Call | None:
-        """From our keywords and the others, which lose the labels; None where ours ask for nothing."""
+        """From our keywords and the others, which lose the labels; None where ours ask for
+        nothing.
+        """
         if read := sorted(READ & given.keys()):
-            instead = "a reference comes as `ref_logps`" if read[0].startswith("ref_") else "it is read from the model"
+            instead = (
+                "a reference comes as `ref_logps`"
+                if read[0].startswith("ref_")
+                else "it is read from the model"
+            )
             raise ValueError(f"{op}: leave out `{read[0]}`; {instead}")
         loss, tokens = "objective" in given, given.get("output_token_logps", False)
         if loss and tokens:
-            raise ValueError(f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them")
-        if stray := sorted(given.keys() - (LOSS if loss else TOKENS if tokens else {"output_token_logps"})):
+            raise ValueError(
+                f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them"
+            )
+        if stray := sorted(
+            given.keys() - (LOSS if loss else TOKENS if tokens else {"output_token_logps"})
+        ):
             place = "`objective`" if stray[0] in LOSS else "`output_token_logps=True`"
             raise ValueError(f"{op}: `{stray[0]}` belongs to a call with {place}")
         if not loss and not tokens:
             return None
         if others.pop("num_items_in_batch", None) is not None:
             raise ValueError(
-                f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; set the trainer's "
-                "model_accepts_loss_kwargs to False, and pass `normalizer` where gradients accumulate"
+                f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; "
+                "set the trainer's "
+                "model_accepts_loss_kwargs to False, and pass `normalizer` where gradients "
+                "accumulate"
             )
         labels, shift_labels = others.pop("labels", None), others.pop("shift_labels", None)
         if (labels is None) == (shift_labels is None):
-            raise ValueError(f"{op}: pass `labels` (unshifted, like input_ids) or `shift_labels`, one of them, by keyword")
-        if "cu_seqlens" in given and (others.get("position_ids") is None or others.get("attention_mask") is not None):
             raise ValueError(
-                f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no `attention_mask`: these tell a "
+                f"{op}: pass `labels` (unshifted, like input_ids) or `shift_labels`, one of them, "
+                "by keyword"
+            )
+        if "cu_seqlens" in given and (
+            others.get("position_ids") is None or others.get("attention_mask") is not None
+        ):
+            raise ValueError(
+                f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no "
+                "`attention_mask`: these tell a "
                 "model to keep packed sequences apart"
             )
         if "context_group" in given and labels is not None:
             raise ValueError(
-                f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part predicts lies on another rank"
+                f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part "
+                "predicts lies on another rank"
             )
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
 
     def check_others(self, others: dict[str, Any], known: frozenset[str]) -> None:
-        """Keywords that nobody reads: in the ``**kwargs`` of a model a slip of ours would vanish."""
+        """Keywords that nobody reads: in the ``**kwargs`` of a model a slip of ours would
+        vanish.
+        """
         for name in others.keys() - known:
             if others[name] is not None:
-                ours = {*(LOSS if "objective" in self.options else TOKENS), "labels", "shift_labels"}
+                ours = {
+                    *(LOSS if "objective" in self.options else TOKENS),
+                    "labels",
+                    "shift_labels",
+                }
                 near = difflib.get_close_matches(name, sorted(ours), n=1)
                 hint = f"; did you mean `{near[0]}`?" if near else "; leave it out of the batch"
-                raise ValueError(f"{self.op}: `{name}` is neither an argument of this model nor one of ours{hint}")
+                raise ValueError(
+                    f"{self.op}: `{name}` is neither an argument of this model nor one of "
+                    f"ours{hint}"
+                )
 
     def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """In place of the head's forward. Returns what the model goes on with: a tensor of our graph, for hooks of the head."""
+        """In place of the head's forward.
+
+        Returns what the model goes on with: a tensor of our graph, for hooks of the head.
+        """
         if self.result is not None:
             raise RuntimeError(f"{self.op}: the model ran its output embeddings twice")
-        options = {name: x.to(hidden.device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        options = {
+            name: x.to(hidden.device) if isinstance(x, Tensor) else x
+            for name, x in self.options.items()
+        }
         labels, cu_seqlens = self.labels.to(hidden.device), options.get("cu_seqlens")
         if cu_seqlens is not None:
             hidden, labels = hidden.flatten(0, -2), labels.flatten()
         if not self.shifted:
             ignore_index = options.get("ignore_index", -100)
-            labels = shift_labels(labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index)
+            labels = shift_labels(
+                labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index
+            )
         head = head_weights(layer, hidden, transform.vocabulary)
-        head |= {"labels": labels, "logit_scale": transform.logit_scale, "softcap": transform.softcap}
+        head |= {
+            "labels": labels,
+            "logit_scale": transform.logit_scale,
+            "softcap": transform.softcap,
+        }
         if "objective" in options:
             self.result = linear_rpo_loss(hidden, **head, **({"rewards": None} | options))
             return self.result.loss.reshape(1, 1, -1).clone()
@@ -158,12 +226,16 @@ class Call:
         return logps.reshape(1, 1, -1).clone()
 
     def after_head(self, layer: nn.Module, inputs: tuple, goes_on: Tensor) -> None:
-        """The last of the head's hooks: the result is made of what the others leave, ``[1, 1, n]``, so that they see its backward.
+        """The last of the head's hooks: the result is made of what the others leave, ``[1, 1, n]``,
+        so that they see its backward.
 
-        FSDP2 puts a hook on that tensor, ZeRO-3 a function behind it; both gather the weights before. No view: FSDP2 needs a copy.
+        FSDP2 puts a hook on that tensor, ZeRO-3 a function behind it; both gather the weights
+        before. No view: FSDP2 needs a copy.
         """
         name = "logps" if isinstance(self.result, TokenLogps) else "loss"
-        self.result = self.result._replace(**{name: goes_on.view(getattr(self.result, name).shape).clone()})
+        self.result = self.result._replace(
+            **{name: goes_on.view(getattr(self.result, name).shape).clone()}
+        )
 
     def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
         """The result, with the model's auxiliary loss."""
@@ -175,21 +247,30 @@ class Call:
             return self.result._replace(aux_loss=aux_loss)
         if self.options.get("reduction", "mean") != "mean" or "normalizer" in self.options:
             raise ValueError(
-                f"{self.op}: the model's auxiliary loss is a mean, and adds to a loss that is one too (`reduction='mean'`, no "
-                "`normalizer`); pass output_router_logits=False, or make a loss of output_token_logps=True"
+                f"{self.op}: the model's auxiliary loss is a mean, and adds to a loss that is one "
+                "too (`reduction='mean'`, no "
+                "`normalizer`); pass output_router_logits=False, or make a loss of "
+                "output_token_logps=True"
             )
         return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
 
 
 def auxiliary_loss(host: nn.Module, output) -> Tensor | None:
-    """Load balancing of a mixture of experts, times the coefficient with which the model's own forward adds it."""
+    """Load balancing of a mixture of experts, times the coefficient with which the model's own
+    forward adds it.
+    """
     aux_loss = getattr(output, "aux_loss", None)
     if aux_loss is None:
         return None
     config = host.config.get_text_config()
-    for place, name in ((host, "router_aux_loss_coef"), (host, "aux_loss_coef"), (config, "router_aux_loss_coef")):
+    for place, name in (
+        (host, "router_aux_loss_coef"),
+        (host, "aux_loss_coef"),
+        (config, "router_aux_loss_coef"),
+    ):
         if hasattr(place, name):
             return getattr(place, name) * aux_loss
     raise ValueError(
-        f"{type(host).__name__}.forward: its auxiliary loss has a weight that is not known; pass output_router_logits=False"
+        f"{type(host).__name__}.forward: its auxiliary loss has a weight that is not known; pass "
+        "output_router_logits=False"
     )

@@ -1,4 +1,6 @@
-"""The head of a model of transformers: where it is, what it multiplies, and what the model does to its logits."""
+"""The head of a model of transformers: where it is, what it multiplies, and what the model does to
+its logits.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,17 @@ def host_of(model: nn.Module) -> nn.Module:
     host = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not (hasattr(host, "get_output_embeddings") and hasattr(host, "config")):
         raise TypeError(
-            f"attach: expected a model of transformers, or a PEFT model of one, got {type(host).__name__}; attach before wrapping "
+            "attach: expected a model of transformers, or a PEFT model of one, got "
+            f"{type(host).__name__}; attach before wrapping "
             "in DDP, FSDP1 or torch.compile"
         )
     return host
 
 
 def head_layers(host: nn.Module) -> list[nn.Module]:
-    """The modules of which the model will run one as its head: PEFT's modules_to_save has a copy for each adapter."""
+    """The modules of which the model will run one as its head: PEFT's modules_to_save has a copy
+    for each adapter.
+    """
     head = host.get_output_embeddings()
     if head is None or host.config.is_encoder_decoder:
         raise TypeError(f"attach: expected a causal language model, got {type(host).__name__}")
@@ -46,12 +51,16 @@ def head_layers(host: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def head_as(host: nn.Module, function, after=None) -> Iterator[None]:
-    """Inside, the head's forward is ``function(layer, hidden)``. Its hooks fire as ever, and ``after`` as the last of them."""
+    """Inside, the head's forward is ``function(layer, hidden)``.
+
+    Its hooks fire as ever, and ``after`` as the last of them.
+    """
     changed, handles = [], []
     if torch.compiler.is_compiling():  # a graph cannot add a hook
         function, after = functools.partial(_then, function, after), None
     for layer in head_layers(host):
-        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"  # accelerate's hooks are inside their forward
+        # accelerate's hooks are inside their forward
+        name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
         changed.append((vars(layer), name, vars(layer).get(name)))
         vars(layer)[name] = functools.partial(function, layer)
         if after is not None:
@@ -82,14 +91,22 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
         layer = layer.base_layer
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        raise TypeError(f"attach: the head must be torch.nn.Linear, got {type(layer).__module__}.{type(layer).__name__}")
+        raise TypeError(
+            "attach: the head must be torch.nn.Linear, got "
+            f"{type(layer).__module__}.{type(layer).__name__}"
+        )
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise TypeError(
-            f"attach: the head's weight must be a plain floating-point tensor, got {type(weight).__name__}, {weight.dtype}"
+            "attach: the head's weight must be a plain floating-point tensor, got "
+            f"{type(weight).__name__}, {weight.dtype}"
         )
     if vocabulary == weight.shape[0]:
         return {"weight": weight, "bias": layer.bias, **adapters}
-    return {"weight": weight[:vocabulary], "bias": None if layer.bias is None else layer.bias[:vocabulary], **adapters}
+    return {
+        "weight": weight[:vocabulary],
+        "bias": None if layer.bias is None else layer.bias[:vocabulary],
+        **adapters,
+    }
 
 
 def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor]:
@@ -98,7 +115,8 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
 
     if type(layer) is not LoraLinear:
         raise TypeError(
-            f"attach: of PEFT's layers the head may be LoRA's Linear, got {type(layer).__module__}.{type(layer).__name__}"
+            "attach: of PEFT's layers the head may be LoRA's Linear, got "
+            f"{type(layer).__module__}.{type(layer).__name__}"
         )
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
@@ -107,8 +125,14 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     for name in names:
         if name in layer.lora_variant or layer.lora_bias.get(name, False):
-            what = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else "lora_bias"
-            raise TypeError(f"attach: plain LoRA is supported on the head, but adapter {name!r} has {what}")
+            what = (
+                type(layer.lora_variant[name]).__name__
+                if name in layer.lora_variant
+                else "lora_bias"
+            )
+            raise TypeError(
+                f"attach: plain LoRA is supported on the head, but adapter {name!r} has {what}"
+            )
     if not names:
         return {}
     inner = []
@@ -120,7 +144,9 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
 
 
 def ordinary_tokens(host: nn.Module, count: int) -> Tensor:
-    """``[1, count]`` token ids from all over the vocabulary, without those that stand for an image or an end."""
+    """``[1, count]`` token ids from all over the vocabulary, without those that stand for an image
+    or an end.
+    """
     config = host.config.get_text_config()
     named = {**host.config.to_dict(), **config.to_dict()}
     special = [x for name, x in named.items() if name.endswith(("_token_id", "_token_index"))]
@@ -131,13 +157,19 @@ def ordinary_tokens(host: nn.Module, count: int) -> Tensor:
 
 
 def measure_transform(host: nn.Module, logits_of) -> Transform:
-    """What the model makes of numbers in place of its head's output: a scale and a cap, in whatever way it spells them.
+    """What the model makes of numbers in place of its head's output: a scale and a cap, in whatever
+    way it spells them.
 
     ``logits_of()`` runs the model and returns its logits.
     """
     numbers = torch.tensor([2.0**-40, 2.0**40, 1.0, -3.0, 50.0, -7.5, 0.0], dtype=torch.float64)
     repeated = lambda length: numbers.repeat(-(-length // len(numbers)))[:length]
-    with head_as(host, lambda layer, hidden: repeated(layer.out_features).to(hidden.device).repeat(*hidden.shape[:-1], 1)):
+    with head_as(
+        host,
+        lambda layer, hidden: (
+            repeated(layer.out_features).to(hidden.device).repeat(*hidden.shape[:-1], 1)
+        ),
+    ):
         z = logits_of()[0, 0].double().cpu()
     x = repeated(len(z))
     scale, softcap = z[0] / x[0], z[1]  # tanh(x) is x next to 0, and 1 far from it
@@ -147,7 +179,10 @@ def measure_transform(host: nn.Module, logits_of) -> Transform:
     for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):
         if not abs(got - wanted) <= 1e-5 * abs(wanted):
             raise ValueError(
-                f"attach: {type(host).__name__} does to the logits of its head what the kernels do not: it makes {got:.6g} of "
+                f"attach: {type(host).__name__} does to the logits of its head what the kernels do "
+                f"not: it makes {got:.6g} of "
                 f"{number:.6g}; with the scale and cap of its other logits it would be {wanted:.6g}"
             )
-    return Transform(scale.float().item(), None if softcap is None else softcap.float().item(), len(z))
+    return Transform(
+        scale.float().item(), None if softcap is None else softcap.float().item(), len(z)
+    )

@@ -1,11 +1,13 @@
-"""Preference losses inside a model of transformers: any causal or vision-language model, with or without PEFT.
+"""Preference losses inside a model of transformers: any causal or vision-language model, with or
+without PEFT.
 
     attach(model)
-    out = model(**inputs, labels=labels, rewards=rewards, objective=RPOObjective(), ref_logps=ref_logps)
-    out.loss.backward()
+    out = model(**inputs, labels=labels, rewards=rewards, objective=RPOObjective(),
+    ref_logps=ref_logps) out.loss.backward()
 
-The model's own forward runs, up to its head. There the loss takes the place of ``head(hidden)``, so that no logits exist, and
-hooks of the model, of its layers and of the head itself (FSDP, ZeRO-3, PEFT, accelerate) fire where they always do.
+The model's own forward runs, up to its head. There the loss takes the place of ``head(hidden)``, so
+that no logits exist, and hooks of the model, of its layers and of the head itself (FSDP, ZeRO-3,
+PEFT, accelerate) fire where they always do.
 """
 
 from __future__ import annotations
@@ -25,28 +27,36 @@ __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logp
 
 
 def attach(model: nn.Module) -> nn.Module:
-    """Teach a model's forward to return preference losses and token log-probabilities. In place; returns the model.
+    """Teach a model's forward to return preference losses and token log-probabilities. In place;
+    returns the model.
 
     Afterwards ``model(...)`` takes, beside its own arguments and **by keyword**:
 
-    - ``objective`` (with ``rewards``, ``ref_logps``, ``group_size``, ``cu_groups``, ... as for :func:`linear_rpo_loss`): returns
-      its :class:`RPOOutput`;
+    - ``objective`` (with ``rewards``, ``ref_logps``, ``group_size``, ``cu_groups``, ... as for
+      :func:`linear_rpo_loss`): returns its :class:`RPOOutput`;
     - or ``output_token_logps=True`` (and ``output_entropies=True``): returns :class:`TokenLogps`;
-    - ``labels`` ``[S, T]``, **unshifted**, as everywhere in transformers: ``labels[t]`` is ``input_ids[t]``, or -100 where it
-      is not scored (prompt, padding, image). They are shifted here. Or ``shift_labels``, aligned with the logits already;
-    - ``cu_seqlens`` for sequences packed into one row ``[1, N]``, together with position_ids that begin anew in each.
+    - ``labels`` ``[S, T]``, **unshifted**, as everywhere in transformers: ``labels[t]`` is
+      ``input_ids[t]``, or -100 where it is not scored (prompt, padding, image). They are shifted
+      here. Or ``shift_labels``, aligned with the logits already;
+    - ``cu_seqlens`` for sequences packed into one row ``[1, N]``, together with position_ids that
+      begin anew in each.
 
-    The head's bias, its PEFT adapters, scales and soft caps of the logits belong to the model and are read from it. The loss of a
-    mixture of experts that computes its auxiliary loss (``output_router_logits``) includes it, with the model's coefficient.
-    Without these keywords forward is the original one: generation and evaluation do not change. With them, keywords that nobody
+    The head's bias, its PEFT adapters, scales and soft caps of the logits belong to the model and
+    are read from it. The loss of a mixture of experts that computes its auxiliary loss
+    (``output_router_logits``) includes it, with the model's coefficient.
+    Without these keywords forward is the original one: generation and evaluation do not change.
+    With them, keywords that nobody
     reads are refused: models of transformers drop them without a word.
 
-    Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights: log-probabilities of eight tokens are
-    compared with those of the model's own logits. Attaching again compares again. Deep copies are attached too. Under FSDP2 leave
-    output_dtype of the MixedPrecisionPolicy alone: it would round losses and log-probabilities to 16 bits.
+    Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights:
+    log-probabilities of eight tokens are compared with those of the model's own logits. Attaching
+    again compares again. Deep copies are attached too. Under FSDP2 leave
+    output_dtype of the MixedPrecisionPolicy alone: it would round losses and log-probabilities to
+    16 bits.
 
     Raises:
-        TypeError, ValueError: where the head is not one that the kernels compute, or the comparison fails.
+        TypeError, ValueError: where the head is not one that the kernels compute, or the comparison
+            fails.
     """
     host = host_of(model)
     if "_rpo_previous" in vars(host):
@@ -62,7 +72,12 @@ def attach(model: nn.Module) -> nn.Module:
         vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
         vars(host)["forward"] = MethodType(fused(type(host).forward, keywords_of(host)), host)
         with torch.no_grad():
-            _compare(type(host).__name__, model_token_logps(model, {"input_ids": ids, "labels": ids}).logps, own, ids)
+            _compare(
+                type(host).__name__,
+                model_token_logps(model, {"input_ids": ids, "labels": ids}).logps,
+                own,
+                ids,
+            )
     except BaseException:
         _restore(host)
         raise
@@ -105,15 +120,23 @@ def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
 
 def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
     """Log-probabilities of the tokens that follow the first, ours and the model's own."""
-    ours, logits = logps[0, -ids.shape[1] : -1].double(), own_logits[0, -ids.shape[1] : -1].double()  # after soft prompts
+    # after soft prompts
+    ours, logits = (
+        logps[0, -ids.shape[1] : -1].double(),
+        own_logits[0, -ids.shape[1] : -1].double(),
+    )
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
-    # A logit is rounded once by each of the few operations that make it, and a log-probability is a difference of two.
-    tolerance = (4 * torch.finfo(own_logits.dtype).eps + 1e-5) * (1 + own_logits.abs().max().double())
+    # A logit is rounded once by each of the few operations that make it, and a log-probability is a
+    # difference of two.
+    tolerance = (4 * torch.finfo(own_logits.dtype).eps + 1e-5) * (
+        1 + own_logits.abs().max().double()
+    )
     error = (ours - theirs).abs().nan_to_num(nan=torch.inf)
     if not error.max() <= tolerance:
         worst = error.argmax()
         raise ValueError(
-            f"attach: {name} gives a token log-probability {theirs[worst]:.6f}, but its hidden states, head, scale and cap give "
+            f"attach: {name} gives a token log-probability {theirs[worst]:.6f}, but its hidden "
+            "states, head, scale and cap give "
             f"{ours[worst]:.6f}; its head is not what it seems, so it cannot be attached"
         )
 
@@ -122,17 +145,22 @@ def detach(model: nn.Module) -> nn.Module:
     """Undo :func:`attach`. Returns the model, its forward the one it had."""
     host = host_of(model)
     if not _is_attached(host):
-        hint = "; something has wrapped its forward since, undo that first" if "_rpo_previous" in vars(host) else ""
+        hint = (
+            "; something has wrapped its forward since, undo that first"
+            if "_rpo_previous" in vars(host)
+            else ""
+        )
         raise ValueError(f"detach: this {type(host).__name__} is not attached{hint}")
     _restore(host)
     return model
 
 
 def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenLogps:
-    """Token log-probabilities of a batch (its model inputs, ``labels`` and, where packed, ``cu_seqlens``).
+    """Token log-probabilities of a batch (its model inputs, ``labels`` and, where packed,
+    ``cu_seqlens``).
 
-    Entries that only a loss reads (rewards, group_size, ...) are left out. Options: output_entropies, temperature, logits_dtype,
-    workspace_bytes, count, backend.
+    Entries that only a loss reads (rewards, group_size, ...) are left out. Options:
+    output_entropies, temperature, logits_dtype, workspace_bytes, count, backend.
     """
     inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
     return model(**inputs, output_token_logps=True, **options)
@@ -150,11 +178,13 @@ def model_rpo_loss(
 
     Args:
         model: attached, as it is trained (wrapped or not).
-        batch: model inputs, ``labels``, ``rewards`` and what else :func:`attach` lists; groups are neighbours.
+        batch: model inputs, ``labels``, ``rewards`` and what else :func:`attach` lists; groups are
+            neighbours.
         objective: the loss.
-        reference: attached model(s), as many as the objective has references (``reference="single"``: one, ``"none"``: none,
-            ``"harmonic"``, ``"geometric"``: any number), run without gradients where batch holds no ref_logps. None: a PEFT model
-            with its adapters off.
+        reference: attached model(s), as many as the objective has references
+            (``reference="single"``: one, ``"none"``: none, ``"harmonic"``, ``"geometric"``: any
+            number), run without gradients where batch holds no ref_logps. None: a PEFT model with
+            its adapters off.
         options: further keywords of :func:`linear_rpo_loss`.
 
     Raises:
@@ -173,11 +203,18 @@ def _references(objective: RPOObjective, reference) -> list[nn.Module]:
         return []
     models = list(reference) if isinstance(reference, (Sequence, nn.ModuleList)) else [reference]
     several = (bool(models), "at least one model")
-    fits, expected = {"single": (len(models) == 1, "one model"), "none": (not models, "None")}.get(objective.reference, several)
+    fits, expected = {"single": (len(models) == 1, "one model"), "none": (not models, "None")}.get(
+        objective.reference, several
+    )
     if not fits:
-        hint = "; several need reference='harmonic' or 'geometric'" if objective.reference == "single" and models else ""
+        hint = (
+            "; several need reference='harmonic' or 'geometric'"
+            if objective.reference == "single" and models
+            else ""
+        )
         raise ValueError(
-            f"model_rpo_loss: `reference` must be {expected} for an objective with reference={objective.reference!r}, "
+            f"model_rpo_loss: `reference` must be {expected} for an objective with "
+            f"reference={objective.reference!r}, "
             f"got {len(models)}{hint}"
         )
     return models
@@ -191,8 +228,10 @@ def _reference_logps(model, inputs, objective, models) -> Tensor:
         disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
-                "model_rpo_loss: this objective compares with a reference: pass `reference=` (an attached model), put `ref_logps` "
-                "into the batch, or train a PEFT model, whose reference is itself with the adapter off"
+                "model_rpo_loss: this objective compares with a reference: pass `reference=` (an "
+                "attached model), put `ref_logps` "
+                "into the batch, or train a PEFT model, whose reference is itself with the adapter "
+                "off"
             )
         with disable_adapter():
             logps = [model_token_logps(model, inputs).logps]

@@ -1,11 +1,15 @@
-"""Compile every kernel for real chips, on a machine with no GPU, and read from the machine code what it costs.
+"""Compile every kernel for real chips, on a machine with no GPU, and read from the machine code
+what it costs.
 
-Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream rows, the widest access to
-global memory in the loop that streams the most, in bytes per thread; exponentials and instructions per element of that loop; and
-what that arithmetic allows, as a multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9
-times the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of it).
+Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream
+rows, the widest access to global memory in the loop that streams the most, in bytes per thread;
+exponentials and instructions per element of that loop; and what that arithmetic allows, as a
+multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9 times
+the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of
+it).
 
-Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves single elements in that loop.
+Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves
+single elements in that loop.
 """
 
 from __future__ import annotations
@@ -26,11 +30,21 @@ from .table import show
 from .variants import Variant, variants
 
 COLUMNS = {
-    "target": "target", "kernel": "kernel", "variant": "variant", "registers": "regs", "local_bytes": "stack",
-    "shared_bytes": "shared", "load": "load", "store": "store", "exponentials": "exp/el", "instructions": "instr/el",
-    "allows": "allows x bandwidth", "verdict": "verdict",
-}  # fmt: skip
-GROUP_PASS_BYTES = 64  # one program: ptxas keeps up to sixteen of its registers in local memory, which costs nothing there
+    "target": "target",
+    "kernel": "kernel",
+    "variant": "variant",
+    "registers": "regs",
+    "local_bytes": "stack",
+    "shared_bytes": "shared",
+    "load": "load",
+    "store": "store",
+    "exponentials": "exp/el",
+    "instructions": "instr/el",
+    "allows": "allows x bandwidth",
+    "verdict": "verdict",
+}
+# one program: ptxas keeps up to sixteen of its registers in local memory, which costs nothing there
+GROUP_PASS_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,17 @@ class Inner:
 
 
 def streaming_loop(code: MachineCode) -> Loop:
-    """Of the loops with none inside, that whose narrowest load is the widest; of these the longest of those that load the most.
+    """Of the loops with none inside, that whose narrowest load is the widest; of these the longest
+    of those that load the most.
 
-    The others handle the edges of rows, and what is rare. Where there is one for each place of a row in memory, the longest counts.
+    The others handle the edges of rows, and what is rare. Where there is one for each place of a
+    row in memory, the longest counts.
     """
-    return max(code.loops, key=lambda x: (x.innermost, x.narrowest("load"), x.moved("load"), x.issued), default=Loop(()))
+    return max(
+        code.loops,
+        key=lambda x: (x.innermost, x.narrowest("load"), x.moved("load"), x.issued),
+        default=Loop(()),
+    )
 
 
 def inner_loop(code: MachineCode, element_size: int) -> Inner | None:
@@ -74,9 +94,13 @@ def audited(target: str, variant: Variant, launch: Launch, **options: Any) -> di
     chip = CHIPS[target]
     code = launch.compile(GPUTarget(*chip.target), **options)
     row = {
-        "target": target, "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"), "variant": variant.name,
-        "registers": code.registers, "local_bytes": code.local_bytes, "shared_bytes": code.shared_bytes,
-    }  # fmt: skip
+        "target": target,
+        "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        "variant": variant.name,
+        "registers": code.registers,
+        "local_bytes": code.local_bytes,
+        "shared_bytes": code.shared_bytes,
+    }
     streams = variant.streams(launch)
     if streams:
         loop = streaming_loop(code)
@@ -91,10 +115,14 @@ def _throughput(chip: Chip, inner: Inner) -> dict[str, Any]:
     rate, limit = chip.elements_of_arithmetic(inner.instructions, inner.special)
     ratio = rate / chip.elements_of_bandwidth(inner.bytes)
     return {
-        "elements": inner.elements, "exponentials": round(inner.exponentials, 3), "special": round(inner.special, 3),
-        "instructions": round(inner.instructions, 2), "bandwidth_ratio": round(ratio, 3), "limit": limit,
+        "elements": inner.elements,
+        "exponentials": round(inner.exponentials, 3),
+        "special": round(inner.special, 3),
+        "instructions": round(inner.instructions, 2),
+        "bandwidth_ratio": round(ratio, 3),
+        "limit": limit,
         "allows": f"{ratio:.2f} {limit}",
-    }  # fmt: skip
+    }
 
 
 def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
@@ -102,7 +130,9 @@ def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
         return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
     faults = ["spills"] if code.local_bytes else []
     widths = {kind: streaming_loop(code).widest(kind) for kind in ("load", "store")}
-    single = sorted(kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize)
+    single = sorted(
+        kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize
+    )
     if single:
         faults.append(f"scalar {' and '.join(f'{kind}s' for kind in single)}")
     return f"FAIL: {', '.join(faults)}" if faults else "ok"
@@ -117,26 +147,50 @@ def _job(job: tuple[str, int, int, bool]) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", action="append", choices=CHIPS, help="a chip; may be repeated (default: all)")
-    parser.add_argument("--kernel", default="", metavar="NAME", help="only kernels with this in their name, such as forward")
-    parser.add_argument("--full", action="store_true", help="every dtype, option and alignment, not the common and extreme")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON, with more figures")
+    parser.add_argument(
+        "--target", action="append", choices=CHIPS, help="a chip; may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--kernel",
+        default="",
+        metavar="NAME",
+        help="only kernels with this in their name, such as forward",
+    )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every dtype, option and alignment, not the common and extreme",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="processes that compile (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the rows as JSON, with more figures"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported, which has not happened yet
+    # read when a kernel is imported, which has not happened yet
+    os.environ.pop("TRITON_INTERPRET", None)
     names = {}  # of each launch
     for i, variant in enumerate(variants(args.full)):
         names |= {(i, j): launch.kernel.__name__ for j, launch in enumerate(variant.launches())}
     wanted = [place for place, name in names.items() if args.kernel in name]
     if not wanted:
         print(
-            f"audit: no kernel has {args.kernel!r} in its name; there are {', '.join(sorted(set(names.values())))}", file=sys.stderr
+            f"audit: no kernel has {args.kernel!r} in its name; there are "
+            f"{', '.join(sorted(set(names.values())))}",
+            file=sys.stderr,
         )
         return 2
     jobs = [(target, *place, args.full) for target in args.target or CHIPS for place in wanted]
-    print(f"audit: compiling {len(jobs)} kernels for {', '.join(args.target or CHIPS)}", file=sys.stderr)
+    print(
+        f"audit: compiling {len(jobs)} kernels for {', '.join(args.target or CHIPS)}",
+        file=sys.stderr,
+    )
     with ProcessPoolExecutor(min(args.jobs, len(jobs)), mp_context=get_context("spawn")) as pool:
         rows = list(pool.map(_job, jobs))
     print(show(rows, COLUMNS, "json" if args.json else "text"))

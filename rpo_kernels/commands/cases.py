@@ -1,4 +1,6 @@
-"""What `verify` runs: each case makes its inputs from a seed and compares ours, PyTorch in the same dtype and float64."""
+"""What `verify` runs: each case makes its inputs from a seed and compares ours, PyTorch in the same
+dtype and float64.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import linear_rpo_loss, preference_loss, reference, rpo_loss, token_logps, token_logps_and_entropy
+from .. import (
+    linear_rpo_loss,
+    preference_loss,
+    reference,
+    rpo_loss,
+    token_logps,
+    token_logps_and_entropy,
+)
 from ..objectives import COMPARISONS, DISTANCES, PRESETS, RPOObjective
 
 FAMILY = list(itertools.product(DISTANCES, COMPARISONS))
@@ -24,8 +33,17 @@ TRANSFORMS = {
 }
 OPTIONS = {  # that meet in the group pass, one of each kind per set
     "plain": {},
-    "average, margin, sft mean": {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "mean"},
-    "harmonic, sft tokens": {"reference": "harmonic", "sft_weight": 0.2, "sft_normalizer": "tokens"},
+    "average, margin, sft mean": {
+        "average": True,
+        "margin": 0.3,
+        "sft_weight": 0.2,
+        "sft_normalizer": "mean",
+    },
+    "harmonic, sft tokens": {
+        "reference": "harmonic",
+        "sft_weight": 0.2,
+        "sft_normalizer": "tokens",
+    },
     "geometric, sft sum": {"reference": "geometric", "sft_weight": 0.2},
     "no reference, average": {"reference": "none", "average": True},
 }
@@ -35,7 +53,10 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how cases run. ``keeps_bf16``: whether stores to bf16 round (Triton's interpreter truncates them)."""
+    """Where and how cases run.
+
+    ``keeps_bf16``: whether stores to bf16 round (Triton's interpreter truncates them).
+    """
 
     device: str
     backend: str
@@ -67,11 +88,15 @@ class Case:
     run: Any  # (Machine, Generator) -> list[Quantity]
 
     def words(self) -> set[str]:
-        return set(f"{self.family} {self.name} {str(self.dtype)[6:]} {self.shape}".replace(",", "").split())
+        return set(
+            f"{self.family} {self.name} {str(self.dtype)[6:]} {self.shape}".replace(",", "").split()
+        )
 
 
 def worst(ours: Tensor, truth: Tensor) -> float:
-    """Largest absolute error; equal infinities and NaNs agree, any other non-finite difference is infinite."""
+    """Largest absolute error; equal infinities and NaNs agree, any other non-finite difference is
+    infinite.
+    """
     a, b = ours.detach().double(), truth.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(same, 0, (a - b).abs()).nan_to_num(nan=float("inf"))
@@ -80,11 +105,15 @@ def worst(ours: Tensor, truth: Tensor) -> float:
 
 def size(x: Tensor) -> float:
     """Largest finite magnitude."""
-    return float(x.detach().double().abs().nan_to_num(posinf=0, neginf=0).max()) if x.numel() else 0.0
+    return (
+        float(x.detach().double().abs().nan_to_num(posinf=0, neginf=0).max()) if x.numel() else 0.0
+    )
 
 
 def judged(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, rounding: float) -> Quantity:
-    """Ours may err half as much again as PyTorch, and by ``rounding`` where PyTorch happens to be exact."""
+    """Ours may err half as much again as PyTorch, and by ``rounding`` where PyTorch happens to be
+    exact.
+    """
     pytorch = worst(theirs, truth)
     return Quantity(name, worst(ours, truth), pytorch, 1.5 * pytorch + rounding)
 
@@ -105,13 +134,16 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
-# ---- vocabulary pass ----------------------------------------------------------------------------------------------------
+# ---- vocabulary pass -----------------------------------------------------------------------------
 
 
-def rows_among_nans(V: int, dtype: torch.dtype, layout: str, at: Machine, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def rows_among_nans(
+    V: int, dtype: torch.dtype, layout: str, at: Machine, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """(logits ``[2, 3, V]``, labels, which elements of the memory lie outside the logits).
 
-    Rows are flat, ordinary, confident in the label, confident in another token, ignored, and with a maximum in the last column.
+    Rows are flat, ordinary, confident in the label, confident in another token, ignored, and with a
+    maximum in the last column.
     All memory around them is NaN: a masked element that is read, or written in place, shows.
     """
     x = torch.randn(2, 3, V, generator=g) * 8
@@ -121,7 +153,9 @@ def rows_among_nans(V: int, dtype: torch.dtype, layout: str, at: Machine, g: tor
     x[1, 0, 0] += 40
     labels[1, 1] = -100
     x[1, 2, -1] = x.max() + 3
-    outer, inner = {"contiguous": (3 * V, V), "shifted": (4 * V, V), "padded": (3 * V + 9, V + 3)}[layout]
+    outer, inner = {"contiguous": (3 * V, V), "shifted": (4 * V, V), "padded": (3 * V + 9, V + 3)}[
+        layout
+    ]
     memory = torch.full((2 * GUARD + 2 * outer,), float("nan"), dtype=dtype, device=at.device)
     logits = memory.as_strided((2, 3, V), (outer, inner, 1), GUARD)
     logits.copy_(x)
@@ -130,27 +164,43 @@ def rows_among_nans(V: int, dtype: torch.dtype, layout: str, at: Machine, g: tor
     return logits, labels.to(at.device), outside
 
 
-def vocabulary(V, dtype, transform, layout, entropy, inplace, at: Machine, g: torch.Generator) -> list[Quantity]:
+def vocabulary(
+    V, dtype, transform, layout, entropy, inplace, at: Machine, g: torch.Generator
+) -> list[Quantity]:
     logits, labels, outside = rows_among_nans(V, dtype, layout, at, g)
     weights = torch.randn(2, *labels.shape, generator=g).to(at.device)
 
     def pytorch(x: Tensor) -> list[Tensor]:
         x = x.detach().clone().requires_grad_()
-        outputs = [f(x, labels, **transform) for f in (reference.token_logps, reference.token_entropy)[: 1 + entropy]]
-        return [*outputs, torch.autograd.grad(sum((y * w.to(y)).sum() for y, w in zip(outputs, weights)), x)[0]]
+        outputs = [
+            f(x, labels, **transform)
+            for f in (reference.token_logps, reference.token_entropy)[: 1 + entropy]
+        ]
+        return [
+            *outputs,
+            torch.autograd.grad(sum((y * w.to(y)).sum() for y, w in zip(outputs, weights)), x)[0],
+        ]
 
     truth, theirs = pytorch(logits.double()), pytorch(logits)
     call = token_logps_and_entropy if entropy else token_logps
     leaf = logits.detach().requires_grad_()
     with poisoned_memory():
-        outputs = call(leaf.view_as(leaf), labels, inplace_backward=inplace, backend=at.backend, **transform)
+        outputs = call(
+            leaf.view_as(leaf), labels, inplace_backward=inplace, backend=at.backend, **transform
+        )
         outputs = list(outputs) if entropy else [outputs]
-        ours = [*outputs, torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights)), leaf)[0]]
+        ours = [
+            *outputs,
+            torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights)), leaf)[0],
+        ]
     memory = leaf.detach().as_strided(outside.shape, (1,), 0)
     spoilt = int((~memory.isnan() & outside).sum())
     names = ["logps", "entropy", "dlogits"] if entropy else ["logps", "dlogits"]
-    # Roundings of fp32: of the value; of a sum of some log V nats; of the gradient, and its own dtype's half an ulp.
-    of_gradient = max(4 * EPS, torch.finfo(dtype).eps / 2) * size(truth[-1]) + (4 * EPS * 8.3 if entropy else 0)
+    # Roundings of fp32: of the value; of a sum of some log V nats; of the gradient, and its own
+    # dtype's half an ulp.
+    of_gradient = max(4 * EPS, torch.finfo(dtype).eps / 2) * size(truth[-1]) + (
+        4 * EPS * 8.3 if entropy else 0
+    )
     rounding = {"logps": 2 * EPS * size(truth[0]), "entropy": 4 * EPS * 8.3, "dlogits": of_gradient}
     found = [judged(name, *each, rounding[name]) for name, *each in zip(names, ours, theirs, truth)]
     found.append(Quantity("elements written around the logits", spoilt, 0, 0))
@@ -158,11 +208,15 @@ def vocabulary(V, dtype, transform, layout, entropy, inplace, at: Machine, g: to
     return [x for x in found if not (lost_in_bf16 and x.name == "dlogits")]
 
 
-# ---- group pass ---------------------------------------------------------------------------------------------------------
+# ---- group pass ----------------------------------------------------------------------------------
 
 
-def batch(objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: torch.Generator) -> tuple:
-    """(logits, labels, rewards, options): sequences of 0 to 5 scored tokens; a group of one and an empty one among the ragged."""
+def batch(
+    objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: torch.Generator
+) -> tuple:
+    """(logits, labels, rewards, options): sequences of 0 to 5 scored tokens; a group of one and an
+    empty one among the ragged.
+    """
     V, counts, options = 5, [3, 1, 0, 5, 3, 3, 2, 2, 3, 2, 5, 3], {}
     shape = (sum(counts),) if packed else (12, 3)
     if packed:
@@ -183,20 +237,38 @@ def batch(objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: t
             weights = torch.rand(3, groups, generator=g)
             options["ref_weights"] = weights / weights.sum(0)
     rewards = None if rewards is None else rewards.to(at.device)
-    return logits.to(at.device), labels.to(at.device), rewards, {k: v.to(at.device) for k, v in options.items()}
+    return (
+        logits.to(at.device),
+        labels.to(at.device),
+        rewards,
+        {k: v.to(at.device) for k, v in options.items()},
+    )
 
 
 def in_float64(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
 
 
 def losses(names, ours, theirs, truth, objective, gradients) -> list[Quantity]:
-    """Losses and rewards pass through s = a (l - lref), whose own rounding is that of sums of some ten nats."""
+    """Losses and rewards pass through s = a (l - lref), whose own rounding is that of sums of some
+    ten nats.
+    """
     spread = 1 + size(truth.rewards)
-    of = {"logps": 4 * size(truth.logps), "targets": 4 * size(truth.targets), "rewards": 8 * size(truth.rewards),
-          "losses": 16 * (size(truth.losses) * spread + objective.scale)}  # fmt: skip
+    of = {
+        "logps": 4 * size(truth.logps),
+        "targets": 4 * size(truth.targets),
+        "rewards": 8 * size(truth.rewards),
+        "losses": 16 * (size(truth.losses) * spread + objective.scale),
+    }
     of["loss"] = of["losses"]
-    found = [judged(x, getattr(ours, x), getattr(theirs, x), getattr(truth, x), EPS * of[x]) for x in of if x in names]
+    found = [
+        judged(x, getattr(ours, x), getattr(theirs, x), getattr(truth, x), EPS * of[x])
+        for x in of
+        if x in names
+    ]
     for name, mine, its, true in gradients:
         eps = max(32 * EPS * spread, torch.finfo(mine.dtype).eps)
         found.append(judged(name, mine, its, true, eps * size(true)))
@@ -209,7 +281,9 @@ def objectives(objective, packed, ragged, at: Machine, g: torch.Generator) -> li
     def pytorch(x: Tensor) -> tuple:
         x = x.detach().clone().requires_grad_()
         wide = in_float64(options) if x.dtype == torch.float64 else options
-        out = reference.rpo_loss(x, labels, None if rewards is None else rewards.to(x), objective, **wide)
+        out = reference.rpo_loss(
+            x, labels, None if rewards is None else rewards.to(x), objective, **wide
+        )
         return out, torch.autograd.grad(out.loss, x)[0]
 
     (truth, true_grad), (theirs, their_grad) = pytorch(logits.double()), pytorch(logits)
@@ -226,26 +300,46 @@ def groups(objective, K, at: Machine, g: torch.Generator) -> list[Quantity]:
 
     def pytorch(x: Tensor) -> tuple:
         x = x.detach().clone().requires_grad_()
-        out = reference.preference_loss(x, rewards.to(x), objective, ref_logps=ref.to(x), group_size=K)
+        out = reference.preference_loss(
+            x, rewards.to(x), objective, ref_logps=ref.to(x), group_size=K
+        )
         return out, torch.autograd.grad(out.loss, x)[0]
 
     (truth, true_grad), (theirs, their_grad) = pytorch(logps.double()), pytorch(logps)
     logps.requires_grad_()
     with poisoned_memory():
-        ours = preference_loss(logps, rewards, objective, ref_logps=ref, group_size=K, backend=at.backend)
+        ours = preference_loss(
+            logps, rewards, objective, ref_logps=ref, group_size=K, backend=at.backend
+        )
         (grad,) = torch.autograd.grad(ours.loss, logps)
-    found = losses(("rewards", "losses", "loss"), ours, theirs, truth, objective, [("dlogps", grad, their_grad, true_grad)])
+    found = losses(
+        ("rewards", "losses", "loss"),
+        ours,
+        theirs,
+        truth,
+        objective,
+        [("dlogps", grad, their_grad, true_grad)],
+    )
     if objective.comparison != "pointwise":  # coefficients of a group sum to zero
         total = float(grad.double().sum().abs())
-        found.append(Quantity("sum of dlogps", total, float(their_grad.double().sum().abs()), 8 * EPS * float(grad.abs().sum())))
+        found.append(
+            Quantity(
+                "sum of dlogps",
+                total,
+                float(their_grad.double().sum().abs()),
+                8 * EPS * float(grad.abs().sum()),
+            )
+        )
     return found
 
 
-# ---- linear path --------------------------------------------------------------------------------------------------------
+# ---- linear path ---------------------------------------------------------------------------------
 
 
 def linear(objective, dtype, workspace, at: Machine, g: torch.Generator) -> list[Quantity]:
-    """With an upstream gradient of 3, so that gradients that are ready before the backward are scaled."""
+    """With an upstream gradient of 3, so that gradients that are ready before the backward are
+    scaled.
+    """
     logits, labels, rewards, options = batch(objective, True, True, at, g)
     H = 6
     shapes = (len(labels), H), (logits.shape[-1], H), (logits.shape[-1],)
@@ -255,19 +349,34 @@ def linear(objective, dtype, workspace, at: Machine, g: torch.Generator) -> list
         h, w, b = inputs = [x.detach().clone().requires_grad_() for x in inputs]
         wide = in_float64(options) if h.dtype == torch.float64 else options
         z = torch.nn.functional.linear(h, w, b)
-        out = reference.rpo_loss(z, labels, rewards.double() if h.dtype == torch.float64 else rewards, objective, **wide)
+        out = reference.rpo_loss(
+            z, labels, rewards.double() if h.dtype == torch.float64 else rewards, objective, **wide
+        )
         return out, torch.autograd.grad(3 * out.loss, inputs)
 
-    (truth, true_grads), (theirs, their_grads) = pytorch(*(x.double() for x in leaves)), pytorch(*leaves)
+    (truth, true_grads), (theirs, their_grads) = (
+        pytorch(*(x.double() for x in leaves)),
+        pytorch(*leaves),
+    )
     h, w, b = [x.requires_grad_() for x in leaves]
     with poisoned_memory():
-        ours = linear_rpo_loss(h, w, labels, rewards, objective, bias=b, workspace_bytes=workspace, backend=at.backend, **options)
+        ours = linear_rpo_loss(
+            h,
+            w,
+            labels,
+            rewards,
+            objective,
+            bias=b,
+            workspace_bytes=workspace,
+            backend=at.backend,
+            **options,
+        )
         grads = torch.autograd.grad(3 * ours.loss, leaves)
     gradients = zip(("dhidden", "dweight", "dbias"), grads, their_grads, true_grads)
     return losses(("logps", "rewards", "losses", "loss"), ours, theirs, truth, objective, gradients)
 
 
-# ---- which of them ------------------------------------------------------------------------------------------------------
+# ---- which of them -------------------------------------------------------------------------------
 
 
 def cases(quick: bool, at: Machine) -> Iterator[Case]:
@@ -275,9 +384,12 @@ def cases(quick: bool, at: Machine) -> Iterator[Case]:
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     layouts = itertools.cycle(["contiguous", "shifted", "padded"])
     switches = itertools.cycle([(False, False), (True, True), (False, True), (True, False)])
-    # One element; odd below a tile; one past 16 bytes; one past a whole tile; GPT-2's odd vocabulary; Llama 2; Qwen 3.
+    # One element; odd below a tile; one past 16 bytes; one past a whole tile; GPT-2's odd
+    # vocabulary; Llama 2; Qwen 3.
     vocabularies = [31, 4097] if quick else [1, 31, 257, 4097, 32_000, 50_257, 151_936]
-    for V, (name, transform), dtype in itertools.product(vocabularies, TRANSFORMS.items(), (fp32, fp16, bf16)):
+    for V, (name, transform), dtype in itertools.product(
+        vocabularies, TRANSFORMS.items(), (fp32, fp16, bf16)
+    ):
         if quick and dtype == bf16 and name != "plain":
             continue
         layout, (entropy, inplace) = next(layouts), next(switches)
@@ -286,23 +398,41 @@ def cases(quick: bool, at: Machine) -> Iterator[Case]:
         yield Case("vocabulary", what, dtype, f"2x3x{V}", run)
     if quick:
         yield Case(
-            "vocabulary", "plain, contiguous", fp32, "2x3x50257", partial(vocabulary, 50_257, fp32, {}, "contiguous", False, False)
+            "vocabulary",
+            "plain, contiguous",
+            fp32,
+            "2x3x50257",
+            partial(vocabulary, 50_257, fp32, {}, "contiguous", False, False),
         )
     some = {name: getattr(RPOObjective, name)() for name in PRESETS}
     for (distance, comparison), (name, options) in itertools.product(FAMILY, OPTIONS.items()):
-        some[f"{distance} {comparison}, {name}"] = RPOObjective(distance, 0.3, 0.7, comparison, **options)
+        some[f"{distance} {comparison}, {name}"] = RPOObjective(
+            distance, 0.3, 0.7, comparison, **options
+        )
     every = 3 if quick else 1
     for i, (name, objective) in enumerate(some.items()):
         for packed in (False, True):
             if (2 * i + packed) % every == 0:
                 shape = "packed 32, ragged" if packed else "12x3, pairs"
-                yield Case("objectives", name, fp32, shape, partial(objectives, objective, packed, packed))
+                yield Case(
+                    "objectives", name, fp32, shape, partial(objectives, objective, packed, packed)
+                )
     for (i, (distance, comparison)), K in itertools.product(enumerate(FAMILY), (3, 8, 64, 70)):
         if not quick or K == (70, 3, 8)[i % 3]:
             run = partial(groups, RPOObjective(distance, 1.0, 1.0, comparison), K)
             yield Case("groups", f"{distance} {comparison}", fp32, f"2 of {K}", run)
-    for (distance, comparison), dtype in itertools.product(FAMILY[:: 4 if quick else 1], (fp32, fp16, bf16)):
+    for (distance, comparison), dtype in itertools.product(
+        FAMILY[:: 4 if quick else 1], (fp32, fp16, bf16)
+    ):
         if dtype != bf16 or at.keeps_bf16:
             for workspace in (12 * 5 * 4, None):
-                run = partial(linear, RPOObjective(distance, 0.3, 0.7, comparison), dtype, workspace)
-                yield Case("linear", f"{distance} {comparison}", dtype, "in units" if workspace else "in one", run)
+                run = partial(
+                    linear, RPOObjective(distance, 0.3, 0.7, comparison), dtype, workspace
+                )
+                yield Case(
+                    "linear",
+                    f"{distance} {comparison}",
+                    dtype,
+                    "in units" if workspace else "in one",
+                    run,
+                )

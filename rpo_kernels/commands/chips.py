@@ -1,4 +1,7 @@
-"""What the audit knows of chips. Limits of arithmetic are per multiprocessor (compute unit) and cycle."""
+"""What the audit knows of chips.
+
+Limits of arithmetic are per multiprocessor (compute unit) and cycle.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ class Chip:
     Attributes:
         name: the product that the figures describe.
         target: arguments of triton's ``GPUTarget``: backend, architecture, threads of a warp.
-        multiprocessors, clock, bandwidth: of the product; boost clock in Hz, memory bandwidth in bytes/s, both by data sheet.
-        lanes: thread instructions issued. NVIDIA: four warp schedulers. AMD: four SIMDs of 16 lanes.
+        multiprocessors, clock, bandwidth: of the product; boost clock in Hz, memory bandwidth in
+            bytes/s, both by data sheet.
+        lanes: thread instructions issued. NVIDIA: four warp schedulers. AMD: four SIMDs of 16
+            lanes.
         special: exponentials, reciprocals and the like.
-        special_apart: whether that unit works beside the issue of others (NVIDIA), or holds its SIMD (AMD: a quarter of the rate).
+        special_apart: whether that unit works beside the issue of others (NVIDIA), or holds its
+            SIMD (AMD: a quarter of the rate).
     """
 
     name: str
@@ -31,9 +37,11 @@ class Chip:
         return self.bandwidth / (self.multiprocessors * self.clock * bytes_per_element)
 
     def elements_of_arithmetic(self, issued: float, special: float) -> tuple[float, str]:
-        """Elements that so many instructions each allow, and the limit: ``"issue"`` or ``"special"``.
+        """Elements that so many instructions each allow, and the limit: ``"issue"`` or
+        ``"special"``.
 
-        Pipes narrower than the issue (integer and comparison at half rate) are not modelled: this is what no schedule beats.
+        Pipes narrower than the issue (integer and comparison at half rate) are not modelled: this
+        is what no schedule beats.
         """
         if self.special_apart:
             cycles = {"issue": issued / self.lanes, "special": special / self.special}
@@ -43,14 +51,19 @@ class Chip:
         return 1 / cycles[limit], limit
 
 
-# Multiprocessors, clock and bandwidth: NVIDIA's A100, H100 and RTX Blackwell architecture papers and data sheets (A100 SXM 80 GB:
-# 19.5 TFLOP/s fp32 = 108 x 64 x 2 x 1.41 GHz; H100 SXM: 67 = 132 x 128 x 2 x 1.98; HGX B200: 75 = 148 x 128 x 2 x 1.98),
-# AMD's MI300X data sheet. Special functions: 16 per cycle in the CUDA programming guide's table of arithmetic throughput for 8.0 to
+# Multiprocessors, clock and bandwidth: NVIDIA's A100, H100 and RTX Blackwell architecture papers
+# and data sheets (A100 SXM 80 GB:
+# 19.5 TFLOP/s fp32 = 108 x 64 x 2 x 1.41 GHz; H100 SXM: 67 = 132 x 128 x 2 x 1.98; HGX B200: 75 =
+# 148 x 128 x 2 x 1.98),
+# AMD's MI300X data sheet. Special functions: 16 per cycle in the CUDA programming guide's table of
+# arithmetic throughput for 8.0 to
 # 12.0; a quarter of 64 on CDNA3.
 CHIPS = {
     "sm_80": Chip("A100 SXM", ("cuda", 80, 32), 108, 1.41e9, 2.039e12),
     "sm_90": Chip("H100 SXM", ("cuda", 90, 32), 132, 1.98e9, 3.35e12),
     "sm_100": Chip("B200", ("cuda", 100, 32), 148, 1.98e9, 8.0e12),
     "sm_120": Chip("RTX 5090", ("cuda", 120, 32), 170, 2.41e9, 1.792e12),
-    "gfx942": Chip("MI300X", ("hip", "gfx942", 64), 304, 2.1e9, 5.3e12, lanes=64, special_apart=False),
+    "gfx942": Chip(
+        "MI300X", ("hip", "gfx942", 64), 304, 2.1e9, 5.3e12, lanes=64, special_apart=False
+    ),
 }

@@ -33,7 +33,9 @@ def facts() -> dict[str, Any]:
         "system": platform.platform(),
         "processors": f"{os.cpu_count()}, {torch.get_num_threads()} threads of torch",
         "devices": [f"{x.name}, {x.total_memory / 2**30:.0f} GiB" for x in gpus] or ["cpu"],
-        "backend auto": "triton on tensors of the GPU, torch on those of the CPU" if gpus else "torch",
+        "backend auto": "triton on tensors of the GPU, torch on those of the CPU"
+        if gpus
+        else "torch",
         "backend triton": _triton_runs(bool(gpus)),
         "backend torch": "available",
     }
@@ -55,16 +57,24 @@ def _triton_runs(gpu: bool) -> str:
     if gpu:
         return "compiled"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return "interpreted" if interpreted else "interpreted, in a process that starts with TRITON_INTERPRET=1"
+    return (
+        "interpreted"
+        if interpreted
+        else "interpreted, in a process that starts with TRITON_INTERPRET=1"
+    )
 
 
 def _launch_settings() -> dict[str, dict[str, int | str]]:
     from ..kernels.launch import arch_of, launch_settings
 
     arch = arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    all_of_them = itertools.product(("forward", "backward"), VOCABULARIES.values(), (torch.bfloat16, torch.float32))
+    all_of_them = itertools.product(
+        ("forward", "backward"), VOCABULARIES.values(), (torch.bfloat16, torch.float32)
+    )
     return {
-        f"{op}, V = {V}, {str(dtype)[6:]}, {arch}": vars(launch_settings(op, V, dtype.itemsize, arch))
+        f"{op}, V = {V}, {str(dtype)[6:]}, {arch}": vars(
+            launch_settings(op, V, dtype.itemsize, arch)
+        )
         for op, V, dtype in all_of_them
     }
 

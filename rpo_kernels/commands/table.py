@@ -7,7 +7,10 @@ from typing import Any
 
 
 def show(rows: list[dict[str, Any]], columns: dict[str, str], style: str = "text") -> str:
-    """Rows of dictionaries as a table; ``columns`` maps their keys to headings. Styles: text, markdown, json (every key)."""
+    """Rows of dictionaries as a table; ``columns`` maps their keys to headings.
+
+    Styles: text, markdown, json (every key).
+    """
     if style == "json":
         return json.dumps(rows, indent=1)
     cells = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
@@ -15,10 +18,15 @@ def show(rows: list[dict[str, Any]], columns: dict[str, str], style: str = "text
         cells.insert(1, ["---"] * len(columns))
         return "\n".join(f"| {' | '.join(line)} |" for line in cells)
     widths = [max(map(len, column)) for column in zip(*cells)]
-    numeric = [all(isinstance(row.get(key), (int, float, type(None))) for row in rows) for key in columns]
+    numeric = [
+        all(isinstance(row.get(key), (int, float, type(None))) for row in rows) for key in columns
+    ]
     lines = []
     for line in cells:
-        padded = (text.rjust(width) if right else text.ljust(width) for text, width, right in zip(line, widths, numeric))
+        padded = (
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric)
+        )
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 

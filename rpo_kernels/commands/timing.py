@@ -26,7 +26,9 @@ def clock(device: str) -> Callable[[], Tick | float]:
 
 def is_device_lost(error: Exception) -> bool:
     """Whether an error, in the words of PyTorch or of Triton, leaves the CUDA context unusable."""
-    by_triton = "[CUDA]" in str(error) and any(word in str(error) for word in ("illegal", "launch failure", "misaligned"))
+    by_triton = "[CUDA]" in str(error) and any(
+        word in str(error) for word in ("illegal", "launch failure", "misaligned")
+    )
     return by_triton or "CUDA error" in str(error)
 
 
@@ -34,15 +36,21 @@ _cache: dict[torch.device, torch.Tensor] = {}
 
 
 def flush_cache(device: torch.device) -> None:
-    """Write more than the last cache holds. On a CPU nothing is done: large working sets do that themselves."""
+    """Write more than the last cache holds.
+
+    On a CPU nothing is done: large working sets do that themselves.
+    """
     if device.type == "cuda":
         if device not in _cache:
             _cache[device] = torch.empty(256 << 20, dtype=torch.int8, device=device)
         _cache[device].zero_()
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which the host gets ahead of the device
+        # about a millisecond, in which the host gets ahead of the device
+        torch.cuda._sleep(2_000_000)
 
 
-def seconds(step: Callable[[], object], prepare: Callable[[], object], device: str, rounds: int) -> list[float]:
+def seconds(
+    step: Callable[[], object], prepare: Callable[[], object], device: str, rounds: int
+) -> list[float]:
     """Times of single steps, each prepared."""
     now, times = clock(device), []
     for _ in range(rounds):

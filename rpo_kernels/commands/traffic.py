@@ -1,8 +1,11 @@
-"""Bytes that each kernel reads and writes, counted address by address in Triton's interpreter, against the cost model.
+"""Bytes that each kernel reads and writes, counted address by address in Triton's interpreter,
+against the cost model.
 
-Columns: bytes read and written per call, in all and per element of the scored logits (per token for the group pass); what the cost
-model says; and the same for naive PyTorch (fp32 log_softmax and gather, with autograd), added up over its operators' inputs and
-outputs as it runs: a view moves nothing, every other operator reads its inputs once and writes its outputs once.
+Columns: bytes read and written per call, in all and per element of the scored logits (per token for
+the group pass); what the cost model says; and the same for naive PyTorch (fp32 log_softmax and
+gather, with autograd), added up over its operators' inputs and
+outputs as it runs: a view moves nothing, every other operator reads its inputs once and writes its
+outputs once.
 
 Fails (exit code 1) if a kernel moves more than the model, reaches outside its tensors, or races.
 """
@@ -25,16 +28,25 @@ from torch.utils._pytree import tree_leaves
 from ..objectives import RPOObjective
 from .table import show
 
-COLUMNS = {"call": "call", "what": "what", "read": "read bytes", "written": "written bytes", "unit": "per",
-           "read_per_unit": "read", "written_per_unit": "written", "model": "model", "verdict": "verdict"}  # fmt: skip
+COLUMNS = {
+    "call": "call",
+    "what": "what",
+    "read": "read bytes",
+    "written": "written bytes",
+    "unit": "per",
+    "read_per_unit": "read",
+    "written_per_unit": "written",
+    "model": "model",
+    "verdict": "verdict",
+}
 IGNORED_SHARE = 0.5
 
 
 class OperatorTraffic(TorchDispatchMode):
     """Adds up the bytes that operators read and write: each input once and each output once.
 
-    Views and uninitialised memory cost nothing, fills only their output, and a gather or an in-place scatter only the elements
-    that it picks.
+    Views and uninitialised memory cost nothing, fills only their output, and a gather or an
+    in-place scatter only the elements that it picks.
     """
 
     def __init__(self) -> None:
@@ -46,11 +58,18 @@ class OperatorTraffic(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if func.is_view or name in ("detach", "empty", "empty_like", "empty_strided", "new_empty"):
             return out
-        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
+        inputs, outputs = (
+            [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+            for tree in ((args, kwargs), out)
+        )
         read, written = (sum(x.nbytes for x in tensors) for tensors in (inputs, outputs))
         if re.match(r"(new_)?(zeros|ones|full)|zero_|fill_|scalar_tensor|arange", name):
             read = 0
-        elif name in ("gather", "scatter_add", "scatter_add_"):  # out of place only under a dispatch mode
+        elif name in (
+            "gather",
+            "scatter_add",
+            "scatter_add_",
+        ):  # out of place only under a dispatch mode
             whole, picked = args[0].nbytes, args[2].numel() * args[0].element_size()
             read += picked - whole
             written = picked
@@ -93,19 +112,47 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
     models = {
         "_vocabulary_forward_kernel": (scored * (V + 1) * size, 0, "each scored row read once"),
         "_group_pass_kernel": (0, 0, "log-probs and references once, labels twice"),
-        "_vocabulary_backward_kernel": (scored * V * size, N * V * size, "each scored row read once, every row written once"),
+        "_vocabulary_backward_kernel": (
+            scored * V * size,
+            N * V * size,
+            "each scored row read once, every row written once",
+        ),
     }
     rows = []
     for launch in launches:
         read, written = sum(launch.loaded_bytes.values()), sum(launch.stored_bytes.values())
         reads, writes, model = models[launch.kernel]
         per_token = 64 * N + 4096  # bytes
-        ok = read <= reads + per_token and written <= writes + per_token and not launch.stray and not launch.races
+        ok = (
+            read <= reads + per_token
+            and written <= writes + per_token
+            and not launch.stray
+            and not launch.races
+        )
         over_tokens = launch.kernel == "_group_pass_kernel"
         unit, units = ("token", N) if over_tokens else ("logit", N * V)
-        rows.append(_row(call, launch.kernel.strip("_").removesuffix("_kernel"), read, written, unit, units, model, ok))
+        rows.append(
+            _row(
+                call,
+                launch.kernel.strip("_").removesuffix("_kernel"),
+                read,
+                written,
+                unit,
+                units,
+                model,
+                ok,
+            )
+        )
     rows.append(
-        _row(call, "rpo_kernels, all", *(sum(row[x] for row in rows) for x in ("read", "written")), "logit", N * V, "", None)
+        _row(
+            call,
+            "rpo_kernels, all",
+            *(sum(row[x] for row in rows) for x in ("read", "written")),
+            "logit",
+            N * V,
+            "",
+            None,
+        )
     )
     x = logits.detach().requires_grad_()
     read, written = counted_naive(lambda: naive_rpo_loss(x, labels, rewards, ref).backward())
@@ -115,22 +162,41 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
 
 def _row(call, what, read, written, unit, units, model, ok) -> dict[str, Any]:
     verdict = None if ok is None else "ok" if ok else "FAIL"
-    return {"call": call, "what": what, "read": read, "written": written, "unit": unit, "read_per_unit": round(read / units, 3),
-            "written_per_unit": round(written / units, 3), "model": model or None, "verdict": verdict}  # fmt: skip
+    return {
+        "call": call,
+        "what": what,
+        "read": read,
+        "written": written,
+        "unit": unit,
+        "read_per_unit": round(read / units, 3),
+        "written_per_unit": round(written / units, 3),
+        "model": model or None,
+        "verdict": verdict,
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vocabulary", type=int, default=4_097, metavar="V", help="(default: %(default)s)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=4_097, metavar="V", help="(default: %(default)s)"
+    )
     parser.add_argument("--markdown", action="store_true", help="print a table for a page")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is imported, which has not happened yet
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when a kernel is imported, which has not happened yet
+    )
     rows = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
-        for dtype, share in ((torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, IGNORED_SHARE)):
+        warnings.filterwarnings(
+            "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
+        )
+        for dtype, share in (
+            (torch.float32, 1.0),
+            (torch.bfloat16, 1.0),
+            (torch.bfloat16, IGNORED_SHARE),
+        ):
             rows += measured(dtype, args.vocabulary, share)
     print(show(rows, COLUMNS, "json" if args.json else "markdown" if args.markdown else "text"))
     failed = sum(row["verdict"] == "FAIL" for row in rows)

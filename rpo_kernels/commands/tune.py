@@ -1,13 +1,16 @@
 """Choose launch settings of the row passes for vocabularies of yours, and write them into a table.
 
-    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json         # on a GPU: by the clock
-    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json --audit sm_100        # without: by machine code
+    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json         # on a
+    GPU: by the clock python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json
+        --audit sm_100        # without: by machine code
     RPO_KERNELS_LAUNCH_TABLE=table.json python train.py
 
-On a GPU each candidate is checked against float64, then timed with a cold cache; the fastest wins, of equals the first. With
---audit the first candidate wins that does not spill, accesses memory 16 bytes at a time and whose arithmetic allows 1.15 times the
-bandwidth; that is how rows of the package's own table were made that say so. Each row of the table carries its evidence. Rows that
-FILE has for other chips, passes, dtypes and sizes stay.
+On a GPU each candidate is checked against float64, then timed with a cold cache; the fastest wins,
+of equals the first. With
+--audit the first candidate wins that does not spill, accesses memory 16 bytes at a time and whose
+arithmetic allows 1.15 times the bandwidth; that is how rows of the package's own table were made
+that say so. Each row of the table carries its evidence. Rows that FILE has for other chips, passes,
+dtypes and sizes stay.
 """
 
 from __future__ import annotations
@@ -38,7 +41,14 @@ from .timing import flush_cache, is_device_lost, seconds
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OPS = ("forward", "backward")
 TUNED = ("lanes", "vec", "num_warps", "num_stages", "max_registers")
-COLUMNS = {"op": "pass", "dtype": "dtype", "V": "V", **dict(zip(TUNED, TUNED)), "status": "status", "figure": ""}
+COLUMNS = {
+    "op": "pass",
+    "dtype": "dtype",
+    "V": "V",
+    **dict(zip(TUNED, TUNED)),
+    "status": "status",
+    "figure": "",
+}
 LOGITS_BYTES = 2 << 30  # of one launch: several times any cache
 ROUNDS = 15
 WITHIN = 0.01  # of the fastest, an earlier candidate is preferred
@@ -47,7 +57,9 @@ SMALL_V = 4096  # below it a row is one warp's work
 
 
 def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[LaunchSettings]:
-    """In order of preference: many threads of few registers first, each with one vector of a tile (backward: two)."""
+    """In order of preference: many threads of few registers first, each with one vector of a tile
+    (backward: two).
+    """
     amd = arch.startswith("gfx")
     if V < SMALL_V:
         shapes = [(1, 0), (2, 0)]  # warps of a program, most registers of a thread
@@ -65,19 +77,27 @@ def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[Launch
 
 @contextlib.contextmanager
 def launching_with(settings: LaunchSettings) -> Iterator[None]:
-    """Row passes launched with these settings, whatever their table says. The one place that knows how kernels take them."""
+    """Row passes launched with these settings, whatever their table says.
+
+    The one place that knows how kernels take them.
+    """
     from ..kernels import vocabulary_backward, vocabulary_forward
 
     given = {"launch_settings": lambda *_: settings}
-    with mock.patch.multiple(vocabulary_forward, **given), mock.patch.multiple(vocabulary_backward, **given):
+    with (
+        mock.patch.multiple(vocabulary_forward, **given),
+        mock.patch.multiple(vocabulary_backward, **given),
+    ):
         yield
 
 
-# ---- by the clock -------------------------------------------------------------------------------------------------------
+# ---- by the clock --------------------------------------------------------------------------------
 
 
 class RowPass:
-    """The forward and the backward kernel over ``[N, V]`` logits, with their float64 results in some rows."""
+    """The forward and the backward kernel over ``[N, V]`` logits, with their float64 results in
+    some rows.
+    """
 
     def __init__(self, N: int, V: int, dtype: torch.dtype, device: str):
         self.device = device
@@ -102,7 +122,9 @@ class RowPass:
         from ..kernels.vocabulary_backward import vocabulary_backward
 
         logps, lse, _ = self.saved
-        vocabulary_backward(self.logits, self.labels, logps, lse, self.coef, LogitTransform(), self.out)
+        vocabulary_backward(
+            self.logits, self.labels, logps, lse, self.coef, LogitTransform(), self.out
+        )
 
     def bytes(self, op: str) -> int:
         return self.logits.nbytes * (1 if op == "forward" else 2)
@@ -111,7 +133,9 @@ class RowPass:
         """Relative to what the arithmetic allows: above 1 is wrong."""
         if op == "forward":
             return float((self.saved[0][self.rows] - self.logps).abs().max()) / 1e-4
-        half = torch.finfo(self.out.dtype).eps  # a truncating store, as in the interpreter, errs by a whole unit
+        half = torch.finfo(
+            self.out.dtype
+        ).eps  # a truncating store, as in the interpreter, errs by a whole unit
         allowed = (half + 1e-4) * self.dlogits.abs() + 1e-6
         return float(((self.out[0, self.rows].double() - self.dlogits).abs() / allowed).max())
 
@@ -125,8 +149,13 @@ def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS
             step()
             error = work.error(op)
             if not error <= 1:
-                return {"status": "wrong", "figure": f"error {error:.3g} times what the arithmetic allows"}
-            median = statistics.median(seconds(step, lambda: flush_cache(torch.device(work.device)), work.device, rounds))
+                return {
+                    "status": "wrong",
+                    "figure": f"error {error:.3g} times what the arithmetic allows",
+                }
+            median = statistics.median(
+                seconds(step, lambda: flush_cache(torch.device(work.device)), work.device, rounds)
+            )
     except Exception as error:  # too many registers, too much shared memory: no candidate then
         if is_device_lost(error):
             raise
@@ -134,7 +163,12 @@ def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS
     finally:
         work.saved = saved
     rate = work.bytes(op) / median
-    return {"status": "ok", "figure": f"{1e3 * median:.4g} ms, {rate / 1e12:.3g} TB/s", "median_s": median, "bytes_per_s": rate}
+    return {
+        "status": "ok",
+        "figure": f"{1e3 * median:.4g} ms, {rate / 1e12:.3g} TB/s",
+        "median_s": median,
+        "bytes_per_s": rate,
+    }
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -148,7 +182,11 @@ def copy_rate(device: str) -> float:
     """Bytes read and written a second by a copy."""
     source, target = torch.empty(2, 1 << 28 if device == "cuda" else 1 << 16, device=device)
     prepare = lambda: flush_cache(torch.device(device))
-    return 2 * source.nbytes / statistics.median(seconds(lambda: target.copy_(source), prepare, device, 11)[3:])
+    return (
+        2
+        * source.nbytes
+        / statistics.median(seconds(lambda: target.copy_(source), prepare, device, 11)[3:])
+    )
 
 
 def by_clock(
@@ -161,63 +199,96 @@ def by_clock(
     bytes: int = LOGITS_BYTES,
     rounds: int = ROUNDS,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """(every candidate, the winner with its evidence); no winner where a candidate would begin after ``ends``."""
+    """(every candidate, the winner with its evidence); no winner where a candidate would begin
+    after ``ends``.
+    """
     N = max(1, bytes // (V * dtype.itemsize))
     work, rows = RowPass(N, V, dtype, device), []
     for settings in candidates(op, V, dtype.itemsize, arch_of(torch.device(device))):
-        found = timed(work, op, settings, rounds) if time.monotonic() < ends else {"status": "not timed"}
+        found = (
+            timed(work, op, settings, rounds)
+            if time.monotonic() < ends
+            else {"status": "not timed"}
+        )
         rows.append({key: getattr(settings, key) for key in TUNED} | found)
     best = winner(rows)
     if best and rows[-1]["status"] != "not timed":
         name = torch.cuda.get_device_name() if device == "cuda" else "interpreter"
         rate = f"{best['bytes_per_s'] / 1e12:.3g} TB/s, {best['bytes_per_s'] / copy:.0%} of copy"
-        return rows, best | {"evidence": f"{name}, rpo_kernels {__version__}: {rate} at N {N}, V {V}"}
+        return rows, best | {
+            "evidence": f"{name}, rpo_kernels {__version__}: {rate} at N {N}, V {V}"
+        }
     return rows, None
 
 
-# ---- by machine code ----------------------------------------------------------------------------------------------------
+# ---- by machine code -----------------------------------------------------------------------------
 
 
-def by_audit(op: str, V: int, dtype: torch.dtype, arch: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def by_audit(
+    op: str, V: int, dtype: torch.dtype, arch: str
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """(candidates up to the winner, the winner with its evidence)."""
     from .audit import audited
     from .variants import Variant, launch_vocabulary
 
-    variant, rows = Variant(f"{str(dtype)[6:]}, tuned", partial(launch_vocabulary, dtype, False, False, V), dtype, V), []
+    variant, rows = (
+        Variant(
+            f"{str(dtype)[6:]}, tuned", partial(launch_vocabulary, dtype, False, False, V), dtype, V
+        ),
+        [],
+    )
     for settings in candidates(op, V, dtype.itemsize, arch):
         with assumed_arch(arch), launching_with(settings):
             (launch,) = (x for x in variant.launches() if op in x.kernel.__name__)
         found = audited(arch, variant, launch)
         ratio, ok = found.get("bandwidth_ratio", 0.0), found["verdict"] == "ok"
         status = found["verdict"] if not ok else "ok" if ratio >= ENOUGH else "slow"
-        row = {key: getattr(settings, key) for key in TUNED} | {"status": status, "figure": f"allows {ratio:.2f} x bandwidth"}
+        row = {key: getattr(settings, key) for key in TUNED} | {
+            "status": status,
+            "figure": f"allows {ratio:.2f} x bandwidth",
+        }
         rows.append(row)
         if status == "ok":
-            figures = f"{found['exponentials']:.3g} exponentials and {found['instructions']:.4g} instructions per element"
-            audit = f"audit: {found['registers']} registers, no spills, {figures}, allows {ratio:.2f} x bandwidth"
+            figures = (
+                f"{found['exponentials']:.3g} exponentials and {found['instructions']:.4g} "
+                "instructions per element"
+            )
+            audit = (
+                f"audit: {found['registers']} registers, no spills, {figures}, allows {ratio:.2f} "
+                "x bandwidth"
+            )
             return rows, row | {"evidence": f"{audit}; not measured on a GPU"}
     return rows, None
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
-def table_rows(arch: str, op: str, element_size: int, winners: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the table from winners by vocabulary: the first of the small and of the large ones stands for all of them, a larger
-    one with the same settings needs no row."""
+def table_rows(
+    arch: str, op: str, element_size: int, winners: dict[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of the table from winners by vocabulary: the first of the small and of the large ones
+    stands for all of them, a larger one with the same settings needs no row."""
     rows: list[dict[str, Any]] = []
     for V, best in sorted(winners.items()):
         chosen = {key: best[key] for key in TUNED}
         least = 0 if V < SMALL_V else SMALL_V
         first = not rows or rows[-1]["V_at_least"] < least
         if first or any(rows[-1][key] != value for key, value in chosen.items()):
-            at = {"arch": arch, "op": op, "element_size": element_size, "V_at_least": least if first else V}
+            at = {
+                "arch": arch,
+                "op": op,
+                "element_size": element_size,
+                "V_at_least": least if first else V,
+            }
             rows.append(at | chosen | {"evidence": best["evidence"]})
     return rows
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what a table says of the same chip, pass, element size and class of vocabularies (small or not)."""
+    """Replace what a table says of the same chip, pass, element size and class of vocabularies
+    (small or not).
+    """
     key = lambda row: (row["arch"], row["op"], row["element_size"], row["V_at_least"] >= SMALL_V)
     places = {arch: i for i, arch in enumerate(CHIPS)}
     order = lambda row: (
@@ -233,29 +304,53 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("[\n" + ",\n".join(f"  {json.dumps(row)}" for row in lines) + "\n]\n")
 
 
-# ---- the command --------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def _vocabulary(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"expected the size of a vocabulary, a positive number of columns, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected the size of a vocabulary, a positive number of columns, got {text!r}"
+        )
     return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--vocab", type=_vocabulary, nargs="+", required=True, metavar="V", help="columns of a row of logits")
+    parser.add_argument(
+        "--vocab",
+        type=_vocabulary,
+        nargs="+",
+        required=True,
+        metavar="V",
+        help="columns of a row of logits",
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", required=True, help="of the logits")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the table to write or to renew")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the table to write or to renew"
+    )
     parser.add_argument("--op", choices=OPS, nargs="+", default=OPS, help="passes (default: both)")
-    parser.add_argument("--audit", choices=CHIPS, metavar="CHIP", help=f"without a GPU, for one of {', '.join(CHIPS)}")
-    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin no candidate after so many")
+    parser.add_argument(
+        "--audit",
+        choices=CHIPS,
+        metavar="CHIP",
+        help=f"without a GPU, for one of {', '.join(CHIPS)}",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="begin no candidate after so many",
+    )
     parser.add_argument("--json", action="store_true", help="print every candidate as JSON")
 
 
 def _refusal(args: argparse.Namespace) -> str | None:
     """Why nothing can be tuned."""
     if not args.audit and not torch.cuda.is_available():
-        return "candidates are timed on a GPU, and there is none; --audit CHIP chooses by machine code"
+        return (
+            "candidates are timed on a GPU, and there is none; --audit CHIP chooses by machine code"
+        )
     if {"bfloat16", "float16"} <= set(args.dtype):
         return "--dtype bfloat16 float16: both are 2 bytes and share rows of the table; name one"
     if not args.output.parent.is_dir():
@@ -269,17 +364,24 @@ def _refusal(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is imported, which has not happened yet
+    # read when a kernel is imported, which has not happened yet
+    os.environ.pop("TRITON_INTERPRET", None)
     if refusal := _refusal(args):
         print(f"tune: {refusal}", file=sys.stderr)
         return 2
     arch = args.audit or arch_of(torch.device("cuda"))
     ends, copy = time.monotonic() + args.seconds, 0.0 if args.audit else copy_rate("cuda")
     rows, table, without = [], [], []
-    for op, dtype in itertools.product(dict.fromkeys(args.op), [DTYPES[name] for name in dict.fromkeys(args.dtype)]):
+    for op, dtype in itertools.product(
+        dict.fromkeys(args.op), [DTYPES[name] for name in dict.fromkeys(args.dtype)]
+    ):
         winners: dict[int, dict[str, Any]] = {}
         for V in sorted(set(args.vocab)):
-            found, best = by_audit(op, V, dtype, arch) if args.audit else by_clock(op, V, dtype, "cuda", copy, ends)
+            found, best = (
+                by_audit(op, V, dtype, arch)
+                if args.audit
+                else by_clock(op, V, dtype, "cuda", copy, ends)
+            )
             what = {"op": op, "dtype": str(dtype)[6:], "V": V}
             rows += [what | row for row in found]
             if best:

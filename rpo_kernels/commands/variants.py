@@ -1,4 +1,7 @@
-"""Kernels as users launch them, each with its name: what the audit compiles. Tensors are on the meta device; nothing runs."""
+"""Kernels as users launch them, each with its name: what the audit compiles.
+
+Tensors are on the meta device; nothing runs.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from ..inputs import Groups, LogitTransform, Sequences
 from ..objectives import COMPARISONS, DISTANCES, RPOObjective
 from ..offline import Launch, recorded_launches
 
-# How rows of logits lie in memory. A row is aligned if each begins at a multiple of 16 bytes; triton sees that in a stride that is
-# a multiple of 16 elements.
+# How rows of logits lie in memory. A row is aligned if each begins at a multiple of 16 bytes;
+# triton sees that in a stride that is a multiple of 16 elements.
 VOCABULARIES = {
     "aligned": 151_936,  # Qwen 3
-    "multiple of 8": 50_280,  # GPT-NeoX, padded to 8: bf16 rows are aligned, their stride is no multiple of 16
+    # GPT-NeoX, padded to 8: bf16 rows are aligned, their stride is no multiple of 16
+    "multiple of 8": 50_280,
     "unaligned": 50_257,  # GPT-2
 }
 EVERYTHING = {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "tokens"}
@@ -26,7 +30,9 @@ EVERYTHING = {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer
 
 @dataclass(frozen=True)
 class Variant:
-    """Attributes: name; run, which launches kernels; dtype of what they stream, V of its rows (0: no rows)."""
+    """Attributes: name; run, which launches kernels; dtype of what they stream, V of its rows (0:
+    no rows).
+    """
 
     name: str
     run: Any
@@ -39,7 +45,9 @@ class Variant:
         return launches
 
     def streams(self, launch: Launch) -> bool:
-        """Whether the kernel passes over rows of the vocabulary (or over a gradient), whose speed is that of the memory."""
+        """Whether the kernel passes over rows of the vocabulary (or over a gradient), whose speed
+        is that of the memory.
+        """
         shapes = [x.shape for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
         return any(self.V and shape and shape[-1] == self.V for shape in shapes)
 
@@ -47,22 +55,38 @@ class Variant:
 def variants(full: bool = False) -> Iterator[Variant]:
     """The common ones, those that need the fewest and the most registers; or every one."""
     for dtype, options, (rows, V) in itertools.product(
-        (torch.bfloat16, torch.float16, torch.float32), itertools.product((False, True), repeat=2), VOCABULARIES.items()
+        (torch.bfloat16, torch.float16, torch.float32),
+        itertools.product((False, True), repeat=2),
+        VOCABULARIES.items(),
     ):
         softcap, entropy = options
         common = (dtype, options, rows) == (torch.bfloat16, (False, True), "aligned")
-        if full or common or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16)):
+        if (
+            full
+            or common
+            or (softcap == entropy and (rows != "multiple of 8" or dtype == torch.bfloat16))
+        ):
             name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
             yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
     shard = VOCABULARIES["aligned"] // 8
-    yield Variant("bfloat16 softcap entropy shard, aligned", partial(launch_shards, torch.bfloat16, shard), torch.bfloat16, shard)
+    yield Variant(
+        "bfloat16 softcap entropy shard, aligned",
+        partial(launch_shards, torch.bfloat16, shard),
+        torch.bfloat16,
+        shard,
+    )
     yield Variant("bfloat16, aligned", partial(launch_scale, torch.bfloat16), torch.bfloat16, 4096)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
     passes = {"pairs": (RPOObjective(), {}), "harmonic": (harmonic, {})}
     if full:
         layouts = itertools.cycle([{}, {"packed": True, "K": 0}, {"K": 8, "tokens": 16}])
-        for (distance, comparison), layout in zip(itertools.product(DISTANCES, COMPARISONS), layouts):
-            passes[f"{distance} {comparison}"] = RPOObjective(distance, comparison=comparison), layout
+        for (distance, comparison), layout in zip(
+            itertools.product(DISTANCES, COMPARISONS), layouts
+        ):
+            passes[f"{distance} {comparison}"] = (
+                RPOObjective(distance, comparison=comparison),
+                layout,
+            )
         passes["label"] = RPOObjective.robust_dpo(), {}
         passes["softmax"] = RPOObjective.nca(), {"K": 0, "tokens": 4096, "per_token": False}
         passes["packed ragged harmonic"] = harmonic, {"packed": True, "K": 0}
@@ -85,8 +109,18 @@ def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) 
     transform = LogitTransform(softcap=30.0 if softcap else 0.0)
     vocabulary_forward(logits, labels, transform, entropy)
     entropies = meta(3) if entropy else None
-    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), transform, logits, entropies=entropies,
-                        entropy_coef=entropies, upstream=meta())  # fmt: skip
+    vocabulary_backward(
+        logits,
+        labels,
+        meta(3),
+        meta(2, 3),
+        meta(3),
+        transform,
+        logits,
+        entropies=entropies,
+        entropy_coef=entropies,
+        upstream=meta(),
+    )
 
 
 def launch_shards(dtype: torch.dtype, columns: int) -> None:
@@ -95,24 +129,39 @@ def launch_shards(dtype: torch.dtype, columns: int) -> None:
     from ..kernels.vocabulary_forward import shard_statistics
 
     transform = LogitTransform(softcap=30.0, ignore_index=-2)
-    shard_statistics(meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), transform, entropy=True)
+    shard_statistics(
+        meta(1, 3, columns, dtype=dtype), meta(3, dtype=torch.int64), transform, entropy=True
+    )
     combine(meta(8, 4, 3), meta(3, dtype=torch.int64), transform, entropy=True)
 
 
 def launch_group_pass(
-    objective: RPOObjective, *, tokens: int = 512, packed: bool = False, K: int = 2, per_token: bool = True
+    objective: RPOObjective,
+    *,
+    tokens: int = 512,
+    packed: bool = False,
+    K: int = 2,
+    per_token: bool = True,
 ) -> None:
-    """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for ragged groups."""
+    """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for
+    ragged groups.
+    """
     from ..kernels.group_pass import group_pass
 
     S, N = 256, 256 * max(tokens, 1)
     offsets = meta(S + 1, dtype=torch.int32)
     R = 0 if objective.reference == "none" else 1 if objective.reference == "single" else 3
     groups = Groups(
-        objective, rewards=meta(S) if objective.uses_rewards else None, ref_logps=meta(R, N if per_token else S) if R else None,
-        ref_weights=meta(R, S // K if K else 100) if R > 1 else None, cu_groups=None if K else offsets[:101],
-        normalizer=meta() if packed else None, group_size=K or 2, mean=True, ref_per_token=per_token and R > 0,
-    )  # fmt: skip
+        objective,
+        rewards=meta(S) if objective.uses_rewards else None,
+        ref_logps=meta(R, N if per_token else S) if R else None,
+        ref_weights=meta(R, S // K if K else 100) if R > 1 else None,
+        cu_groups=None if K else offsets[:101],
+        normalizer=meta() if packed else None,
+        group_size=K or 2,
+        mean=True,
+        ref_per_token=per_token and R > 0,
+    )
     labels, lengths = (meta(N, dtype=torch.int64), None) if tokens else (None, offsets[1:])
     group_pass(meta(N), labels, lengths, Sequences(S, offsets if packed else None), groups, -100)
 

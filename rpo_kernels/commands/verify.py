@@ -1,10 +1,13 @@
-"""Run every kernel on this machine against the float64 reference, beside plain PyTorch in the same dtype.
+"""Run every kernel on this machine against the float64 reference, beside plain PyTorch in the same
+dtype.
 
-A case passes if no output errs more than half as much again as PyTorch's own, plus the roundings that its arithmetic makes. Each
-row shows the output that comes closest to its bound: worst absolute error, PyTorch's, and the bound. Outputs are poisoned with NaN
-before each launch, and so is all memory around the logits.
+A case passes if no output errs more than half as much again as PyTorch's own, plus the roundings
+that its arithmetic makes. Each
+row shows the output that comes closest to its bound: worst absolute error, PyTorch's, and the
+bound. Outputs are poisoned with NaN before each launch, and so is all memory around the logits.
 
-Kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere. Exit code 1 if a case fails.
+Kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere. Exit code 1 if a
+case fails.
 """
 
 from __future__ import annotations
@@ -23,31 +26,53 @@ from .cases import Case, Machine, Quantity, cases
 from .table import show
 
 COLUMNS = {
-    "family": "family", "case": "case", "dtype": "dtype", "shape": "shape", "seed": "seed", "quantity": "closest to its bound",
-    "error": "error", "pytorch": "PyTorch's", "allowed": "allowed", "verdict": "verdict",
-}  # fmt: skip
+    "family": "family",
+    "case": "case",
+    "dtype": "dtype",
+    "shape": "shape",
+    "seed": "seed",
+    "quantity": "closest to its bound",
+    "error": "error",
+    "pytorch": "PyTorch's",
+    "allowed": "allowed",
+    "verdict": "verdict",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--backend", choices=("triton", "torch"), default="triton",
+        "--backend",
+        choices=("triton", "torch"),
+        default="triton",
         help="the kernels (default), or the PyTorch engine that serves CPUs",
-    )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="some of the cases, under a minute on two cores")
-    parser.add_argument("--seed", type=int, default=0, help="first seed of the inputs (default: %(default)s)")
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="some of the cases, under a minute on two cores"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="first seed of the inputs (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, help="how many seeds (default: 1 if quick, else 3)")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="WORD",
-        help="only cases whose row holds each of these words: vocabulary, objectives, groups, linear, float16, dpo, 2x3x4097, ...",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print every output of every case as JSON")
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="only cases whose row holds each of these words: vocabulary, objectives, groups, "
+        "linear, float16, dpo, 2x3x4097, ...",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print every output of every case as JSON"
+    )
 
 
 def machine(backend: str) -> Machine:
     """This one. Without a GPU kernels are interpreted, which is settled when they are imported."""
     gpu = torch.cuda.is_available()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise SystemExit("verify: the package triton is not installed; install it, or pass --backend torch")
+        raise SystemExit(
+            "verify: the package triton is not installed; install it, or pass --backend torch"
+        )
     if backend == "triton" and not gpu:
         os.environ["TRITON_INTERPRET"] = "1"
     return Machine("cuda" if gpu else "cpu", backend, gpu or backend == "torch")
@@ -58,26 +83,45 @@ def verified(case: Case, at: Machine, seed: int) -> dict[str, Any]:
     quantities = case.run(at, torch.Generator().manual_seed(seed))
     closest = max(quantities, key=Quantity.share)
     return {
-        "family": case.family, "case": case.name, "dtype": str(case.dtype)[6:], "shape": case.shape, "seed": seed,
-        "quantity": closest.name, "error": closest.error, "pytorch": closest.pytorch, "allowed": closest.allowed,
+        "family": case.family,
+        "case": case.name,
+        "dtype": str(case.dtype)[6:],
+        "shape": case.shape,
+        "seed": seed,
+        "quantity": closest.name,
+        "error": closest.error,
+        "pytorch": closest.pytorch,
+        "allowed": closest.allowed,
         "verdict": "ok" if all(x.error <= x.allowed for x in quantities) else "FAIL",
         "outputs": [vars(x) for x in quantities],
-    }  # fmt: skip
+    }
 
 
 def run(args: argparse.Namespace) -> int:
     at = machine(args.backend)
-    how = {"torch": "the PyTorch engine"}.get(at.backend, "compiled kernels" if at.device == "cuda" else "Triton's interpreter")
-    start, seeds = time.perf_counter(), range(args.seed, args.seed + (args.seeds or (1 if args.quick else 3)))
+    how = {"torch": "the PyTorch engine"}.get(
+        at.backend, "compiled kernels" if at.device == "cuda" else "Triton's interpreter"
+    )
+    start, seeds = (
+        time.perf_counter(),
+        range(args.seed, args.seed + (args.seeds or (1 if args.quick else 3))),
+    )
     chosen = [case for case in cases(args.quick, at) if set(args.only) <= case.words()]
     if not chosen:
         print(f"verify: no case has the words {' '.join(args.only)}", file=sys.stderr)
         return 2
     print(f"verify: {len(chosen) * len(seeds)} cases on {at.device}, {how}", file=sys.stderr)
-    with warnings.catch_warnings():  # numpy's, in the interpreter, where IEEE arithmetic is meant to give inf or nan
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")
+    with (
+        warnings.catch_warnings()
+    ):  # numpy's, in the interpreter, where IEEE arithmetic is meant to give inf or nan
+        warnings.filterwarnings(
+            "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
+        )
         rows = [verified(case, at, seed) for case in chosen for seed in seeds]
     print(show(rows, COLUMNS, "json" if args.json else "text"))
     failed = sum(row["verdict"] != "ok" for row in rows)
-    print(f"verify: {failed} of {len(rows)} cases fail ({time.perf_counter() - start:.0f} s)", file=sys.stderr)
+    print(
+        f"verify: {failed} of {len(rows)} cases fail ({time.perf_counter() - start:.0f} s)",
+        file=sys.stderr,
+    )
     return 1 if failed else 0

@@ -1,4 +1,6 @@
-"""Distances between implicit and target reward gaps, in fp32 forms that keep their digits where the textbook ones cancel."""
+"""Distances between implicit and target reward gaps, in fp32 forms that keep their digits where the
+textbook ones cancel.
+"""
 
 import triton
 import triton.language as tl
@@ -32,7 +34,11 @@ def kl_term(log_q, log_p):
     """q log(q / p) - q + p >= 0, whose sum over outcomes is KL(q || p); p where q = 0."""
     q, p, x = tl.exp(log_q), tl.exp(log_p), log_p - log_q
     far = p - q - q * x  # e^x q = p, where e^x alone would overflow
-    return tl.where(q == 0.0, p, tl.where(tl.abs(x) < 0.5, q * exp_minus_1_minus(tl.where(tl.abs(x) < 0.5, x, 0.0)), far))
+    return tl.where(
+        q == 0.0,
+        p,
+        tl.where(tl.abs(x) < 0.5, q * exp_minus_1_minus(tl.where(tl.abs(x) < 0.5, x, 0.0)), far),
+    )
 
 
 @triton.jit
@@ -63,9 +69,13 @@ def bernoulli(d, tau, DISTANCE: tl.constexpr, CROSS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def labelled(d, label, CROSS_ENTROPY: tl.constexpr):
-    """Cross-entropy (or KL) of a pair with an explicit label, and its derivative sigma(d) - label."""
+    """Cross-entropy (or KL) of a pair with an explicit label, and its derivative sigma(d) -
+    label.
+    """
     log_p, log_1p = -softplus(-d), -softplus(d)
-    value = tl.where(label == 0.0, 0.0, -label * log_p) + tl.where(label == 1.0, 0.0, -(1.0 - label) * log_1p)
+    value = tl.where(label == 0.0, 0.0, -label * log_p) + tl.where(
+        label == 1.0, 0.0, -(1.0 - label) * log_1p
+    )
     if not CROSS_ENTROPY:
         safe = tl.where((label > 0.0) & (label < 1.0), label, 0.5)
         entropy = -safe * tl.log(safe) - (1.0 - safe) * tl.log(1.0 - safe)

@@ -1,11 +1,14 @@
-"""The group pass: token log-probabilities to loss, implicit rewards and one coefficient per token, in one launch.
+"""The group pass: token log-probabilities to loss, implicit rewards and one coefficient per token,
+in one launch.
 
-A batch holds about ten floats per group, so one program does it all, in phases divided by barriers: sequence sums; per
-sequence, its share of the loss and its coefficient; per group, the loss; then the coefficients spread over the tokens. Its
-time is that of reading N log-probabilities, labels and references once, about 0.3 % of a vocabulary pass over N rows.
+A batch holds about ten floats per group, so one program does it all, in phases divided by barriers:
+sequence sums; per sequence, its share of the loss and its coefficient; per group, the loss; then
+the coefficients spread over the tokens. Its time is that of reading N log-probabilities, labels and
+references once, about 0.3 % of a vocabulary pass over N rows.
 
-Under every distance the coefficient of response i is a sum over its partners j of an antisymmetric function, so that
-coefficients cancel over a group by construction (u = s - t, p = softmax(s), q = softmax(t), d = s_i - s_j, tau = t_i - t_j):
+Under every distance the coefficient of response i is a sum over its partners j of an antisymmetric
+function, so that coefficients cancel over a group by construction (u = s - t, p = softmax(s), q =
+softmax(t), d = s_i - s_j, tau = t_i - t_j):
 
     squared                  u_i - u_j
     backward KL, listwise    p_i q_j - q_i p_j
@@ -31,7 +34,18 @@ from .sequences import bounds_of, spread_coefficients, sum_sequences
 
 
 @triton.jit(
-    do_not_specialize=["N", "S", "G", "T", "K", "R", "weight_stride_r", "weight_stride_g", "group_steps", "ignore_index"],
+    do_not_specialize=[
+        "N",
+        "S",
+        "G",
+        "T",
+        "K",
+        "R",
+        "weight_stride_r",
+        "weight_stride_g",
+        "group_steps",
+        "ignore_index",
+    ],
     do_not_specialize_on_alignment=ANYWHERE,
 )
 def _group_pass_kernel(
@@ -47,7 +61,9 @@ def _group_pass_kernel(
     sft_share_ptr,  # in   [] fp32, counted groups / tokens of their chosen responses, or unused
     loss_ptr,  # out  [] fp32
     losses_ptr,  # out  [G] fp32
-    sequence_ptr,  # out  [5, S] fp32: implicit rewards, log-probs, targets, dL/dlogps, role (0 dropped, 1 counted, 2 chosen)
+    # out  [5, S] fp32: implicit rewards, log-probs, targets, dL/dlogps, role (0 dropped, 1 counted,
+    # 2 chosen)
+    sequence_ptr,
     lengths_ptr,  # out  [S] int32 (tokens), or unused
     coef_ptr,  # out  [N] fp32 (tokens), or unused
     scratch_ptr,  # tmp  [2, S] fp32: loss share, dL/ds
@@ -90,17 +106,66 @@ def _group_pass_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Cost: logps and each reference read once (logps again per further reference), labels once more than that."""
+    """Cost: logps and each reference read once (logps again per further reference), labels once
+    more than that.
+    """
     broken = sum_sequences(
-        logps_ptr, labels_ptr, lengths_in_ptr, cu_seqlens_ptr, cu_groups_ptr, ref_logps_ptr, ref_weights_ptr, sequence_ptr,
-        lengths_ptr, N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index, beta,
-        AVERAGE, REF, HARMONIC, HAS_TOKENS, HAS_LENGTHS, PACKED, RAGGED, HAS_WEIGHTS, BLOCK_S, BLOCK_T,
-    )  # fmt: skip
+        logps_ptr,
+        labels_ptr,
+        lengths_in_ptr,
+        cu_seqlens_ptr,
+        cu_groups_ptr,
+        ref_logps_ptr,
+        ref_weights_ptr,
+        sequence_ptr,
+        lengths_ptr,
+        N,
+        S,
+        G,
+        T,
+        K,
+        R,
+        weight_stride_r,
+        weight_stride_g,
+        group_steps,
+        ignore_index,
+        beta,
+        AVERAGE,
+        REF,
+        HARMONIC,
+        HAS_TOKENS,
+        HAS_LENGTHS,
+        PACKED,
+        RAGGED,
+        HAS_WEIGHTS,
+        BLOCK_S,
+        BLOCK_T,
+    )
     tl.debug_barrier()
     broken += compare_responses(
-        cu_groups_ptr, rewards_ptr, sequence_ptr, lengths_ptr, scratch_ptr, S, G, K, group_steps, eta, margin, scale,
-        target, label_of_first, DISTANCE, COMPARISON, TARGET, CROSS_ENTROPY, LEAVE_ONE_OUT, RAGGED, BLOCK_I, BLOCK_J,
-    )  # fmt: skip
+        cu_groups_ptr,
+        rewards_ptr,
+        sequence_ptr,
+        lengths_ptr,
+        scratch_ptr,
+        S,
+        G,
+        K,
+        group_steps,
+        eta,
+        margin,
+        scale,
+        target,
+        label_of_first,
+        DISTANCE,
+        COMPARISON,
+        TARGET,
+        CROSS_ENTROPY,
+        LEAVE_ONE_OUT,
+        RAGGED,
+        BLOCK_I,
+        BLOCK_J,
+    )
     tl.debug_barrier()
 
     # Groups that count, and the scored tokens of their chosen responses.
@@ -139,7 +204,9 @@ def _group_pass_kernel(
                 is_chosen = tl.load(sequence_ptr + 4 * S + j, mask=member, other=0.0) == 2.0
                 nll = -tl.load(sequence_ptr + S + j, mask=is_chosen, other=0.0)
                 if SFT == MEAN:
-                    nll = nll / tl.maximum(tl.load(lengths_ptr + j, mask=is_chosen, other=1), 1).to(tl.float32)
+                    nll = nll / tl.maximum(tl.load(lengths_ptr + j, mask=is_chosen, other=1), 1).to(
+                        tl.float32
+                    )
                 elif SFT == TOKENS:
                     nll = nll * per_token
                 share += sft_weight * nll
@@ -147,16 +214,36 @@ def _group_pass_kernel(
         tl.store(losses_ptr + g, group_loss, mask=live)
         loss += tl.sum(tl.where(live, group_loss, 0.0), axis=0)
     tl.store(loss_ptr, loss * factor)
-    if HAS_TOKENS and broken > 0:  # no sequence covers the tokens: no coefficient may pass for a number
+    if (
+        HAS_TOKENS and broken > 0
+    ):  # no sequence covers the tokens: no coefficient may pass for a number
         for t0 in range(0, N, BLOCK_S * BLOCK_T):
             token = t0 + tl.arange(0, BLOCK_S * BLOCK_T)
             tl.store(coef_ptr + token, float("nan"), mask=token < N)
         tl.debug_barrier()
 
     spread_coefficients(
-        labels_ptr, cu_seqlens_ptr, sequence_ptr, lengths_ptr, coef_ptr, scratch_ptr, N, S, T, ignore_index, beta,
-        sft_weight, per_token, factor, AVERAGE, SFT, HAS_TOKENS, PACKED, BLOCK_S, BLOCK_T,
-    )  # fmt: skip
+        labels_ptr,
+        cu_seqlens_ptr,
+        sequence_ptr,
+        lengths_ptr,
+        coef_ptr,
+        scratch_ptr,
+        N,
+        S,
+        T,
+        ignore_index,
+        beta,
+        sft_weight,
+        per_token,
+        factor,
+        AVERAGE,
+        SFT,
+        HAS_TOKENS,
+        PACKED,
+        BLOCK_S,
+        BLOCK_T,
+    )
 
 
 _DISTANCES = {"squared": 0, "backward_kl": 1, "forward_kl": 2}
@@ -169,23 +256,34 @@ def _floats(objective: RPOObjective) -> tuple[float, ...]:
     """What the kernel takes of an objective, from beta to sft_weight."""
     target = objective.label_gap if objective.label is not None else objective.target
     numbers = (
-        objective.beta, objective.eta, objective.margin, objective.scale, 0.0 if isinstance(target, str) else target,
-        objective.label or 0.0, objective.sft_weight,
-    )  # fmt: skip
+        objective.beta,
+        objective.eta,
+        objective.margin,
+        objective.scale,
+        0.0 if isinstance(target, str) else target,
+        objective.label or 0.0,
+        objective.sft_weight,
+    )
     return tuple(map(float, numbers))
 
 
 @lru_cache
-def _constants(objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool) -> dict[str, int]:
-    """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences of few tokens."""
+def _constants(
+    objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool
+) -> dict[str, int]:
+    """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences
+    of few tokens.
+    """
     if objective.label is not None:
         target = 2
     elif isinstance(objective.target, str):
         target = 0 if objective.target == "rewards" else 3
     else:
         target = 1
-    block_t = (64 if short else 1024) if has["HAS_TOKENS"] else 1  # two kernels for sequences of any length
-    block_j = min(8, 1 << (group_size - 1).bit_length()) if group_size else 8  # the power of two that is not below
+    # two kernels for sequences of any length
+    block_t = (64 if short else 1024) if has["HAS_TOKENS"] else 1
+    # the power of two that is not below
+    block_j = min(8, 1 << (group_size - 1).bit_length()) if group_size else 8
     return {
         "DISTANCE": _DISTANCES[objective.distance],
         "COMPARISON": _COMPARISONS[objective.comparison],
@@ -203,7 +301,8 @@ def _constants(objective: RPOObjective, ref: int, group_size: int, short: bool, 
         "BLOCK_I": 1024 // block_j,
         "BLOCK_J": block_j,
         "num_warps": 8,
-        "enable_fp_fusion": False,  # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
+        # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
+        "enable_fp_fusion": False,
     }
 
 
@@ -215,16 +314,20 @@ def group_pass(
     groups: Groups,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences ``[S]``, all fp32.
+    """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences
+    ``[S]``, all fp32.
 
-    Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities, targets, dL/dlogps and roles of
-    sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty
-    without labels). ``lengths`` ``[S]`` are those of sequences, where it is their log-probabilities that are given.
+    Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities,
+    targets, dL/dlogps and roles of
+    sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of
+    tokens ``[N]`` (empty without labels). ``lengths`` ``[S]`` are those of sequences, where it is
+    their log-probabilities that are given.
     """
     S, has_tokens, objective = sequences.number, labels is not None, groups.objective
     # kernels know no strides of these
     lengths, cu_seqlens, cu_groups = (
-        None if x is None else x.contiguous() for x in (lengths, sequences.cu_seqlens, groups.cu_groups)
+        None if x is None else x.contiguous()
+        for x in (lengths, sequences.cu_seqlens, groups.cu_groups)
     )
     ref_logps, ref_weights = groups.ref_logps, groups.ref_weights
     N, G = logps.numel() if has_tokens else 0, groups.number(S)
@@ -234,7 +337,10 @@ def group_pass(
 
     weight_strides = (0, 0)
     if ref_weights is not None:
-        weight_strides = (ref_weights.stride(0), ref_weights.stride(1) if ref_weights.dim() == 2 else 0)
+        weight_strides = (
+            ref_weights.stride(0),
+            ref_weights.stride(1) if ref_weights.dim() == 2 else 0,
+        )
     R = 1 if ref_logps is None else ref_logps.shape[0]
     constants = _constants(
         objective,
@@ -251,8 +357,32 @@ def group_pass(
     )
     with on_device_of(logps):
         _group_pass_kernel[(1,)](
-            logps, labels, lengths, cu_seqlens, cu_groups, ref_logps, ref_weights, groups.rewards, groups.normalizer,
-            groups.sft_share, loss, losses, by_sequence, counts, coef, scratch, N, S, G, N // S, groups.group_size, R,
-            *weight_strides, G.bit_length(), ignore_index, *_floats(objective), **constants,
-        )  # fmt: skip
+            logps,
+            labels,
+            lengths,
+            cu_seqlens,
+            cu_groups,
+            ref_logps,
+            ref_weights,
+            groups.rewards,
+            groups.normalizer,
+            groups.sft_share,
+            loss,
+            losses,
+            by_sequence,
+            counts,
+            coef,
+            scratch,
+            N,
+            S,
+            G,
+            N // S,
+            groups.group_size,
+            R,
+            *weight_strides,
+            G.bit_length(),
+            ignore_index,
+            *_floats(objective),
+            **constants,
+        )
     return loss, losses, by_sequence, counts, coef

@@ -1,7 +1,8 @@
-"""How row passes are launched: tiles and warps from one table, with the evidence beside each row, and how rows are split.
+"""How row passes are launched: tiles and warps from one table, with the evidence beside each row,
+and how rows are split.
 
-``launch_table.json`` holds what the package knows; a table of your own, named by the environment variable
-RPO_KERNELS_LAUNCH_TABLE, comes before it. Nothing is tuned while a program runs.
+``launch_table.json`` holds what the package knows; a table of your own, named by the environment
+variable RPO_KERNELS_LAUNCH_TABLE, comes before it. Nothing is tuned while a program runs.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 
 TABLE = Path(__file__).with_name("launch_table.json")
 OWN_TABLE = "RPO_KERNELS_LAUNCH_TABLE"
-# Programs of a launch; each takes every MAX_PROGRAMS-th row. Several waves of any GPU, so that the last one is short.
+# Programs of a launch; each takes every MAX_PROGRAMS-th row. Several waves of any GPU, so that the
+# last one is short.
 MAX_PROGRAMS = 65_536
-# Columns of a row that one program reads before it puts their sums together. A row's sums are put together part by part however
-# many programs read it, so that its bits do not depend on the batch. Enough for the reduction at the end to cost little.
+# Columns of a row that one program reads before it puts their sums together. A row's sums are put
+# together part by part however many programs read it, so that its bits do not depend on the batch.
+# Enough for the reduction at the end to cost little.
 PART = 16_384
 MOST_PARTS = 8
 
@@ -36,7 +39,8 @@ class LaunchSettings:
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
         num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
-        max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what the compiler likes; CUDA only.
+        max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what
+            the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
 
@@ -55,25 +59,36 @@ class LaunchSettings:
     def compiler(self) -> tuple[dict[str, int], dict[str, int]]:
         """Options of a launch with softcap or entropy, and of one without."""
         limits = (128, self.max_registers) if self.max_registers else (0, 0)
-        return tuple({"num_warps": self.num_warps} | ({"maxnreg": limit} if limit else {}) for limit in limits)
+        return tuple(
+            {"num_warps": self.num_warps} | ({"maxnreg": limit} if limit else {})
+            for limit in limits
+        )
 
 
 @lru_cache
 def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSettings:
-    """Settings of ``"forward"`` or ``"backward"`` for rows of V elements of a size in bytes (backward: of the gradients).
+    """Settings of ``"forward"`` or ``"backward"`` for rows of V elements of a size in bytes
+    (backward: of the gradients).
 
-    The first row of a user's table that fits, else that of the package with the largest ``V_at_least`` for the nearest chip: the
-    same, or the newest that is not newer.
+    The first row of a user's table that fits, else that of the package with the largest
+    ``V_at_least`` for the nearest chip: the same, or the newest that is not newer.
     """
     own = os.environ.get(OWN_TABLE)
     for path in (Path(own), TABLE) if own else (TABLE,):
-        rows = [r for r in _rows(path) if (r["op"], r["element_size"]) == (op, element_size) and r["V_at_least"] <= V]
+        rows = [
+            r
+            for r in _rows(path)
+            if (r["op"], r["element_size"]) == (op, element_size) and r["V_at_least"] <= V
+        ]
         rows = [r for r in rows if _age(arch, r["arch"]) is not None]
         if rows:
             row = min(rows, key=lambda r: (_age(arch, r["arch"]), -r["V_at_least"]))
-            return LaunchSettings(**{f.name: row[f.name] for f in fields(LaunchSettings) if f.name in row})
+            return LaunchSettings(
+                **{f.name: row[f.name] for f in fields(LaunchSettings) if f.name in row}
+            )
     raise RuntimeError(
-        f"launch_settings: the kernels are made for sm_80 and newer, and AMD's gfx; got {arch!r} ({op}, {element_size} bytes, "
+        f"launch_settings: the kernels are made for sm_80 and newer, and AMD's gfx; got {arch!r} "
+        f"({op}, {element_size} bytes, "
         f"V = {V}); pass backend='torch'"
     )
 
@@ -91,12 +106,16 @@ def read_table(path: Path) -> list[dict]:
     for row in rows:
         if not needed <= set(row) <= known:
             wrong = sorted(needed - set(row)) or sorted(set(row) - known)
-            raise ValueError(f"a row of {path} lacks or does not know {', '.join(wrong)}; got {row}")
+            raise ValueError(
+                f"a row of {path} lacks or does not know {', '.join(wrong)}; got {row}"
+            )
         for name in ("lanes", "num_warps"):
             if row[name] < 1 or row[name] & (row[name] - 1):
                 raise ValueError(f"`{name}` must be a power of two in {path}, got {row[name]}")
         if row["vec"] * row["element_size"] != 16:
-            raise ValueError(f"`vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}")
+            raise ValueError(
+                f"`vec` must be 16 bytes in {path}, got {row['vec']} x {row['element_size']}"
+            )
         if row.get("num_stages", 1) < 1:
             raise ValueError(f"`num_stages` must be >= 1 in {path}, got {row}")
     return rows
@@ -133,7 +152,9 @@ _assumed: str | None = None
 
 @contextlib.contextmanager
 def assumed_arch(arch: str) -> Iterator[None]:
-    """Within it, launches are set up as on this chip: to compile kernels for chips that are not there."""
+    """Within it, launches are set up as on this chip: to compile kernels for chips that are not
+    there.
+    """
     global _assumed
     before, _assumed = _assumed, arch
     try:
@@ -159,15 +180,24 @@ def _arch_of(device: torch.device) -> str:
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 0 elsewhere, where programs run one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 0
+    )
 
 
 def part_width(V: int, tile: int) -> int:
-    """Columns of the parts of a row: about the same in each, whole tiles but in the last. Depends on nothing but the row."""
+    """Columns of the parts of a row: about the same in each, whole tiles but in the last.
+
+    Depends on nothing but the row.
+    """
     parts = max(1, min(MOST_PARTS, V // PART))
     return -(-V // (parts * tile)) * tile
 
 
 def splits_rows(N: int, device: torch.device) -> bool:
-    """Whether each part of a row gets a program of its own: with fewer than two rows per multiprocessor some would idle."""
+    """Whether each part of a row gets a program of its own: with fewer than two rows per
+    multiprocessor some would idle.
+    """
     return N < 2 * multiprocessors(device)

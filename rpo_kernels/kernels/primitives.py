@@ -1,14 +1,38 @@
-"""Scalar functions for kernels: accurate in fp32 where the textbook forms cancel, from exp and log alone."""
+"""Scalar functions for kernels: accurate in fp32 where the textbook forms cancel, from exp and log
+alone.
+"""
 
 import triton
 import triton.language as tl
 
-# Tensors that may begin anywhere, slices of batches as they are: kernels are compiled once, not for each alignment.
+# Tensors that may begin anywhere, slices of batches as they are: kernels are compiled once, not for
+# each alignment.
 ANYWHERE = [
-    "logits_ptr", "dlogits_ptr", "labels_ptr", "logps_ptr", "lse_ptr", "entropy_ptr", "parts_ptr", "statistics_ptr", "coef_ptr",
-    "entropy_coef_ptr", "upstream_ptr", "lengths_in_ptr", "cu_seqlens_ptr", "cu_groups_ptr", "ref_logps_ptr", "ref_weights_ptr",
-    "rewards_ptr", "normalizer_ptr", "sft_share_ptr", "loss_ptr", "losses_ptr", "sequence_ptr", "lengths_ptr", "scratch_ptr",
-]  # fmt: skip
+    "logits_ptr",
+    "dlogits_ptr",
+    "labels_ptr",
+    "logps_ptr",
+    "lse_ptr",
+    "entropy_ptr",
+    "parts_ptr",
+    "statistics_ptr",
+    "coef_ptr",
+    "entropy_coef_ptr",
+    "upstream_ptr",
+    "lengths_in_ptr",
+    "cu_seqlens_ptr",
+    "cu_groups_ptr",
+    "ref_logps_ptr",
+    "ref_weights_ptr",
+    "rewards_ptr",
+    "normalizer_ptr",
+    "sft_share_ptr",
+    "loss_ptr",
+    "losses_ptr",
+    "sequence_ptr",
+    "lengths_ptr",
+    "scratch_ptr",
+]
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 

@@ -1,4 +1,6 @@
-"""Responses of a group against each other: their share of the loss, and its derivative in their implicit rewards."""
+"""Responses of a group against each other: their share of the loss, and its derivative in their
+implicit rewards.
+"""
 
 import triton
 import triton.language as tl
@@ -64,7 +66,10 @@ def compare_responses(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Phase 2: responses i against their partners j: share of the loss, dL/ds_i, role. Returns how many groups are unusable."""
+    """Phase 2: responses i against their partners j: share of the loss, dL/ds_i, role.
+
+    Returns how many groups are unusable.
+    """
     broken = 0
     if RAGGED:  # counted by group: no sequence may belong to a broken one
         for g0 in range(0, G, BLOCK_I):
@@ -94,7 +99,9 @@ def compare_responses(
                 nans += tl.sum((partner & (t != t)).to(tl.int32), axis=1)
                 t = tl.where(t != t, float("inf"), t)  # the chosen one, so that the group counts
                 t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
-                where_top = tl.min(tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1)
+                where_top = tl.min(
+                    tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1
+                )
                 chosen = tl.where((t_block > top_t) | (chosen == 2147483647), where_top, chosen)
                 top_t = tl.maximum(top_t, t_block)
         top_t = tl.where(nans > 0, float("nan"), top_t)
@@ -114,17 +121,22 @@ def compare_responses(
         si -= tl.where(i == chosen, margin, 0.0)
         tl.store(sequence_ptr + 2 * S + i, tl.where(ni > 0, ti, 0.0), mask=live)
 
-        # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full digits near 0.
+        # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full
+        # digits near 0.
         top_s = tl.full([BLOCK_I], float("-inf"), tl.float32)
         sum_s = tl.zeros([BLOCK_I], tl.float32)
         sum_t = tl.zeros([BLOCK_I], tl.float32)
-        if (COMPARISON == LISTWISE and DISTANCE != SQUARED and TARGET != LABEL) or TARGET == SOFTMAX:
+        if (
+            COMPARISON == LISTWISE and DISTANCE != SQUARED and TARGET != LABEL
+        ) or TARGET == SOFTMAX:
             base_t = tl.where(tl.abs(top_t) == float("inf"), 0.0, top_t)
             for k0 in range(0, members, BLOCK_J):
                 j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
-                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
+                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(
+                    j == chosen[:, None], margin, 0.0
+                )
                 t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
                 t = _hardened(t, top_t[:, None])
                 other = partner & (j != i[:, None])
@@ -136,7 +148,9 @@ def compare_responses(
                 sum_t += tl.sum(tl.where(other, tl.exp(t - base_t[:, None]), 0.0), axis=1)
             odds_s = tl.where(top_s == float("-inf"), float("-inf"), top_s - si + tl.log(sum_s))
             log_p = -softplus(odds_s)
-            lse_s = tl.maximum(si, tl.where(odds_s > 0.0, top_s + tl.log(sum_s), si)) + softplus(-tl.abs(odds_s))
+            lse_s = tl.maximum(si, tl.where(odds_s > 0.0, top_s + tl.log(sum_s), si)) + softplus(
+                -tl.abs(odds_s)
+            )
             ti_hard = _hardened(ti, top_t)
             odds_t = tl.where(sum_t == 0.0, float("-inf"), base_t - ti_hard + tl.log(sum_t))
             log_q = -softplus(odds_t)
@@ -159,13 +173,21 @@ def compare_responses(
             for k0 in range(0, members, BLOCK_J):
                 j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
-                partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0) & (j != i[:, None])
-                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(j == chosen[:, None], margin, 0.0)
+                partner = (
+                    partner
+                    & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
+                    & (j != i[:, None])
+                )
+                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(
+                    j == chosen[:, None], margin, 0.0
+                )
                 t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
                 d = si[:, None] - s
                 tau = gap_of(ti[:, None] + tl.zeros_like(t), t)
                 if TARGET == LABEL:
-                    label = tl.where(i[:, None] == first[:, None], label_of_first, 1.0 - label_of_first)
+                    label = tl.where(
+                        i[:, None] == first[:, None], label_of_first, 1.0 - label_of_first
+                    )
                     value, pull = labelled(d, label, CROSS_ENTROPY)
                 elif COMPARISON == LISTWISE and DISTANCE == BACKWARD_KL:
                     t = _hardened(t, top_t[:, None])

@@ -1,10 +1,13 @@
-"""How a row pass walks over a row: whole 16-byte vectors from the first aligned address on, and two edges beside them.
+"""How a row pass walks over a row: whole 16-byte vectors from the first aligned address on, and two
+edges beside them.
 
 A row of 2-byte logits may start at any even address. Its columns from ``first`` on are
 
-    head (fewer than VEC columns) | tiles of LANES x VEC columns | fewer vectors than a tile | tail (fewer than VEC columns)
+    head (fewer than VEC columns) | tiles of LANES x VEC columns | fewer vectors than a tile | tail
+    (fewer than VEC columns)
 
-and only the edges are accessed element by element. Everything here is one program's work on one row.
+and only the edges are accessed element by element. Everything here is one program's work on one
+row.
 """
 
 from __future__ import annotations
@@ -15,15 +18,29 @@ import triton.language as tl
 from .primitives import tanh
 
 # Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
-RUNTIME = ["N", "V", "inner", "stride_outer", "stride_inner", "dstride_outer", "dstride_inner", "part_width", "ignore_index"]
-# log2 of the largest sum relative to the label: beyond it t, about as large, costs the entropy digits.
+RUNTIME = [
+    "N",
+    "V",
+    "inner",
+    "stride_outer",
+    "stride_inner",
+    "dstride_outer",
+    "dstride_inner",
+    "part_width",
+    "ignore_index",
+]
+# log2 of the largest sum relative to the label: beyond it t, about as large, costs the entropy
+# digits.
 LARGEST = tl.constexpr(48)
-NOTHING = tl.constexpr(-200.0)  # an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN
+# an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN
+NOTHING = tl.constexpr(-200.0)
 
 
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner):
-    """Element offset of a flat row over two leading dimensions; int64 before any product, rows may lie beyond 2^31."""
+    """Element offset of a flat row over two leading dimensions; int64 before any product, rows may
+    lie beyond 2^31.
+    """
     outer = row // inner
     return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
 
@@ -31,7 +48,9 @@ def row_offset(row, inner, stride_outer, stride_inner):
 @triton.jit
 def to_boundary(ptr):
     """Elements from here to the next address that is a multiple of 16."""
-    return ((0 - ptr.to(tl.int64)) & 15).to(tl.int32) // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return ((0 - ptr.to(tl.int64)) & 15).to(tl.int32) // (
+        ptr.dtype.element_ty.primitive_bitwidth // 8
+    )
 
 
 @triton.jit
@@ -45,12 +64,17 @@ def exponents(x, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Exponents ``[LANES, VEC]`` of vectors ``[LANES, 4]`` of 32-bit words: one instruction takes a bf16 out of a word."""
+    """Exponents ``[LANES, VEC]`` of vectors ``[LANES, 4]`` of 32-bit words: one instruction takes a
+    bf16 out of a word.
+    """
     if dtype.primitive_bitwidth == 32:
         x = words.to(dtype, bitcast=True)
     else:
         if dtype == tl.bfloat16:
-            low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+            low, high = (
+                (words << 16).to(tl.float32, bitcast=True),
+                (words & -65536).to(tl.float32, bitcast=True),
+            )
         else:
             low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
             high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
@@ -69,9 +93,19 @@ def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def _add_edge(
-    sums, moments, ptr, column, lane, label, width, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr,
+    sums,
+    moments,
+    ptr,
+    column,
+    lane,
+    label,
+    width,
+    pre,
+    scale2,
+    shift,
+    HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
+):
     """Add the vector from ``column`` on, as far as it lies in [0, width), to one lane."""
     cols = column + tl.arange(0, sums.shape[1])[None, :]
     valid = (cols >= 0) & (cols < width)
@@ -82,16 +116,27 @@ def _add_edge(
 
 @triton.jit
 def _add_tiles(
-    sums, moments, body, vectors, label, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    sums,
+    moments,
+    body,
+    vectors,
+    label,
+    pre,
+    scale2,
+    shift,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     """Add whole vectors from an aligned address on. ``label`` counts from there."""
     LANES: tl.constexpr = sums.shape[0]
     VEC: tl.constexpr = sums.shape[1]
     dtype: tl.constexpr = body.dtype.element_ty
     lanes = tl.arange(0, LANES)[:, None]
     in_vector = tl.arange(0, VEC)[None, :]
-    words = tl.multiple_of(body.to(tl.pointer_type(tl.int32), bitcast=True), 16) + (lanes * 4 + tl.arange(0, 4)[None, :])
+    words = tl.multiple_of(body.to(tl.pointer_type(tl.int32), bitcast=True), 16) + (
+        lanes * 4 + tl.arange(0, 4)[None, :]
+    )
     full = vectors // LANES
     tiles = (vectors + LANES - 1) // LANES
     tile = 0
@@ -135,7 +180,8 @@ def _power_of_two(n):
 
 @triton.jit
 def _exact_sum(x, LIMIT: tl.constexpr):
-    """Sum of a tile in fixed point, 40 bits below the largest: exact, so that the order of its terms does not matter.
+    """Sum of a tile in fixed point, 40 bits below the largest: exact, so that the order of its
+    terms does not matter.
 
     NaN where the largest is beyond 2^LIMIT, infinite or NaN.
     """
@@ -148,13 +194,23 @@ def _exact_sum(x, LIMIT: tl.constexpr):
 
 @triton.jit
 def sums_of_exponentials(
-    row_ptr, first, stop, label, shift, pre, scale2, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    row_ptr,
+    first,
+    stop,
+    label,
+    shift,
+    pre,
+    scale2,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """(sum of 2^t, sum of 2^t t) over columns [first, stop) without the label's.
 
-    Columns a whole number of tiles apart share a sum, in their order, and these sums are added exactly: wherever the row lies in
-    memory, the result has the same bits.
+    Columns a whole number of tiles apart share a sum, in their order, and these sums are added
+    exactly: wherever the row lies in memory, the result has the same bits.
     ``stop - first`` is a multiple of the tile, but in the last part of a row.
     """
     width = stop - first
@@ -166,12 +222,48 @@ def sums_of_exponentials(
     sums = tl.zeros([LANES, VEC], tl.float32)
     moments = tl.zeros([LANES, VEC], tl.float32)
     if head > 0:
-        sums, moments = _add_edge(sums, moments, ptr, head - VEC, LANES - 1, label, width, pre, scale2, shift,
-                                  HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
-    sums, moments = _add_tiles(sums, moments, body, vectors, label - head, pre, scale2, shift, HAS_SOFTCAP, HAS_ENTROPY, STAGES)
+        sums, moments = _add_edge(
+            sums,
+            moments,
+            ptr,
+            head - VEC,
+            LANES - 1,
+            label,
+            width,
+            pre,
+            scale2,
+            shift,
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+        )
+    sums, moments = _add_tiles(
+        sums,
+        moments,
+        body,
+        vectors,
+        label - head,
+        pre,
+        scale2,
+        shift,
+        HAS_SOFTCAP,
+        HAS_ENTROPY,
+        STAGES,
+    )
     if vectors * VEC < width - head:
-        sums, moments = _add_edge(sums, moments, ptr, head + vectors * VEC, vectors % LANES, label, width, pre, scale2, shift,
-                                  HAS_SOFTCAP, HAS_ENTROPY)  # fmt: skip
+        sums, moments = _add_edge(
+            sums,
+            moments,
+            ptr,
+            head + vectors * VEC,
+            vectors % LANES,
+            label,
+            width,
+            pre,
+            scale2,
+            shift,
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+        )
     moment = 0.0
     if HAS_ENTROPY:
         moment = _exact_sum(moments, 100)
@@ -179,11 +271,26 @@ def sums_of_exponentials(
 
 
 @triton.jit
-def largest_exponent(row_ptr, first, stop, label, pre, scale2, HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Largest t, relative to 1, over columns [first, stop) without the label's. Rarely needed, so simple."""
+def largest_exponent(
+    row_ptr,
+    first,
+    stop,
+    label,
+    pre,
+    scale2,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Largest t, relative to 1, over columns [first, stop) without the label's.
+
+    Rarely needed, so simple.
+    """
     peak = tl.full([LANES, VEC], float("-inf"), tl.float32)
     for start in range(first, stop, LANES * VEC):
         cols = start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        _, t = exponents(tl.load(row_ptr + cols, mask=cols < stop, other=0.0), pre, scale2, 0.0, HAS_SOFTCAP)
+        _, t = exponents(
+            tl.load(row_ptr + cols, mask=cols < stop, other=0.0), pre, scale2, 0.0, HAS_SOFTCAP
+        )
         peak = tl.where((cols < stop) & (cols != label), tl.maximum(peak, t), peak)
     return tl.max(tl.max(peak, axis=1), axis=0)

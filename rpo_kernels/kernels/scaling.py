@@ -1,4 +1,6 @@
-"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched when that is 1."""
+"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched
+when that is 1.
+"""
 
 from __future__ import annotations
 
@@ -41,4 +43,6 @@ def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
     if size:
         aligned = x.data_ptr() % 16 == 0 and size % 16 == 0
         with on_device_of(x):
-            _scale_kernel[(min(_PROGRAMS, -(-size // _BLOCK)),)](x, factor, size, ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8)
+            _scale_kernel[(min(_PROGRAMS, -(-size // _BLOCK)),)](
+                x, factor, size, ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8
+            )

@@ -70,7 +70,10 @@ def sum_sequences(
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Phase 1: l_i, n_i and a_i (l_i - lref_i), summed in fp64. Returns how many offsets do not partition the tokens."""
+    """Phase 1: l_i, n_i and a_i (l_i - lref_i), summed in fp64.
+
+    Returns how many offsets do not partition the tokens.
+    """
     broken = 0
     for s0 in range(0, S, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
@@ -111,7 +114,9 @@ def sum_sequences(
             else:
                 delta += logp
             if REF == SEQUENCE_REF:
-                delta -= tl.load(ref_logps_ptr + tl.cast(r, tl.int64) * S + s, mask=live, other=0.0).to(tl.float64)
+                delta -= tl.load(
+                    ref_logps_ptr + tl.cast(r, tl.int64) * S + s, mask=live, other=0.0
+                ).to(tl.float64)
             alpha = tl.full([BLOCK_S], 1.0, tl.float64)
             if HAS_WEIGHTS:
                 weight_ptr = ref_weights_ptr + r * weight_stride_r + g * weight_stride_g
@@ -167,7 +172,9 @@ def spread_coefficients(
         if AVERAGE:
             coef = coef / tl.maximum(count, 1).to(tl.float32)
         if SFT >= 0:
-            pull = tl.where(tl.load(sequence_ptr + 4 * S + s, mask=live, other=0.0) == 2.0, sft_weight, 0.0)
+            pull = tl.where(
+                tl.load(sequence_ptr + 4 * S + s, mask=live, other=0.0) == 2.0, sft_weight, 0.0
+            )
             if SFT == MEAN:
                 pull = pull / tl.maximum(count, 1).to(tl.float32)
             elif SFT == TOKENS:
@@ -182,4 +189,8 @@ def spread_coefficients(
                 token = (start[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]).to(tl.int64)
                 inside = token < end[:, None]
                 label = tl.load(labels_ptr + token, mask=inside, other=0)
-                tl.store(coef_ptr + token, tl.where(label == ignore_index, 0.0, coef[:, None]), mask=inside)
+                tl.store(
+                    coef_ptr + token,
+                    tl.where(label == ignore_index, 0.0, coef[:, None]),
+                    mask=inside,
+                )

@@ -55,7 +55,9 @@ def _shards_combine_kernel(
     y_label = tl.where(owners > 1, float("nan"), y_label)
     # The label's exponent counts also where its shard has no other finite column.
     nothing = tl.zeros([BLOCK], tl.float32)
-    top, total, moment = merge(label_exponent(y_label, post * LOG2E), nothing, nothing, top, total, moment)
+    top, total, moment = merge(
+        label_exponent(y_label, post * LOG2E), nothing, nothing, top, total, moment
+    )
     logp, peak, rest, entropy = finish(top, total, moment, y_label, post * LOG2E)
     ignored = label == ignore_index
     tl.store(logps_ptr + rows, tl.where(ignored, 0.0, logp), mask=valid)
@@ -68,7 +70,9 @@ def _shards_combine_kernel(
 def combine(
     statistics: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
+    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of
+    their R shards.
+    """
     R, _, N = statistics.shape
     logps = torch.empty(N, dtype=torch.float32, device=statistics.device)
     lse = torch.empty((2, N), dtype=torch.float32, device=statistics.device)
@@ -76,7 +80,17 @@ def combine(
     if N:
         with on_device_of(statistics):
             _shards_combine_kernel[(-(-N // BLOCK),)](
-                statistics, labels, logps, lse, entropies, N, R, transform.ignore_index, transform.factors[1],
-                HAS_ENTROPY=entropy, BLOCK=BLOCK, num_warps=4,
-            )  # fmt: skip
+                statistics,
+                labels,
+                logps,
+                lse,
+                entropies,
+                N,
+                R,
+                transform.ignore_index,
+                transform.factors[1],
+                HAS_ENTROPY=entropy,
+                BLOCK=BLOCK,
+                num_warps=4,
+            )
     return logps, lse, entropies

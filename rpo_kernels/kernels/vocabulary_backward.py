@@ -14,7 +14,16 @@ from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
 @triton.jit
 def _gradients(
-    x, is_label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
+    x,
+    is_label,
+    at_label,
+    shift,
+    factor,
+    entropy_factor,
+    pre,
+    scale2,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
 ):
     y, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
     if HAS_ENTROPY:
@@ -27,9 +36,23 @@ def _gradients(
 
 @triton.jit
 def _gradient_tiles(
-    ptr, dptr, head, vectors, label, at_label, shift, factor, entropy_factor, pre, scale2, ALIGNED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    dptr,
+    head,
+    vectors,
+    label,
+    at_label,
+    shift,
+    factor,
+    entropy_factor,
+    pre,
+    scale2,
+    ALIGNED: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+):
     """Whole vectors, written 16 bytes at a time, and read so if they are aligned alike."""
     ptr += head
     if ALIGNED:
@@ -43,8 +66,20 @@ def _gradient_tiles(
         valid = lane + lanes < vectors  # constant over a vector
         at = lane * VEC + slots
         x = tl.load(ptr + at, mask=valid, other=0.0)
-        is_label = in_vector == label - (lane + lanes) * VEC  # a comparison with a constant for each register
-        d = _gradients(x, is_label, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
+        # a comparison with a constant for each register
+        is_label = in_vector == label - (lane + lanes) * VEC
+        d = _gradients(
+            x,
+            is_label,
+            at_label,
+            shift,
+            factor,
+            entropy_factor,
+            pre,
+            scale2,
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+        )
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
@@ -98,13 +133,17 @@ def _vocabulary_backward_kernel(
         head = to_boundary(dptr)
         vectors = tl.maximum(width - head, 0) // VEC
         edge_cols = tl.where(edge < VEC, head - VEC + edge, head + (vectors - 1) * VEC + edge)
-        at_edge = (edge_cols >= 0) & (edge_cols < tl.where(edge < VEC, tl.minimum(head, width), width))
+        at_edge = (edge_cols >= 0) & (
+            edge_cols < tl.where(edge < VEC, tl.minimum(head, width), width)
+        )
         if (label == ignore_index) | ((coef == 0.0) & (entropy_coef == 0.0)):
             body = tl.multiple_of(dptr + head, 16)
             zeros = tl.zeros([LANES, VEC], dlogits_ptr.dtype.element_ty)
             for lane in range(0, vectors, LANES):
                 tl.store(body + (lane * VEC + slots), zeros, mask=lane + lanes < vectors)
-            tl.store(dptr + edge_cols, tl.zeros([2 * VEC], dlogits_ptr.dtype.element_ty), mask=at_edge)
+            tl.store(
+                dptr + edge_cols, tl.zeros([2 * VEC], dlogits_ptr.dtype.element_ty), mask=at_edge
+            )
         else:
             ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner) + first
             logp = tl.load(logps_ptr + row)
@@ -113,7 +152,8 @@ def _vocabulary_backward_kernel(
             chain = post
             if HAS_SOFTCAP:
                 chain = post * pre
-            # With p = 2^(t - fraction) and log p = (t - fraction) log 2, the gradient of a column is 2^t (factor + ... t).
+            # With p = 2^(t - fraction) and log p = (t - fraction) log 2, the gradient of a column
+            # is 2^t (factor + ... t).
             factor = -coef * chain * tl.exp2(-fraction)
             at_label = -coef * chain * expm1(logp)
             entropy_factor = 0.0
@@ -122,20 +162,83 @@ def _vocabulary_backward_kernel(
                 slope = -entropy_coef * chain
                 entropy_factor = slope * tl.exp2(-fraction) * LN2
                 factor += slope * tl.exp2(-fraction) * (entropy - fraction * LN2)
-                at_label += tl.where(logp == float("-inf"), 0.0, slope * tl.exp(logp) * (logp + entropy))
-            column = tl.where((label >= first) & (label < first + width), label - first, -1).to(tl.int32)
+                at_label += tl.where(
+                    logp == float("-inf"), 0.0, slope * tl.exp(logp) * (logp + entropy)
+                )
+            column = tl.where((label >= first) & (label < first + width), label - first, -1).to(
+                tl.int32
+            )
             x = tl.load(ptr + edge_cols, mask=at_edge, other=0.0)
-            d = _gradients(x, edge_cols == column, at_label, shift, factor, entropy_factor, pre, scale2, HAS_SOFTCAP, HAS_ENTROPY)
+            d = _gradients(
+                x,
+                edge_cols == column,
+                at_label,
+                shift,
+                factor,
+                entropy_factor,
+                pre,
+                scale2,
+                HAS_SOFTCAP,
+                HAS_ENTROPY,
+            )
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)
             if IN_PLACE:
-                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
-                                scale2, True, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
+                _gradient_tiles(
+                    ptr,
+                    dptr,
+                    head,
+                    vectors,
+                    column,
+                    at_label,
+                    shift,
+                    factor,
+                    entropy_factor,
+                    pre,
+                    scale2,
+                    True,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                    LANES,
+                    VEC,
+                )
             elif to_boundary(ptr + head) == 0:
-                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
-                                scale2, True, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
+                _gradient_tiles(
+                    ptr,
+                    dptr,
+                    head,
+                    vectors,
+                    column,
+                    at_label,
+                    shift,
+                    factor,
+                    entropy_factor,
+                    pre,
+                    scale2,
+                    True,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                    LANES,
+                    VEC,
+                )
             else:
-                _gradient_tiles(ptr, dptr, head, vectors, column, at_label, shift, factor, entropy_factor, pre,
-                                scale2, False, HAS_SOFTCAP, HAS_ENTROPY, LANES, VEC)  # fmt: skip
+                _gradient_tiles(
+                    ptr,
+                    dptr,
+                    head,
+                    vectors,
+                    column,
+                    at_label,
+                    shift,
+                    factor,
+                    entropy_factor,
+                    pre,
+                    scale2,
+                    False,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                    LANES,
+                    VEC,
+                )
 
 
 def vocabulary_backward(
@@ -151,7 +254,9 @@ def vocabulary_backward(
     entropy_coef: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place),
+    given dL/dlogp ``[N]``.
+    """
     outer, inner, V = logits.shape
     N = outer * inner
     if not N or not V:
@@ -162,9 +267,29 @@ def vocabulary_backward(
     plain = not (transform.softcap > 0 or entropy_coef is not None)
     with on_device_of(logits):
         _vocabulary_backward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
-            logits, labels, logps, lse, coef, entropies, entropy_coef, upstream, out, N, V, inner, *logits.stride()[:2],
-            *out.stride()[:2], width, pieces, transform.ignore_index, *transform.factors,
+            logits,
+            labels,
+            logps,
+            lse,
+            coef,
+            entropies,
+            entropy_coef,
+            upstream,
+            out,
+            N,
+            V,
+            inner,
+            *logits.stride()[:2],
+            *out.stride()[:2],
+            width,
+            pieces,
+            transform.ignore_index,
+            *transform.factors,
             IN_PLACE=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
-            HAS_SOFTCAP=transform.softcap > 0, HAS_ENTROPY=entropy_coef is not None, HAS_UPSTREAM=upstream is not None,
-            LANES=settings.lanes, VEC=settings.vec, **settings.compiler[plain],
-        )  # fmt: skip
+            HAS_SOFTCAP=transform.softcap > 0,
+            HAS_ENTROPY=entropy_coef is not None,
+            HAS_UPSTREAM=upstream is not None,
+            LANES=settings.lanes,
+            VEC=settings.vec,
+            **settings.compiler[plain],
+        )

@@ -3,13 +3,16 @@
 z = post * y,   y = x                 (post = logit_scale / temperature)
                 y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
 
-Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's own exponent, rounded to an
-integer. It is known before the row is read: so there is no running maximum, the parts of a row that several programs read are
-combined by addition, and log p keeps its digits whether p is near 1 or near 0. A part that is too large for that (where the
-label is 33 nats below another) is read again, twice: for its maximum, and relative to it.
+Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's
+own exponent, rounded to an
+integer. It is known before the row is read: so there is no running maximum, the parts of a row that
+several programs read are combined by addition, and log p keeps its digits whether p is near 1 or
+near 0. A part that is too large for that (where the label is 33 nats below another) is read again,
+twice: for its maximum, and relative to it.
 
-A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` combines them, as it does parts. Where the
-label is elsewhere, or at -inf, shift is 0, and a part whose sum nears 0 is read again too.
+A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` combines them,
+as it does parts. Where the label is elsewhere, or at -inf, shift is 0, and a part whose sum nears 0
+is read again too.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ LEAST = tl.constexpr(-1e30)  # less than any exponent: what a sum of nothing is 
 def _integer(t):
     """The integer next to t; 0 where there is none.
 
-    2^23 at most: beyond it a fused y * scale2 - shift is what rounding left of the product, up to half an ulp of it, and a
-    logsumexp has no room for that.
+    2^23 at most: beyond it a fused y * scale2 - shift is what rounding left of the product, up to
+    half an ulp of it, and a logsumexp has no room for that.
     """
     near = tl.minimum(tl.maximum(tl.floor(t + 0.5), -8388608.0), 8388608.0)
     return tl.where(tl.abs(t) < float("inf"), near, 0.0)
@@ -39,9 +42,11 @@ def _integer(t):
 
 @triton.jit
 def merge(shift, total, moment, shift_b, total_b, moment_b):
-    """Sums so far and those of a part; their factors are powers of two, and 1 where both are relative to the label.
+    """Sums so far and those of a part; their factors are powers of two, and 1 where both are
+    relative to the label.
 
-    A part that sums to nothing, of columns at -inf, has no exponent to raise that of the sums so far.
+    A part that sums to nothing, of columns at -inf, has no exponent to raise that of the sums so
+    far.
     """
     shift_b = tl.where(total_b == 0.0, shift, shift_b)
     top = tl.maximum(shift, shift_b)
@@ -57,7 +62,8 @@ def finish(shift, total, moment, y_label, scale2):
     exponent, mantissa = split_exponent(total)
     log2_mantissa = tl.log2(mantissa)
     odds = LN2 * (exponent + log2_mantissa - t_label)  # lse of the others - z_label
-    lost = (total == 0.0) & (t_label < -1.0) & (t_label > float("-inf"))  # all of them are below -2^23
+    # all of them are below -2^23
+    lost = (total == 0.0) & (t_label < -1.0) & (t_label > float("-inf"))
     odds = tl.where((y_label == float("inf")) | lost, float("nan"), odds)
     logp = -softplus(odds)
     log_p_not = -softplus(-odds)
@@ -99,10 +105,16 @@ def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr, IS_SHARD: tl.
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
-    logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
-    lse_ptr,  # out  [2, N] fp32, log2 of the sum of e^z as an integer and a fraction; 0 where ignored
-    entropy_ptr,  # out  [N] fp32, or unused; of a shard these three are y of the label (-inf: elsewhere), shift and sum, and moment
-    parts_ptr,  # out  [N, parts, 3] fp32, (shift, total, moment) of each part, in place of the outputs; or unused
+    # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
+    logps_ptr,
+    # out  [2, N] fp32, log2 of the sum of e^z as an integer and a fraction; 0 where ignored
+    lse_ptr,
+    # out  [N] fp32, or unused; of a shard these three are y of the label (-inf: elsewhere), shift
+    # and sum, and moment
+    entropy_ptr,
+    # out  [N, parts, 3] fp32, (shift, total, moment) of each part, in place of the outputs; or
+    # unused
+    parts_ptr,
     N,
     V,
     inner,
@@ -141,16 +153,32 @@ def _vocabulary_forward_kernel(
             while part < end:
                 first = part * part_width
                 stop = tl.minimum(first + part_width, V)
-                part_total, part_moment = sums_of_exponentials(row_ptr, first, stop, column, part_shift, pre, scale2, HAS_SOFTCAP,
-                                                               HAS_ENTROPY, LANES, VEC, STAGES)  # fmt: skip
+                part_total, part_moment = sums_of_exponentials(
+                    row_ptr,
+                    first,
+                    stop,
+                    column,
+                    part_shift,
+                    pre,
+                    scale2,
+                    HAS_SOFTCAP,
+                    HAS_ENTROPY,
+                    LANES,
+                    VEC,
+                    STAGES,
+                )
                 out_of_range = part_total != part_total
                 out_of_range |= alone & (part_total < 2.0**-80)
                 if out_of_range & (not retried):
-                    peak = largest_exponent(row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC)
+                    peak = largest_exponent(
+                        row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC
+                    )
                     part_shift = _integer(peak)
                     retried = True
                 else:
-                    top, total, moment = merge(top, total, moment, part_shift, part_total, part_moment)
+                    top, total, moment = merge(
+                        top, total, moment, part_shift, part_total, part_moment
+                    )
                     part_shift = shift
                     retried = False
                     part += 1
@@ -159,16 +187,39 @@ def _vocabulary_forward_kernel(
                 tl.store(parts_ptr + item * 3 + 1, total)
                 tl.store(parts_ptr + item * 3 + 2, moment)
             else:
-                _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+                _store(
+                    logps_ptr,
+                    lse_ptr,
+                    entropy_ptr,
+                    row,
+                    N,
+                    top,
+                    total,
+                    moment,
+                    y_label,
+                    scale2,
+                    IS_SHARD,
+                    HAS_ENTROPY,
+                )
         elif not SPLIT:
             _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
 
 
 @triton.jit
 def _store(
-    logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD: tl.constexpr,
+    logps_ptr,
+    lse_ptr,
+    entropy_ptr,
+    row,
+    N,
+    top,
+    total,
+    moment,
+    y_label,
+    scale2,
+    IS_SHARD: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
+):
     if IS_SHARD:
         logp, whole, fraction, entropy = y_label, top, total, moment
     else:
@@ -210,7 +261,10 @@ def _vocabulary_merge_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """What the forward kernel does after its row, where several programs have read it. Cost: a few numbers per row."""
+    """What the forward kernel does after its row, where several programs have read it.
+
+    Cost: a few numbers per row.
+    """
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     scale2 = post * LOG2E
@@ -222,18 +276,39 @@ def _vocabulary_merge_kernel(
         moment = 0.0
         for item in range(row * parts, row * parts + parts):
             part_ptr = parts_ptr + item * 3
-            top, total, moment = merge(top, total, moment, tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2))
-        _store(logps_ptr, lse_ptr, entropy_ptr, row, N, top, total, moment, y_label, scale2, IS_SHARD, HAS_ENTROPY)
+            top, total, moment = merge(
+                top, total, moment, tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2)
+            )
+        _store(
+            logps_ptr,
+            lse_ptr,
+            entropy_ptr,
+            row,
+            N,
+            top,
+            total,
+            moment,
+            y_label,
+            scale2,
+            IS_SHARD,
+            HAS_ENTROPY,
+        )
     else:
         _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
 
 
 def vocabulary_forward(
-    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False, out: tuple | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    transform: LogitTransform,
+    entropy: bool = False,
+    out: tuple | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and if asked entropy ``[N]``, fp32, of rows ``[outer, inner, V]``; labels ``[N]``.
+    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and if asked entropy ``[N]``, fp32, of rows
+    ``[outer, inner, V]``; labels ``[N]``.
 
-    The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the digits of small logits away.
+    The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the
+    digits of small logits away.
     ``out``: what the three are written to, of a shard of the columns (:func:`shard_statistics`).
     """
     V, N = logits.shape[2], labels.numel()
@@ -248,32 +323,67 @@ def vocabulary_forward(
     width = part_width(V, settings.tile)
     parts = -(-V // width)
     split = parts > 1 and splits_rows(N, logits.device)
-    partial = torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
+    partial = (
+        torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
+    )
     rows = N, V, logits.shape[1], *logits.stride()[:2]
     flags = {"IS_SHARD": is_shard, "HAS_SOFTCAP": transform.softcap > 0, "HAS_ENTROPY": entropy}
     plain = not (transform.softcap > 0 or entropy)
     with on_device_of(logits):
         _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
-            logits, labels, *out, partial, *rows, width, transform.ignore_index, pre, post,
-            SPLIT=split, **flags, LANES=settings.lanes, VEC=settings.vec, STAGES=settings.num_stages, **settings.compiler[plain],
-        )  # fmt: skip
+            logits,
+            labels,
+            *out,
+            partial,
+            *rows,
+            width,
+            transform.ignore_index,
+            pre,
+            post,
+            SPLIT=split,
+            **flags,
+            LANES=settings.lanes,
+            VEC=settings.vec,
+            STAGES=settings.num_stages,
+            **settings.compiler[plain],
+        )
         if split:
             _vocabulary_merge_kernel[(N,)](
-                logits, labels, partial, *out, *rows, parts, transform.ignore_index, pre, post, **flags, num_warps=1
+                logits,
+                labels,
+                partial,
+                *out,
+                *rows,
+                parts,
+                transform.ignore_index,
+                pre,
+                post,
+                **flags,
+                num_warps=1,
             )
     return out
 
 
-def shard_statistics(logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False) -> torch.Tensor:
-    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
+def shard_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
+) -> torch.Tensor:
+    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count
+    from its first column.
 
-    The label's y (-inf for label -1, which lies on another shard); of the other columns an exponent, the sum of e^z relative to two
-    to that power, and if asked the sum of those times log2 of them.
+    The label's y (-inf for label -1, which lies on another shard); of the other columns an
+    exponent, the sum of e^z relative to two to that power, and if asked the sum of those times log2
+    of them.
     """
-    statistics = torch.empty((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
+    statistics = torch.empty(
+        (4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device
+    )
     if logits.shape[2]:
-        vocabulary_forward(logits, labels, transform, entropy, (statistics[0], statistics[1:3], statistics[3:]))
+        vocabulary_forward(
+            logits, labels, transform, entropy, (statistics[0], statistics[1:3], statistics[3:])
+        )
     else:
         statistics[1], statistics[2:] = LEAST.value, 0
-        statistics[0] = torch.where((labels == -1) | (labels == transform.ignore_index), -torch.inf, torch.nan)
+        statistics[0] = torch.where(
+            (labels == -1) | (labels == transform.ignore_index), -torch.inf, torch.nan
+        )
     return statistics

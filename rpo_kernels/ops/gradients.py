@@ -1,7 +1,8 @@
 """Gradients of an lm_head whose coefficients come late.
 
-The gradient of a token's log-probability in its logits, P = d logp / d logits, does not depend on the loss. So a chunk of logits turns
-into P at once, P into U = P weight, and the coefficients c = dL / dlogp enter when they are known, on the small side of both GEMMs:
+The gradient of a token's log-probability in its logits, P = d logp / d logits, does not depend on
+the loss. So a chunk of logits turns into P at once, P into U = P weight, and the coefficients c =
+dL / dlogp enter when they are known, on the small side of both GEMMs:
 
     dhidden = c * U        dweight = P^T (c * hidden)        dbias = P^T c
 """
@@ -25,14 +26,25 @@ def over_tokens(needs: list[bool]) -> bool:
     return bool(needs.weight or needs.bias or needs.lora_weight)
 
 
-def spared_bytes(leaves: Leaves, needs: list[bool], options: Options, weight_grad: Tensor | None) -> int:
-    """Of a column of the head: what an fp32 sum of dweight takes that is not needed where it comes from one GEMM."""
+def spared_bytes(
+    leaves: Leaves, needs: list[bool], options: Options, weight_grad: Tensor | None
+) -> int:
+    """Of a column of the head: what an fp32 sum of dweight takes that is not needed where it comes
+    from one GEMM.
+    """
     sums = needs[1] and leaves.weight.dtype == options.compute_dtype == torch.bfloat16
-    return 4 * leaves.weight.shape[1] if sums and (weight_grad is None or weight_grad.dtype != torch.float32) else 0
+    return (
+        4 * leaves.weight.shape[1]
+        if sums and (weight_grad is None or weight_grad.dtype != torch.float32)
+        else 0
+    )
 
 
 class Kept(NamedTuple):
-    """What waits for coefficients, as tensors that autograd can save. Buffers may have more rows than are in use."""
+    """What waits for coefficients, as tensors that autograd can save.
+
+    Buffers may have more rows than are in use.
+    """
 
     index: Tensor  # [n] int64: flat positions of the rows
     labels: Tensor  # [n] int64
@@ -46,7 +58,9 @@ class Kept(NamedTuple):
 
 
 class LiveReference(NamedTuple):
-    """A reference policy whose log-probabilities of the same rows are computed beside the policy's."""
+    """A reference policy whose log-probabilities of the same rows are computed beside the
+    policy's.
+    """
 
     head: Head
     rows: Rows
@@ -54,34 +68,76 @@ class LiveReference(NamedTuple):
 
 
 class Store:
-    """Log-probabilities of rows, and what their gradients are made of once their coefficients are known.
+    """Log-probabilities of rows, and what their gradients are made of once their coefficients are
+    known.
 
-    P of as many rows as fit the workspace waits for coefficients, the last ones read; logits of the others are computed once more.
-    U of all rows waits.
+    P of as many rows as fit the workspace waits for coefficients, the last ones read; logits of the
+    others are computed once more. U of all rows waits.
     """
 
     def __init__(
-        self, head: Head, rows: Rows, needs: list[bool], chunks: Chunks, tensors: Kept, held: slice, is_saved: bool = False
+        self,
+        head: Head,
+        rows: Rows,
+        needs: list[bool],
+        chunks: Chunks,
+        tensors: Kept,
+        held: slice,
+        is_saved: bool = False,
     ):
-        """``tensors`` to fill, or those of an earlier store (``is_saved``), which are not written to; ``held``: rows whose P they hold."""
-        self.head, self.rows, self.needs, self.chunks, self.tensors = head, rows, needs, chunks, tensors
+        """``tensors`` to fill, or those of an earlier store (``is_saved``), which are not written
+        to; ``held``: rows whose P they hold.
+        """
+        self.head, self.rows, self.needs, self.chunks, self.tensors = (
+            head,
+            rows,
+            needs,
+            chunks,
+            tensors,
+        )
         self.held, self.is_saved, self.differentiable = held, is_saved, any(needs)
         self.ones = torch.ones(chunks.logits, dtype=torch.float32, device=head.device)
-        self.scratch: Tensor | None = None if is_saved else self._scratch(head.in_place and self.differentiable)
+        self.scratch: Tensor | None = (
+            None if is_saved else self._scratch(head.in_place and self.differentiable)
+        )
 
     @staticmethod
-    def new(head: Head, rows: Rows, needs: list[bool], chunks: Chunks, entropy: bool = False, size: int | None = None) -> Store:
-        """``size``: rows of what is kept, where that is to be another number than that of the rows."""
+    def new(
+        head: Head,
+        rows: Rows,
+        needs: list[bool],
+        chunks: Chunks,
+        entropy: bool = False,
+        size: int | None = None,
+    ) -> Store:
+        """``size``: rows of what is kept, where that is to be another number than that of the
+        rows.
+        """
         n = rows.size if size is None else size
         floats = {"dtype": torch.float32, "device": head.device}
         p = head.buffer(min(n, max(chunks)) if any(needs) else 0, head.options.compute_dtype)
-        index, labels = (torch.nn.functional.pad(x, (0, n - rows.size)) for x in (rows.index, rows.labels.long()))
+        index, labels = (
+            torch.nn.functional.pad(x, (0, n - rows.size)) for x in (rows.index, rows.labels.long())
+        )
         tensors = Kept(
-            index, labels, torch.empty(n, **floats), torch.empty((2, n), **floats), torch.empty(n if entropy else 0, **floats), p,
-            *_empty_u(rows, needs, n), torch.tensor([rows.size, 0], device="cpu"),
-        )  # fmt: skip
+            index,
+            labels,
+            torch.empty(n, **floats),
+            torch.empty((2, n), **floats),
+            torch.empty(n if entropy else 0, **floats),
+            p,
+            *_empty_u(rows, needs, n),
+            torch.tensor([rows.size, 0], device="cpu"),
+        )
         if n > rows.size:
-            for x in (tensors.logps, tensors.lse.t(), tensors.entropies, p, tensors.u, tensors.u_lora):
+            for x in (
+                tensors.logps,
+                tensors.lse.t(),
+                tensors.entropies,
+                p,
+                tensors.u,
+                tensors.u_lora,
+            ):
                 x[rows.size :] = 0
         return Store(head, rows, needs, chunks, tensors, slice(0, 0))
 
@@ -95,7 +151,9 @@ class Store:
         return self.head.buffer(rows, self.head.options.logits_dtype)
 
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
-        """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside them), P and U."""
+        """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside
+        them), P and U.
+        """
         head, (_, _, all_logps, all_lse, entropies, p, *us, _) = self.head, self.tensors
         self.held = slice(part.stop, part.stop)
         for batch in self._batches(part):
@@ -106,22 +164,37 @@ class Store:
                 labels = self.rows.labels[chunk]
                 if reference is not None:
                     logits = reference.head.logits(reference.rows, chunk, out)
-                    reference.logps[chunk] = reference.head.vocabulary_forward(logits[None], labels, head.transform)[0]
+                    reference.logps[chunk] = reference.head.vocabulary_forward(
+                        logits[None], labels, head.transform
+                    )[0]
                 logits = head.logits(self.rows, chunk, out)
                 head.show(logits, labels)
-                logps, lse, h = head.vocabulary_forward(logits[None], labels, head.transform, len(entropies) > 0)
+                logps, lse, h = head.vocabulary_forward(
+                    logits[None], labels, head.transform, len(entropies) > 0
+                )
                 all_logps[chunk], all_lse[:, chunk] = logps, lse
                 if h is not None:
                     entropies[chunk] = h
                 if self.differentiable:
-                    head.vocabulary_backward(logits[None], labels, logps, lse, self.ones[:size], head.transform, slot[None])
+                    head.vocabulary_backward(
+                        logits[None],
+                        labels,
+                        logps,
+                        lse,
+                        self.ones[:size],
+                        head.transform,
+                        slot[None],
+                    )
             if self.differentiable:
                 size = batch.stop - batch.start
                 self.held = batch if size <= self.chunks.waiting else slice(batch.stop, batch.stop)
                 head.backproject(p[:size], [u[batch] for u in us])
 
     def _batches(self, part: slice) -> Iterator[slice]:
-        """Rows that share the buffer of P, the last batch the largest that may wait. All begin at whole chunks."""
+        """Rows that share the buffer of P, the last batch the largest that may wait.
+
+        All begin at whole chunks.
+        """
         chunk, waiting = self.chunks
         size = part.stop - part.start
         if not self.differentiable:
@@ -143,15 +216,23 @@ class Store:
         if held.start > part.start:
             p = self.head.buffer(self.chunks.logits, p.dtype) if self.is_saved else p
             for batch in _split(slice(part.start, held.start), len(p)):
-                gradients.add_tokens(batch, self._dlogits(batch, p), coef[batch.start - part.start :])
+                gradients.add_tokens(
+                    batch, self._dlogits(batch, p), coef[batch.start - part.start :]
+                )
 
-    def settle_with_entropies(self, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients) -> None:
-        """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits of logits that are computed anew."""
+    def settle_with_entropies(
+        self, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients
+    ) -> None:
+        """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits of
+        logits that are computed anew.
+        """
         n, head = self.rows.size, self.head
         p = head.buffer(min(n, self.chunks.waiting), head.options.compute_dtype)
         scale = torch.ones((), device=head.device)
         if p.dtype == torch.float16 and n:
-            scale = _near_one(torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max())
+            scale = _near_one(
+                torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max()
+            )
         unscale = (1 / scale).expand(n)
         coef, entropy_coef = (None if x is None else x * scale for x in (coef, entropy_coef))
         us = _empty_u(self.rows, self.needs, n)
@@ -159,10 +240,19 @@ class Store:
             dlogits = self._dlogits(batch, p, coef, entropy_coef)
             head.backproject(dlogits, [u[batch] for u in us])
             gradients.add_tokens(batch, dlogits, unscale)
-        gradients.add_hidden(slice(0, n), *us, unscale)  # at once: ranks sum it, whose batches differ
+        # at once: ranks sum it, whose batches differ
+        gradients.add_hidden(slice(0, n), *us, unscale)
 
-    def _dlogits(self, batch: slice, p: Tensor, coef: Tensor | None = None, entropy_coef: Tensor | None = None) -> Tensor:
-        """Of a batch, in p, from logits that are computed once more; P without coefficients, which are ``[n]`` of all rows."""
+    def _dlogits(
+        self,
+        batch: slice,
+        p: Tensor,
+        coef: Tensor | None = None,
+        entropy_coef: Tensor | None = None,
+    ) -> Tensor:
+        """Of a batch, in p, from logits that are computed once more; P without coefficients, which
+        are ``[n]`` of all rows.
+        """
         head, (_, _, logps, lse, entropies, *_) = self.head, self.tensors
         if self.scratch is None:
             self.scratch = self._scratch(head.in_place)
@@ -171,11 +261,16 @@ class Store:
             slot = p[offset : offset + size]
             logits = head.logits(self.rows, at, slot if head.in_place else self.scratch[:size])
             head.vocabulary_backward(
-                logits[None], self.rows.labels[at], logps[at], lse[:, at].contiguous(),
-                self.ones[:size] if coef is None else coef[at], head.transform, slot[None],
+                logits[None],
+                self.rows.labels[at],
+                logps[at],
+                lse[:, at].contiguous(),
+                self.ones[:size] if coef is None else coef[at],
+                head.transform,
+                slot[None],
                 entropies=None if entropy_coef is None else entropies[at],
                 entropy_coef=None if entropy_coef is None else entropy_coef[at],
-            )  # fmt: skip
+            )
         return p[: batch.stop - batch.start]
 
     def kept(self) -> Kept:
@@ -183,33 +278,62 @@ class Store:
         if not over_tokens(self.needs):
             return self.tensors._replace(p=self.head.buffer(0, self.tensors.p.dtype))
         p = self.tensors.p if self.chunks.waiting else self.head.buffer(0, self.tensors.p.dtype)
-        return self.tensors._replace(p=p, sizes=torch.tensor([self.rows.size, self.held.start], device="cpu"))
+        return self.tensors._replace(
+            p=p, sizes=torch.tensor([self.rows.size, self.held.start], device="cpu")
+        )
 
     @staticmethod
-    def fake_kept(leaves: Leaves, needs: list[bool], options: Options, chunks: Chunks, size: int, entropy: bool) -> Kept:
+    def fake_kept(
+        leaves: Leaves,
+        needs: list[bool],
+        options: Options,
+        chunks: Chunks,
+        size: int,
+        entropy: bool,
+    ) -> Kept:
         """Empty tensors of the shapes of :meth:`kept`."""
         x, needs = leaves.hidden, Leaves(*needs)
         floats, ints = x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int64)
         waits = over_tokens(needs) and chunks.waiting > 0
-        p = buffer(min(size, chunks.waiting) if waits else 0, leaves.weight.shape[0], options.compute_dtype, x.device)
-        widths = x.shape[-1] if needs.hidden else 0, leaves.lora_hidden.shape[-1] if needs.lora_hidden else 0
+        p = buffer(
+            min(size, chunks.waiting) if waits else 0,
+            leaves.weight.shape[0],
+            options.compute_dtype,
+            x.device,
+        )
+        widths = (
+            x.shape[-1] if needs.hidden else 0,
+            leaves.lora_hidden.shape[-1] if needs.lora_hidden else 0,
+        )
         return Kept(
-            ints, torch.empty_like(ints), floats, floats.new_empty((2, size)), floats.new_empty(size if entropy else 0), p,
-            *(floats.new_empty((size, width)) for width in widths), torch.empty(2, dtype=torch.int64, device="cpu"),
-        )  # fmt: skip
+            ints,
+            torch.empty_like(ints),
+            floats,
+            floats.new_empty((2, size)),
+            floats.new_empty(size if entropy else 0),
+            p,
+            *(floats.new_empty((size, width)) for width in widths),
+            torch.empty(2, dtype=torch.int64, device="cpu"),
+        )
 
 
 def _empty_u(rows: Rows, needs: list[bool], n: int) -> list[Tensor]:
-    """Memory for P weight ``[n, H]`` and P lora_weight ``[n, r]`` in fp32; of no columns where they are not needed."""
+    """Memory for P weight ``[n, H]`` and P lora_weight ``[n, r]`` in fp32; of no columns where they
+    are not needed.
+    """
     needs = Leaves(*needs)
     wanted = (rows.hidden, needs.hidden), (rows.lora_hidden, needs.lora_hidden)
     widths = [x.shape[1] if want else 0 for x, want in wanted]
-    return [torch.empty((n, width), dtype=torch.float32, device=rows.index.device) for width in widths]
+    return [
+        torch.empty((n, width), dtype=torch.float32, device=rows.index.device) for width in widths
+    ]
 
 
 def _near_one(largest: Tensor) -> Tensor:
     """A power of two whose product with a number is near 1, where fp16 keeps its digits."""
-    return torch.ldexp(torch.ones_like(largest), -largest.log2().ceil().nan_to_num(0, 0, 0).clamp(-60, 60))
+    return torch.ldexp(
+        torch.ones_like(largest), -largest.log2().ceil().nan_to_num(0, 0, 0).clamp(-60, 60)
+    )
 
 
 def _split(part: slice, rows: int) -> Iterator[slice]:
@@ -221,46 +345,80 @@ class Gradients:
     """Gradients of :class:`Leaves`, summed over parts of the rows in fp32 and rounded once."""
 
     def __init__(
-        self, leaves: Leaves, needs: list[bool], rows: Rows, options: Options, *, once: bool, weight_grad: Tensor | None = None,
+        self,
+        leaves: Leaves,
+        needs: list[bool],
+        rows: Rows,
+        options: Options,
+        *,
+        once: bool,
+        weight_grad: Tensor | None = None,
         early: bool = False,
-    ):  # fmt: skip
-        """``once``: all rows' P comes at once. ``weight_grad`` takes in dweight, if it is given. With ``early`` an upstream gradient
-        is still to come: gradients of fp16 leaves, which could not hold them before, stay in fp32."""
+    ):
+        """``once``: all rows' P comes at once. ``weight_grad`` takes in dweight, if it is given.
+        With ``early`` an upstream gradient
+        is still to come: gradients of fp16 leaves, which could not hold them before, stay in
+        fp32.
+        """
         self.leaves, self.rows, self.weight_grad, self.early = leaves, rows, weight_grad, early
         needs = Leaves(*needs)
         group = options.vocab_ranks if options.reduce_dhidden else ""
         dtype = functools.partial(dtype_of, early=early)
-        self.dhidden = _HiddenGradient(leaves.hidden, rows, dtype(leaves.hidden), group) if needs.hidden else None
-        self.dlora_hidden = (
-            _HiddenGradient(leaves.lora_hidden, rows, dtype(leaves.lora_hidden), group) if needs.lora_hidden else None
+        self.dhidden = (
+            _HiddenGradient(leaves.hidden, rows, dtype(leaves.hidden), group)
+            if needs.hidden
+            else None
         )
-        self.dweight = _WeightGradient(leaves.weight, dtype(leaves.weight), once, weight_grad) if needs.weight else None
+        self.dlora_hidden = (
+            _HiddenGradient(leaves.lora_hidden, rows, dtype(leaves.lora_hidden), group)
+            if needs.lora_hidden
+            else None
+        )
+        self.dweight = (
+            _WeightGradient(leaves.weight, dtype(leaves.weight), once, weight_grad)
+            if needs.weight
+            else None
+        )
         self.dlora_weight = (
-            _WeightGradient(leaves.lora_weight, dtype(leaves.lora_weight), once, None) if needs.lora_weight else None
+            _WeightGradient(leaves.lora_weight, dtype(leaves.lora_weight), once, None)
+            if needs.lora_weight
+            else None
         )
         self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32) if needs.bias else None
 
-    def add_hidden(self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor) -> None:
+    def add_hidden(
+        self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor
+    ) -> None:
         """dhidden = coef * U of these rows, coef ``[n]``."""
         for gradient, x in ((self.dhidden, u), (self.dlora_hidden, u_lora)):
             if gradient is not None:
                 gradient.add(part, x, coef)
 
     def add_tokens(self, part: slice, p: Tensor, coef: Tensor) -> None:
-        """What P of these rows ``[n, V]`` adds to gradients that sum over tokens, times coef ``[>= n]``."""
+        """What P of these rows ``[n, V]`` adds to gradients that sum over tokens, times coef ``[>=
+        n]``.
+        """
         coef = coef[: len(p)]
-        for gradient, x in ((self.dweight, self.rows.hidden), (self.dlora_weight, self.rows.lora_hidden)):
+        for gradient, x in (
+            (self.dweight, self.rows.hidden),
+            (self.dlora_weight, self.rows.lora_hidden),
+        ):
             if gradient is not None:
                 gradient.add(p, x[part], coef)
         if self.dbias is not None:
             gemm.bias_gradient(p, coef, self.dbias)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """In the order, shapes and dtypes of the leaves; empty where none is asked for or ``weight_grad`` has it."""
+        """In the order, shapes and dtypes of the leaves; empty where none is asked for or
+        ``weight_grad`` has it.
+        """
         gradients = [
-            self.dhidden and self.dhidden.finish(), self.dweight and self.dweight.finish(), self.dbias,
-            self.dlora_hidden and self.dlora_hidden.finish(), self.dlora_weight and self.dlora_weight.finish(),
-        ]  # fmt: skip
+            self.dhidden and self.dhidden.finish(),
+            self.dweight and self.dweight.finish(),
+            self.dbias,
+            self.dlora_hidden and self.dlora_hidden.finish(),
+            self.dlora_weight and self.dlora_weight.finish(),
+        ]
         empty = empty_gradients(self.leaves, [False] * 5, None, self.early)
         return tuple(
             none if x is None else x.to(dtype_of(leaf, self.early)).view(leaf.shape)
@@ -268,11 +426,15 @@ class Gradients:
         )
 
 
-def empty_gradients(leaves: Leaves, needs: list[bool], weight_grad: Tensor | None, early: bool = False) -> tuple[Tensor, ...]:
+def empty_gradients(
+    leaves: Leaves, needs: list[bool], weight_grad: Tensor | None, early: bool = False
+) -> tuple[Tensor, ...]:
     """Of the shapes and dtypes of :meth:`Gradients.finish`."""
     wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
     return tuple(
-        leaf.new_empty(leaf.shape, dtype=dtype_of(leaf, early)) if want else leaves.hidden.new_empty(0)
+        leaf.new_empty(leaf.shape, dtype=dtype_of(leaf, early))
+        if want
+        else leaves.hidden.new_empty(0)
         for leaf, want in zip(leaves, wanted)
     )
 
@@ -282,7 +444,9 @@ def dtype_of(leaf: Tensor, early: bool) -> torch.dtype:
 
 
 class _HiddenGradient:
-    """coef * U at the scored rows, 0 elsewhere; summed over the ranks of a named group, beside what comes after it."""
+    """coef * U at the scored rows, 0 elsewhere; summed over the ranks of a named group, beside what
+    comes after it.
+    """
 
     def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype, group: str):
         self.index, self.group = rows.index, group
@@ -290,7 +454,9 @@ class _HiddenGradient:
         self.waits: list[Callable[[], object]] = []
         # rows that travel lie side by side
         self.total = (
-            hidden.new_empty((rows.size, self.shape[1]), dtype=dtype) if group else hidden.new_zeros(self.shape, dtype=dtype)
+            hidden.new_empty((rows.size, self.shape[1]), dtype=dtype)
+            if group
+            else hidden.new_zeros(self.shape, dtype=dtype)
         )
 
     def add(self, part: slice, u: Tensor, coef: Tensor) -> None:
@@ -332,19 +498,31 @@ class _WeightGradient:
         if not accumulate and self._adds_to_buffer(x):
             self.total, accumulate = self.into, True
         elif not accumulate:
-            exact = not self.once or scale is not None or self.dtype != x.dtype or self.into is not None
+            exact = (
+                not self.once or scale is not None or self.dtype != x.dtype or self.into is not None
+            )
             self.total = torch.empty_like(self.weight, dtype=torch.float32 if exact else self.dtype)
         gemm.weight_gradient(p, x, self.total, accumulate)
 
     def _adds_to_buffer(self, x: Tensor) -> bool:
-        """Whether the products can go straight into the caller's buffer: into fp32, or all at once."""
-        return self.into is not None and x.dtype != torch.float16 and (self.once or self.into.dtype == torch.float32)
+        """Whether the products can go straight into the caller's buffer: into fp32, or all at
+        once.
+        """
+        return (
+            self.into is not None
+            and x.dtype != torch.float16
+            and (self.once or self.into.dtype == torch.float32)
+        )
 
     def finish(self) -> Tensor | None:
         if self.scale is not None:
             self.total /= self.scale
         if self.into is None:
-            return torch.zeros_like(self.weight, dtype=self.dtype) if self.total is None else self.total
+            return (
+                torch.zeros_like(self.weight, dtype=self.dtype)
+                if self.total is None
+                else self.total
+            )
         if self.total is not None and self.total is not self.into:
             for into, rows in gemm.blocks(self.into, self.total):  # a CPU upcasts what is added to
                 into.add_(rows)

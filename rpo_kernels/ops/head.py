@@ -17,14 +17,16 @@ from ..inputs import LogitTransform
 
 GPU_WORKSPACE = 2 << 30
 CPU_WORKSPACE = 256 << 20
-# Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes find them in the cache.
+# Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes
+# find them in the cache.
 GPU_CHUNK_ROWS = 1024
 CPU_CHUNK_ROWS = 256
 # Rows of P that one dhidden GEMM takes under a frozen head: enough tiles for every multiprocessor.
 GPU_FROZEN_ROWS = 4096
 
 
-# The function that is shown the logits of the call that runs now; operators take plain types, so it does not travel with them.
+# The function that is shown the logits of the call that runs now; operators take plain types, so it
+# does not travel with them.
 OnLogits = Callable[[Tensor, Tensor, dict], None] | None
 _on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
 
@@ -34,9 +36,15 @@ def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
     if on_logits is None:
         return contextlib.nullcontext()
     if not callable(on_logits):
-        raise TypeError(f"{op}: `on_logits` must be a function of (logits, labels, transform), got {on_logits!r}")
+        raise TypeError(
+            f"{op}: `on_logits` must be a function of (logits, labels, transform), got "
+            f"{on_logits!r}"
+        )
     if torch.compiler.is_compiling():
-        raise ValueError(f"{op}: `on_logits` must be None under torch.compile, whose graph would not hold the call")
+        raise ValueError(
+            f"{op}: `on_logits` must be None under torch.compile, whose graph would not hold the "
+            "call"
+        )
     return _showing(on_logits)
 
 
@@ -62,7 +70,9 @@ class Options(NamedTuple):
 
 
 class Leaves(NamedTuple):
-    """What logits are made of, and may have gradients: x = hidden weight^T + lora_hidden lora_weight^T + bias."""
+    """What logits are made of, and may have gradients: x = hidden weight^T + lora_hidden
+    lora_weight^T + bias.
+    """
 
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
@@ -99,7 +109,9 @@ class Chunks(NamedTuple):
 class Head:
     """Weights, bias, and the vocabulary pass over chunks of their logits."""
 
-    def __init__(self, op: str, leaves: Leaves, options: Options, shard: distributed.Shard | None = None):
+    def __init__(
+        self, op: str, leaves: Leaves, options: Options, shard: distributed.Shard | None = None
+    ):
         """With a shard, only its columns; labels count from its first one."""
         self.op, self.options, self.shard = op, options, shard
         self.leaves, self.V, self.device = leaves, leaves.weight.shape[0], leaves.weight.device
@@ -134,7 +146,9 @@ class Head:
 
     def plan(self, rows: int, keeps: bool, spared: int) -> Chunks:
         """See :func:`plan`."""
-        return plan(self.op, self.options, self.widest, rows, self.device.type == "cuda", keeps, spared)
+        return plan(
+            self.op, self.options, self.widest, rows, self.device.type == "cuda", keeps, spared
+        )
 
     def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
         return buffer(rows, self.V, dtype, self.device)
@@ -147,7 +161,9 @@ class Head:
         return out if self.leaves.bias is None else out.add_(self.leaves.bias)
 
     def backproject(self, p: Tensor, us: list[Tensor]) -> None:
-        """P ``[n, V]`` times weight and lora_weight, into ``[n, H]`` and ``[n, r]`` fp32, where these have columns."""
+        """P ``[n, V]`` times weight and lora_weight, into ``[n, H]`` and ``[n, r]`` fp32, where
+        these have columns.
+        """
         for u, weight in zip(us, self.weights):
             if u.shape[1]:
                 gemm.backproject(p, weight, u)
@@ -156,7 +172,11 @@ class Head:
         """To the caller's function, where there is one."""
         if self.on_logits is not None:
             t = self.options.transform
-            transform = {"temperature": t.temperature, "logit_scale": t.logit_scale, "softcap": t.softcap or None}
+            transform = {
+                "temperature": t.temperature,
+                "logit_scale": t.logit_scale,
+                "softcap": t.softcap or None,
+            }
             self.on_logits(logits, labels, transform)
 
 
@@ -177,22 +197,32 @@ def buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tenso
     return torch.empty((rows, -(-V // 16) * 16), dtype=dtype, device=device)[:, :V]
 
 
-def plan(op: str, options: Options, V: int, rows: int, is_gpu: bool, keeps: bool, spared: int = 0) -> Chunks:
+def plan(
+    op: str, options: Options, V: int, rows: int, is_gpu: bool, keeps: bool, spared: int = 0
+) -> Chunks:
     """How many of ``rows`` rows in all exist at a time.
 
-    ``keeps``: P waits for coefficients, in what the workspace leaves beside a chunk of logits; and in ``spared`` bytes of a
-    column more, which a sum of dweight would take, where that is room for P of all rows.
+    ``keeps``: P waits for coefficients, in what the workspace leaves beside a chunk of logits; and
+    in ``spared`` bytes of a column more, which a sum of dweight would take, where that is room for
+    P of all rows.
     """
     V, rows = max(V, 1), max(rows, 1)
     in_place = options.logits_dtype == options.compute_dtype
-    logits, p = options.logits_dtype.itemsize * V, options.compute_dtype.itemsize * V  # bytes of a row
+    # bytes of a row
+    logits, p = (
+        options.logits_dtype.itemsize * V,
+        options.compute_dtype.itemsize * V,
+    )
     needed = logits if in_place else logits + p
     if options.workspace_bytes < needed:
         raise ValueError(
-            f"{op}: `workspace_bytes` is too small for one row of {V} logits: expected at least {needed}, got "
+            f"{op}: `workspace_bytes` is too small for one row of {V} logits: expected at least "
+            f"{needed}, got "
             f"{options.workspace_bytes}"
         )
-    chunk = min(GPU_CHUNK_ROWS if is_gpu else CPU_CHUNK_ROWS, options.workspace_bytes // needed, rows)
+    chunk = min(
+        GPU_CHUNK_ROWS if is_gpu else CPU_CHUNK_ROWS, options.workspace_bytes // needed, rows
+    )
     room = options.workspace_bytes - (0 if in_place else chunk * logits)
     if keeps and rows <= (room + spared * V) // p:
         return Chunks(chunk, rows)

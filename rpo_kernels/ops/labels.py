@@ -8,15 +8,19 @@ from torch import Tensor
 from .. import checks
 
 
-def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100) -> Tensor:
-    """Labels aligned with logits: ``labels[t] = input_ids[t + 1]`` where ``mask[t + 1]``, else ignore_index.
+def shift_labels(
+    input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Labels aligned with logits: ``labels[t] = input_ids[t + 1]`` where ``mask[t + 1]``, else
+    ignore_index.
 
     Shifting the labels instead of the logits leaves ``[S, T, V]`` uncopied.
 
     Args:
         input_ids: ``[..., T]`` int, or packed ``[N]``.
         mask: same shape, bool or 0/1: tokens to score (the response, without prompt and padding).
-        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences: the last token of one predicts nothing.
+        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences: the last token of one predicts
+            nothing.
         ignore_index: label of positions that are not scored.
     """
     op = "shift_labels"
@@ -29,7 +33,8 @@ def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None =
         raise ValueError(f"{op}: `input_ids` must be {expected}, got {checks.shape_of(input_ids)}")
     if mask.shape != input_ids.shape:
         raise ValueError(
-            f"{op}: `mask` must have the shape of `input_ids`, {checks.shape_of(input_ids)}; got {checks.shape_of(mask)}"
+            f"{op}: `mask` must have the shape of `input_ids`, {checks.shape_of(input_ids)}; got "
+            f"{checks.shape_of(mask)}"
         )
     checks.check_device(op, "mask", mask, input_ids.device)
     if cu_seqlens is not None:
@@ -38,5 +43,7 @@ def shift_labels(input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None =
     labels = torch.full_like(input_ids, ignore_index)
     labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
     if cu_seqlens is not None and labels.numel():
-        labels[cu_seqlens[1:].long() - 1] = ignore_index  # -1, of an empty first sequence, is a last token too
+        labels[cu_seqlens[1:].long() - 1] = (
+            ignore_index  # -1, of an empty first sequence, is a last token too
+        )
     return labels

@@ -16,18 +16,28 @@ from .windows import Reference
 
 
 def local_leaves(
-    op: str, leaves: Leaves, weight_grad: Tensor | None, process_group: object, reduce_dhidden: object
+    op: str,
+    leaves: Leaves,
+    weight_grad: Tensor | None,
+    process_group: object,
+    reduce_dhidden: object,
 ) -> tuple[Leaves, object, bool]:
-    """Leaves without DTensors, the process group they bring or was given, and whether gradients of hidden are to be summed."""
+    """Leaves without DTensors, the process group they bring or was given, and whether gradients of
+    hidden are to be summed.
+    """
     if not isinstance(reduce_dhidden, bool):
         raise TypeError(f"{op}: `reduce_dhidden` must be a bool, got {reduce_dhidden!r}")
     if not any(map(distributed.is_dtensor, leaves)):
         return leaves, process_group, reduce_dhidden
     hidden, lora_hidden = leaves.hidden, leaves.lora_hidden
     checks.check_tensor(op, "hidden", hidden)
-    if distributed.is_dtensor(lora_hidden) != distributed.is_dtensor(hidden) and lora_hidden is not None:
+    if (
+        distributed.is_dtensor(lora_hidden) != distributed.is_dtensor(hidden)
+        and lora_hidden is not None
+    ):
         raise TypeError(
-            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got {type(lora_hidden).__name__}"
+            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got "
+            f"{type(lora_hidden).__name__}"
         )
     if distributed.is_dtensor(hidden):
         if lora_hidden is not None:
@@ -35,9 +45,14 @@ def local_leaves(
         hidden, process_group = distributed.local_hidden(op, "hidden", hidden, process_group)
         reduce_dhidden = False  # DTensor does
     if distributed.is_dtensor(leaves.weight) and weight_grad is not None:
-        raise ValueError(f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this rank's alone")
+        raise ValueError(
+            f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this "
+            "rank's alone"
+        )
     local = {
-        name: distributed.local_parameter(op, name, getattr(leaves, name), process_group, compute_dtype(hidden))
+        name: distributed.local_parameter(
+            op, name, getattr(leaves, name), process_group, compute_dtype(hidden)
+        )
         for name in ("weight", "bias", "lora_weight")
     }
     return Leaves(hidden=hidden, lora_hidden=lora_hidden, **local), process_group, reduce_dhidden
@@ -45,7 +60,10 @@ def local_leaves(
 
 def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
     if on_logits is not None and process_group is not None:
-        raise ValueError(f"{op}: `on_logits` is for whole rows of logits, but with `process_group` no rank has them; pass None")
+        raise ValueError(
+            f"{op}: `on_logits` is for whole rows of logits, but with `process_group` no rank has "
+            "them; pass None"
+        )
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -59,13 +77,23 @@ def under_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_shard: bool = False) -> None:
-    """A linear head with its low-rank term, whose dtypes are free: adapters often stay in fp32 beside a 16-bit model."""
+def check_leaves(
+    op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_shard: bool = False
+) -> None:
+    """A linear head with its low-rank term, whose dtypes are free: adapters often stay in fp32
+    beside a 16-bit model.
+    """
     hidden, weight, bias, lora_hidden, lora_weight = leaves
     check_linear(op, hidden, weight, bias, labels, ignore_index, is_shard=is_shard)
-    for name, x, other in (("lora_hidden", lora_hidden, lora_weight), ("lora_weight", lora_weight, lora_hidden)):
+    for name, x, other in (
+        ("lora_hidden", lora_hidden, lora_weight),
+        ("lora_weight", lora_weight, lora_hidden),
+    ):
         if x is None and other is not None:
-            raise ValueError(f"{op}: `{name}` is missing: the low-rank term is lora_hidden lora_weight^T; got the other alone")
+            raise ValueError(
+                f"{op}: `{name}` is missing: the low-rank term is lora_hidden lora_weight^T; got "
+                "the other alone"
+            )
         if x is None:
             continue
         checks.check_tensor(op, name, x)
@@ -75,12 +103,20 @@ def check_leaves(op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_
         return
     V = weight.shape[0]
     if lora_weight.dim() != 2 or lora_weight.shape[0] != V or not lora_weight.shape[1]:
-        hint = "; did you mean `lora_weight.t()`?" if lora_weight.dim() == 2 and lora_weight.shape[1] == V else ""
-        raise ValueError(f"{op}: `lora_weight` must be [V, r] with V = {V}, got {checks.shape_of(lora_weight)}{hint}")
+        hint = (
+            "; did you mean `lora_weight.t()`?"
+            if lora_weight.dim() == 2 and lora_weight.shape[1] == V
+            else ""
+        )
+        raise ValueError(
+            f"{op}: `lora_weight` must be [V, r] with V = {V}, got "
+            f"{checks.shape_of(lora_weight)}{hint}"
+        )
     expected = (*labels.shape, lora_weight.shape[1])
     if tuple(lora_hidden.shape) != expected:
         raise ValueError(
-            f"{op}: `lora_hidden` must be {list(expected)}, [..., r] as labels and lora_weight have it; "
+            f"{op}: `lora_hidden` must be {list(expected)}, [..., r] as labels and lora_weight "
+            "have it; "
             f"got {checks.shape_of(lora_hidden)}"
         )
 
@@ -95,24 +131,46 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
     checks.check_device(op, "weight_grad", weight_grad, weight.device)
     if weight_grad.shape != weight.shape:
         raise ValueError(
-            f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} as `weight`, got {checks.shape_of(weight_grad)}"
+            f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} as `weight`, got "
+            f"{checks.shape_of(weight_grad)}"
         )
     if torch.is_grad_enabled() and not weight.requires_grad:
-        raise ValueError(f"{op}: `weight_grad` takes in the gradient of `weight`, which requires none; pass None")
+        raise ValueError(
+            f"{op}: `weight_grad` takes in the gradient of `weight`, which requires none; pass None"
+        )
 
 
-def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden", "weight", "bias"), is_shard=False) -> None:
-    """Shapes, dtypes and devices of a linear head, or a shard of one; dtypes may differ under autocast alone."""
+def check_linear(
+    op,
+    hidden,
+    weight,
+    bias,
+    labels,
+    ignore_index,
+    names=("hidden", "weight", "bias"),
+    is_shard=False,
+) -> None:
+    """Shapes, dtypes and devices of a linear head, or a shard of one; dtypes may differ under
+    autocast alone.
+    """
     h, w, b = names
     for name, x in ((h, hidden), (w, weight)):
         checks.check_tensor(op, name, x)
         checks.check_float(op, name, x)
     if weight.dim() != 2 or not (weight.shape[0] or is_shard):
-        raise ValueError(f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got {checks.shape_of(weight)}")
-    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
-        hint = f"; did you mean `{w}.t()`?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
         raise ValueError(
-            f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` {checks.shape_of(weight)}; "
+            f"{op}: `{w}` must be [V, H] with a vocabulary of at least one, got "
+            f"{checks.shape_of(weight)}"
+        )
+    if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
+        hint = (
+            f"; did you mean `{w}.t()`?"
+            if hidden.dim() and hidden.shape[-1] == weight.shape[0]
+            else ""
+        )
+        raise ValueError(
+            f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` "
+            f"{checks.shape_of(weight)}; "
             f"got {checks.shape_of(hidden)}{hint}"
         )
     checks.check_labels(op, labels, hidden, h, ignore_index)
@@ -122,39 +180,78 @@ def check_linear(op, hidden, weight, bias, labels, ignore_index, names=("hidden"
         checks.check_tensor(op, b, bias)
         checks.check_float(op, b, bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}")
+            raise ValueError(
+                f"{op}: `{b}` must be [V] = [{weight.shape[0]}], got {checks.shape_of(bias)}"
+            )
         checks.check_device(op, b, bias, hidden.device)
     if hidden.dtype != weight.dtype and not under_autocast(hidden.device.type):
-        raise TypeError(f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got {weight.dtype}")
+        raise TypeError(
+            f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got "
+            f"{weight.dtype}"
+        )
 
 
 def options_of(
-    op: str, hidden: Tensor, *, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int,
-    logits_dtype: torch.dtype | None, workspace_bytes: int | None, backend: str, vocab_ranks: str, reduce_dhidden: bool,
-) -> Options:  # fmt: skip
+    op: str,
+    hidden: Tensor,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int | None,
+    backend: str,
+    vocab_ranks: str,
+    reduce_dhidden: bool,
+) -> Options:
     transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
     checks.check_backend(op, backend)
     compute = compute_dtype(hidden)
     logits_dtype = torch.float32 if logits_dtype is None else logits_dtype
     if logits_dtype not in (torch.float32, compute):
-        raise ValueError(f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got {logits_dtype}")
+        raise ValueError(
+            f"{op}: `logits_dtype` must be torch.float32 or the dtype of the GEMMs, {compute}; got "
+            f"{logits_dtype}"
+        )
     if workspace_bytes is None:
         workspace_bytes = CPU_WORKSPACE if hidden.device.type == "cpu" else GPU_WORKSPACE
     elif isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"{op}: `workspace_bytes` must be an int, got {workspace_bytes!r}")
     elif workspace_bytes <= 0:
         raise ValueError(f"{op}: `workspace_bytes` must be > 0, got {workspace_bytes}")
-    return Options(transform, compute, logits_dtype, workspace_bytes, backend, vocab_ranks, reduce_dhidden)
+    return Options(
+        transform, compute, logits_dtype, workspace_bytes, backend, vocab_ranks, reduce_dhidden
+    )
 
 
 def shard_of_head(
-    op: str, options: Options, leaves: Leaves, labels: Tensor, check: Callable[[], None], **facts: object
+    op: str,
+    options: Options,
+    leaves: Leaves,
+    labels: Tensor,
+    check: Callable[[], None],
+    **facts: object,
 ) -> distributed.Shard | None:
-    """This rank's shard of the vocabulary, after all ranks agreed and labels were checked; None without ranks."""
+    """This rank's shard of the vocabulary, after all ranks agreed and labels were checked; None
+    without ranks.
+    """
     said = options.transform._asdict() | options._asdict()
-    told = {name: str(x) for name, x in said.items() if name not in ("transform", "ignore_index", "backend", "vocab_ranks")}
+    told = {
+        name: str(x)
+        for name, x in said.items()
+        if name not in ("transform", "ignore_index", "backend", "vocab_ranks")
+    }
     facts |= {"the shape of `hidden`": tuple(leaves.hidden.shape), **told}
-    return shard_of(op, options.vocab_ranks, leaves.weight.shape[0], labels, options.transform.ignore_index, check, **facts)
+    return shard_of(
+        op,
+        options.vocab_ranks,
+        leaves.weight.shape[0],
+        labels,
+        options.transform.ignore_index,
+        check,
+        **facts,
+    )
 
 
 def check_count(op: str, count: object, total: int) -> None:
@@ -163,35 +260,57 @@ def check_count(op: str, count: object, total: int) -> None:
     if isinstance(count, bool) or not isinstance(count, int):
         raise TypeError(f"{op}: `count` must be an int, got {count!r}")
     if not 0 <= count <= total:
-        raise ValueError(f"{op}: `count` must lie between 0 and the number of positions, {total}; got {count}")
+        raise ValueError(
+            f"{op}: `count` must lie between 0 and the number of positions, {total}; got {count}"
+        )
 
 
 def check_counts(op: str, counts: object, S: int) -> list[int] | None:
     if counts is None:
         return None
-    if isinstance(counts, Tensor) or not isinstance(counts, Sequence) or not all(type(n) is int for n in counts):
-        raise TypeError(f"{op}: `counts` must be a sequence of ints on the host, got {type(counts).__name__}")
+    if (
+        isinstance(counts, Tensor)
+        or not isinstance(counts, Sequence)
+        or not all(type(n) is int for n in counts)
+    ):
+        raise TypeError(
+            f"{op}: `counts` must be a sequence of ints on the host, got {type(counts).__name__}"
+        )
     if len(counts) != S or min(counts) < 0:
-        raise ValueError(f"{op}: `counts` must be one number >= 0 per sequence, S = {S}; got {list(counts)[:16]}")
+        raise ValueError(
+            f"{op}: `counts` must be one number >= 0 per sequence, S = {S}; got {list(counts)[:16]}"
+        )
     return list(counts)
 
 
 @torch.no_grad()
-def local_reference(op: str, hidden: Tensor, reference: Reference, process_group: object) -> Reference:
+def local_reference(
+    op: str, hidden: Tensor, reference: Reference, process_group: object
+) -> Reference:
     """The reference's tensors without DTensors."""
     ref_hidden, ref_weight, ref_bias = reference
     if distributed.is_dtensor(ref_hidden):
         ref_hidden, _ = distributed.local_hidden(op, "ref_hidden", ref_hidden, None)
     named = {"ref_weight": ref_weight, "ref_bias": ref_bias}
-    return Reference(ref_hidden, *(
-        distributed.local_parameter(op, name, x, process_group, compute_dtype(hidden)) for name, x in named.items()
-    ))  # fmt: skip
+    return Reference(
+        ref_hidden,
+        *(
+            distributed.local_parameter(op, name, x, process_group, compute_dtype(hidden))
+            for name, x in named.items()
+        ),
+    )
 
 
 def check_live_reference(
-    op: str, objective: RPOObjective, leaves: Leaves, labels: Tensor, ignore_index: int, ref_logps: Tensor | None,
-    reference: Reference, is_shard: bool,
-) -> Reference:  # fmt: skip
+    op: str,
+    objective: RPOObjective,
+    leaves: Leaves,
+    labels: Tensor,
+    ignore_index: int,
+    ref_logps: Tensor | None,
+    reference: Reference,
+    is_shard: bool,
+) -> Reference:
     """The reference, detached; its head is None where it is the policy's."""
     hidden, weight, bias, *_ = leaves
     ref_hidden, ref_weight, ref_bias = reference
@@ -201,9 +320,14 @@ def check_live_reference(
                 raise ValueError(f"{op}: `{name}` belongs to `ref_hidden`, which is None")
         return reference
     if ref_logps is not None:
-        raise ValueError(f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them")
+        raise ValueError(
+            f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them"
+        )
     if objective.reference != "single":
-        raise ValueError(f"{op}: `ref_hidden` is one reference, got an objective with reference={objective.reference!r}")
+        raise ValueError(
+            f"{op}: `ref_hidden` is one reference, got an objective with "
+            f"reference={objective.reference!r}"
+        )
     is_shared = ref_weight is None and ref_bias is None
     if ref_weight is None:
         ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
@@ -211,10 +335,18 @@ def check_live_reference(
     check_linear(op, ref_hidden, ref_weight, ref_bias, labels, ignore_index, names, is_shard)
     checks.check_constant(op, "ref_hidden", ref_hidden)
     if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got {ref_weight.shape[0]}")
+        raise ValueError(
+            f"{op}: `ref_weight` must have the vocabulary of `weight`, {weight.shape[0]}; got "
+            f"{ref_weight.shape[0]}"
+        )
     if ref_hidden.dtype != hidden.dtype and not under_autocast(hidden.device.type):
-        raise TypeError(f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got {ref_hidden.dtype}")
+        raise TypeError(
+            f"{op}: `ref_hidden` must have the dtype of `hidden`, {hidden.dtype}; got "
+            f"{ref_hidden.dtype}"
+        )
     checks.check_device(op, "ref_hidden", ref_hidden, hidden.device)
     if is_shared:
         return Reference(ref_hidden.detach())
-    return Reference(*(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias)))
+    return Reference(
+        *(None if x is None else x.detach() for x in (ref_hidden, ref_weight, ref_bias))
+    )

@@ -1,4 +1,6 @@
-"""Token log-probabilities (and entropies) from hidden states and an lm_head, never holding more than a chunk of logits."""
+"""Token log-probabilities (and entropies) from hidden states and an lm_head, never holding more
+than a chunk of logits.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ from torch.distributed import ProcessGroup
 from .. import distributed
 from .gradients import Gradients, Kept, Store, empty_gradients, over_tokens, spared_bytes
 from .head import Chunks, Head, Leaves, OnLogits, Options, gathered, plan, shown_to
-from .linear_checks import check_count, check_leaves, check_on_logits, check_weight_grad, local_leaves, options_of, shard_of_head
+from .linear_checks import (
+    check_count,
+    check_leaves,
+    check_on_logits,
+    check_weight_grad,
+    local_leaves,
+    options_of,
+    shard_of_head,
+)
 from .operator import Operator, once_differentiable
 
 
@@ -38,50 +48,73 @@ def linear_token_logps(
 
         x = hidden weight^T + lora_hidden lora_weight^T + bias
 
-    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head; 3 with a trainable one, whatever
-    the loss. d logp / d logits of each row is computed in the forward and kept for dweight, as far as the workspace goes; the
-    logits of rows beyond it are computed once more, at one GEMM for their share of the rows.
+    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head; 3
+    with a trainable one, whatever the loss. d logp / d logits of each row is computed in the
+    forward and kept for dweight, as far as the workspace goes; the logits of rows beyond it are
+    computed once more, at one GEMM for their share of the rows.
 
     Args:
-        hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
-        weight: ``[V, H]``, the lm_head; tied weights are fine. A DTensor (FSDP2, of any layout) is gathered in hidden's dtype, and
-            its gradient is the mean over the ranks of its mesh, reduced once, in fp32; bias and lora_weight likewise.
-        labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part in no GEMM.
+        hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its
+            dtype.
+        weight: ``[V, H]``, the lm_head; tied weights are fine. A DTensor (FSDP2, of any layout) is
+            gathered in hidden's dtype, and its gradient is the mean over the ranks of its mesh,
+            reduced once, in fp32; bias and lora_weight likewise.
+        labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part
+            in no GEMM.
         bias: ``[V]`` or None.
-        lora_hidden, lora_weight: ``[..., r]`` and ``[V, r]``, or None: a low-rank term of the head. For LoRA on the lm_head these
-            are scaling * dropout(hidden) A^T and B. Any float dtype; their GEMMs run in the dtype of the others.
-        weight_grad: ``[V, H]``, float, that dweight is added to in the backward (weight.grad, or a trainer's fp32 buffer); autograd
-            then brings weight none. Spares a ``[V, H]`` temporary; hooks of weight see nothing.
+        lora_hidden, lora_weight: ``[..., r]`` and ``[V, r]``, or None: a low-rank term of the head.
+            For LoRA on the lm_head these are scaling * dropout(hidden) A^T and B. Any float dtype;
+            their GEMMs run in the dtype of the others.
+        weight_grad: ``[V, H]``, float, that dweight is added to in the backward (weight.grad, or a
+            trainer's fp32 buffer); autograd then brings weight none. Spares a ``[V, H]`` temporary;
+            hooks of weight see nothing.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a sequence), or the dtype
-            of the GEMMs.
-        workspace_bytes: bound on logits and d logp / d logits held at a time, of which as much is allocated as the batch needs; 2 GiB on
-            a GPU, 256 MiB on a CPU. See docs/memory.md.
-        count: number of scored rows, if the caller knows it: spares the one look at the device. A wrong count gives NaN.
-        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``, the labels ``[n]`` of its
-            rows (scored ones, in order), and the keywords that make :func:`token_logps` of them. For statistics that need the
-            whole row, such as accuracies, at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
-        process_group: ranks that hold the vocabulary together: weight, bias and lora_weight are this rank's rows ``[V_r, ...]``
-            (in rank order; any number; a DTensor sharded in dimension 0 over the group will do), all else is the same on all
-            ranks. See :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the sequence, bring
-            their group, and get a gradient laid out as they are.
-        reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its dtype: scored rows alone, each
-            chunk's beside the GEMMs of the next. False leaves each rank its part, for layers that sum it themselves: Megatron's
-            column-parallel ones, or an all-gather along the sequence, whose backward is a reduce-scatter.
+        logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a
+            sequence), or the dtype of the GEMMs.
+        workspace_bytes: bound on logits and d logp / d logits held at a time, of which as much is
+            allocated as the batch needs; 2 GiB on a GPU, 256 MiB on a CPU. See docs/memory.md.
+        count: number of scored rows, if the caller knows it: spares the one look at the device. A
+            wrong count gives NaN.
+        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``,
+            the labels ``[n]`` of its rows (scored ones, in order), and the keywords that make
+            :func:`token_logps` of them. For statistics that need the whole row, such as accuracies,
+            at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
+        process_group: ranks that hold the vocabulary together: weight, bias and lora_weight are
+            this rank's rows ``[V_r, ...]`` (in rank order; any number; a DTensor sharded in
+            dimension 0 over the group will do), all else is the same on all ranks. See
+            :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the
+            sequence, bring their group, and get a gradient laid out as they are.
+        reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its
+            dtype: scored rows alone, each chunk's beside the GEMMs of the next. False leaves each
+            rank its part, for layers that sum it themselves: Megatron's column-parallel ones, or an
+            all-gather along the sequence, whose backward is a reduce-scatter.
 
     Returns:
-        float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden, weight, bias, lora_hidden and
-        lora_weight, from any loss; sums over chunks are fp32, rounded once. A second backward (``retain_graph``) gives the same
-        numbers; second derivatives raise.
+        float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden,
+        weight, bias, lora_hidden and lora_weight, from any loss; sums over chunks are fp32, rounded
+        once. A second backward (``retain_graph``) gives the same numbers; second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     return _linear_token_logps(
-        "linear_token_logps", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels, NONE, weight_grad, count, on_logits,
-        process_group, reduce_dhidden, temperature=temperature, logit_scale=logit_scale, softcap=softcap,
-        ignore_index=ignore_index, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend,
-    )[0]  # fmt: skip
+        "linear_token_logps",
+        Leaves(hidden, weight, bias, lora_hidden, lora_weight),
+        labels,
+        NONE,
+        weight_grad,
+        count,
+        on_logits,
+        process_group,
+        reduce_dhidden,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )[0]
 
 
 def linear_token_logps_and_entropy(
@@ -111,45 +144,82 @@ def linear_token_logps_and_entropy(
     Arguments and errors as there, and:
 
     Args:
-        entropy_grad: whether the entropies are differentiable. If not (entropies that are only reported), the call costs what
-            :func:`linear_token_logps` does; if so, the backward computes the logits again: 4 GEMMs, 3 with a frozen head.
+        entropy_grad: whether the entropies are differentiable. If not (entropies that are only
+            reported), the call costs what :func:`linear_token_logps` does; if so, the backward
+            computes the logits again: 4 GEMMs, 3 with a frozen head.
     """
     if not isinstance(entropy_grad, bool):
-        raise TypeError(f"linear_token_logps_and_entropy: `entropy_grad` must be a bool, got {entropy_grad!r}")
+        raise TypeError(
+            f"linear_token_logps_and_entropy: `entropy_grad` must be a bool, got {entropy_grad!r}"
+        )
     return _linear_token_logps(
-        "linear_token_logps_and_entropy", Leaves(hidden, weight, bias, lora_hidden, lora_weight), labels,
-        DIFFERENTIABLE if entropy_grad else REPORTED, weight_grad, count, on_logits, process_group, reduce_dhidden,
-        temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes, backend=backend,
-    )  # fmt: skip
+        "linear_token_logps_and_entropy",
+        Leaves(hidden, weight, bias, lora_hidden, lora_weight),
+        labels,
+        DIFFERENTIABLE if entropy_grad else REPORTED,
+        weight_grad,
+        count,
+        on_logits,
+        process_group,
+        reduce_dhidden,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
 
 
 NONE, REPORTED, DIFFERENTIABLE = range(3)  # what is wanted of entropies
 
 
 def _linear_token_logps(
-    op: str, leaves: Leaves, labels: Tensor, entropy: int, weight_grad: Tensor | None, count: int | None, on_logits: OnLogits,
-    process_group: ProcessGroup | None, reduce_dhidden: bool, **settings: object,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op: str,
+    leaves: Leaves,
+    labels: Tensor,
+    entropy: int,
+    weight_grad: Tensor | None,
+    count: int | None,
+    on_logits: OnLogits,
+    process_group: ProcessGroup | None,
+    reduce_dhidden: bool,
+    **settings: object,
+) -> tuple[Tensor, Tensor]:
     with distributed.raising_together(op, process_group=process_group):
-        leaves, process_group, reduce_dhidden = local_leaves(op, leaves, weight_grad, process_group, reduce_dhidden)
+        leaves, process_group, reduce_dhidden = local_leaves(
+            op, leaves, weight_grad, process_group, reduce_dhidden
+        )
         check_on_logits(op, on_logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
         check_leaves(op, leaves, labels, settings["ignore_index"], is_shard=bool(vocab_ranks))
-        options = options_of(op, leaves.hidden, vocab_ranks=vocab_ranks, reduce_dhidden=reduce_dhidden, **settings)
+        options = options_of(
+            op, leaves.hidden, vocab_ranks=vocab_ranks, reduce_dhidden=reduce_dhidden, **settings
+        )
         check_count(op, count, labels.numel())
         check_weight_grad(op, weight_grad, leaves.weight)
         call = _token_logps.on(leaves.hidden)
         size = -1 if call is _token_logps.eager else labels.numel() if count is None else count
         with shown_to(op, on_logits):
             logps, entropies, *_ = call(
-                *leaves, labels, weight_grad, -1 if count is None else count, entropy, leaves.needs(), size, options
+                *leaves,
+                labels,
+                weight_grad,
+                -1 if count is None else count,
+                entropy,
+                leaves.needs(),
+                size,
+                options,
             )
     return logps, entropies
 
 
-def scored_index(op: str, labels: Tensor, ignore_index: int, count: int) -> tuple[Tensor, Tensor | None]:
-    """Flat positions ``[n]`` of the scored rows, and with a count from the caller a factor that is NaN if it is wrong.
+def scored_index(
+    op: str, labels: Tensor, ignore_index: int, count: int
+) -> tuple[Tensor, Tensor | None]:
+    """Flat positions ``[n]`` of the scored rows, and with a count from the caller a factor that is
+    NaN if it is wrong.
 
     Their number decides shapes: one synchronisation, unless the count (>= 0) is known.
     """
@@ -158,22 +228,43 @@ def scored_index(op: str, labels: Tensor, ignore_index: int, count: int) -> tupl
         return scored.nonzero()[:, 0], None
     true = scored.sum()
     if true.device.type == "cpu" and int(true) != count:
-        raise ValueError(f"{op}: `count` must be the number of labels that are not ignore_index, {int(true)}; got {count}")
+        raise ValueError(
+            f"{op}: `count` must be the number of labels that are not ignore_index, {int(true)}; "
+            f"got {count}"
+        )
     index = torch.argsort(scored, descending=True, stable=True)[:count]
     return index, torch.where(true == count, 1.0, torch.nan)
 
 
 def late_chunks(
-    op: str, leaves: Leaves, needs: list[bool], options: Options, V: int, rows: int, weight_grad: Tensor | None, traced: bool
-) -> Chunks:  # fmt: skip
-    """Of a store that is settled in a backward, where P that was kept and the logits that are computed again lie side by side.
+    op: str,
+    leaves: Leaves,
+    needs: list[bool],
+    options: Options,
+    V: int,
+    rows: int,
+    weight_grad: Tensor | None,
+    traced: bool,
+) -> Chunks:
+    """Of a store that is settled in a backward, where P that was kept and the logits that are
+    computed again lie side by side.
 
     In a trace nothing is known of the widths of other ranks' shards; no P is kept there.
     """
     keeps = over_tokens(needs)
-    chunks = plan(op, options, V, rows, leaves.hidden.is_cuda, keeps, spared_bytes(leaves, needs, options, weight_grad))
+    chunks = plan(
+        op,
+        options,
+        V,
+        rows,
+        leaves.hidden.is_cuda,
+        keeps,
+        spared_bytes(leaves, needs, options, weight_grad),
+    )
     if keeps and (rows > chunks.waiting or (traced and options.vocab_ranks)):
-        return chunks._replace(waiting=0 if traced and options.vocab_ranks else chunks.waiting - chunks.logits)
+        return chunks._replace(
+            waiting=0 if traced and options.vocab_ranks else chunks.waiting - chunks.logits
+        )
     return chunks
 
 
@@ -195,8 +286,14 @@ def _forward(
     op = "linear_token_logps" if entropy == NONE else "linear_token_logps_and_entropy"
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     shard = shard_of_head(
-        op, options, leaves, labels, lambda: None, entropy=entropy, **{"`count`": count, "gradients": needs}
-    )  # fmt: skip
+        op,
+        options,
+        leaves,
+        labels,
+        lambda: None,
+        entropy=entropy,
+        **{"`count`": count, "gradients": needs},
+    )
     head = Head(op, leaves, options, shard)
     index, valid = scored_index(op, labels, options.transform.ignore_index, count)
     rows = head.rows(leaves, labels, index)
@@ -211,7 +308,11 @@ def _forward(
         return x.new_zeros(labels.numel()).index_copy_(0, index, x).view(labels.shape)
 
     kept = store.kept()
-    return (spread(kept.logps), kept.entropies.new_empty(0) if entropy == NONE else spread(kept.entropies), *kept)
+    return (
+        spread(kept.logps),
+        kept.entropies.new_empty(0) if entropy == NONE else spread(kept.entropies),
+        *kept,
+    )
 
 
 def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
@@ -220,10 +321,23 @@ def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
 
 
 def _fake_forward(
-    hidden, weight, bias, lora_hidden, lora_weight, labels, weight_grad, count, entropy, needs, size, options
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    lora_hidden,
+    lora_weight,
+    labels,
+    weight_grad,
+    count,
+    entropy,
+    needs,
+    size,
+    options,
+):
     leaves, now = Leaves(hidden, weight, bias, lora_hidden, lora_weight), _needs_now(needs, entropy)
-    chunks = late_chunks("linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad, True)
+    chunks = late_chunks(
+        "linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad, True
+    )
     logps = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropies = torch.empty_like(logps) if entropy != NONE else logps.new_empty(0)
     return (logps, entropies, *Store.fake_kept(leaves, now, options, chunks, size, entropy != NONE))
@@ -247,17 +361,27 @@ def _backward(ctx, dlogps, dentropies, *_):
         at_rows = lambda x: None if x is None else x.reshape(-1)[kept.index].float()
         coef = kept.logps.new_zeros(kept.logps.shape) if dlogps is None else at_rows(dlogps)
         gradients = settle.on(leaves[0])(
-            ctx.weight_grad, *leaves, kept, coef, at_rows(dentropies), ctx.entropy == DIFFERENTIABLE, needs, ctx.options
+            ctx.weight_grad,
+            *leaves,
+            kept,
+            coef,
+            at_rows(dentropies),
+            ctx.entropy == DIFFERENTIABLE,
+            needs,
+            ctx.options,
         )
     if ctx.weight_grad is not None:
         needs[1] = False
-    return (*(once_differentiable(g, *leaves) if need else None for g, need in zip(gradients, needs)), *none)
+    return (
+        *(once_differentiable(g, *leaves) if need else None for g, need in zip(gradients, needs)),
+        *none,
+    )
 
 
 _token_logps = Operator("linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward)
 
 
-# ---- what waited, settled --------------------------------------------------------------------------------------------
+# ---- what waited, settled ------------------------------------------------------------------------
 
 
 def _settle(
@@ -270,7 +394,8 @@ def _settle(
     kept: Kept,
     coef: Tensor,  # [n], dL / dlogp of the rows
     entropy_coef: Tensor | None,  # [n], dL / dentropy
-    from_logits: bool,  # whether nothing waited, because coefficients of entropies go into dlogits themselves
+    # whether nothing waited, because coefficients of entropies go into dlogits themselves
+    from_logits: bool,
     needs: list[bool],
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -288,14 +413,31 @@ def _settle(
     gradients = Gradients(leaves, needs, rows, options, once=once, weight_grad=weight_grad)
     store = Store(head, rows, needs, chunks, kept, slice(dropped, n), is_saved=True)
     if from_logits:
-        store.settle_with_entropies(coef[:n], None if entropy_coef is None else entropy_coef[:n], gradients)
+        store.settle_with_entropies(
+            coef[:n], None if entropy_coef is None else entropy_coef[:n], gradients
+        )
     else:
         store.settle(slice(0, n), coef[:n], gradients)
     return gradients.finish()
 
 
-def _fake_settle(weight_grad, hidden, weight, bias, lora_hidden, lora_weight, kept, coef, entropy_coef, from_logits, needs, _):
-    return empty_gradients(Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad)
+def _fake_settle(
+    weight_grad,
+    hidden,
+    weight,
+    bias,
+    lora_hidden,
+    lora_weight,
+    kept,
+    coef,
+    entropy_coef,
+    from_logits,
+    needs,
+    _,
+):
+    return empty_gradients(
+        Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad
+    )
 
 
 settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",))

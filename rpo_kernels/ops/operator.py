@@ -1,7 +1,9 @@
-"""Functions with a backward of their own: a ``torch.autograd.Function`` in eager mode, an operator of ``torch.library`` in traces.
+"""Functions with a backward of their own: a ``torch.autograd.Function`` in eager mode, an operator
+of ``torch.library`` in traces.
 
-Operators take plain types. The values that our functions take (:mod:`rpo_kernels.inputs`) are packed into lists of tensors,
-integers and floats and one string on the way in, and made again inside.
+Operators take plain types. The values that our functions take (:mod:`rpo_kernels.inputs`) are
+packed into lists of tensors, integers and floats and one string on the way in, and made again
+inside.
 """
 
 from __future__ import annotations
@@ -21,43 +23,69 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Operator:
-    """A function of some leading tensors and further values, with its shapes and, if it has one, its derivative.
+    """A function of some leading tensors and further values, with its shapes and, if it has one,
+    its derivative.
 
     Args:
         name: of the operator, ``rpo_kernels::name``.
-        tensors: how many of the first parameters are tensors (or None); the only ones that may be differentiated or changed.
+        tensors: how many of the first parameters are tensors (or None); the only ones that may be
+            differentiated or changed.
             The others are values: tensors, numbers, strings, NamedTuples of these.
-        forward: the function; returns a tensor, a tuple of them, or None; none of them one of its arguments.
+        forward: the function; returns a tensor, a tuple of them, or None; none of them one of its
+            arguments.
         fake: of the same arguments; returns empty tensors of the results' shapes.
-        setup_context: ``(ctx, inputs, outputs)``, what the backward needs; without it there is no derivative.
+        setup_context: ``(ctx, inputs, outputs)``, what the backward needs; without it there is no
+            derivative.
         backward: ``(ctx, *gradients)``, gradients of the leading tensors.
         mutates: names of leading tensors that the function writes to.
     """
 
     def __init__(
-        self, name: str, tensors: int, forward: Callable, fake: Callable, setup_context: Callable | None = None,
-        backward: Callable | None = None, mutates: Sequence[str] = (),
-    ):  # fmt: skip
+        self,
+        name: str,
+        tensors: int,
+        forward: Callable,
+        fake: Callable,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+        mutates: Sequence[str] = (),
+    ):
         hints = typing.get_type_hints(forward)
         names = list(inspect.signature(forward).parameters)
         self.name = name
         self._tensors, self._layouts = tensors, [_layout(hints[x]) for x in names[tensors:]]
-        self.eager = forward if backward is None else _function(name, tensors, forward, setup_context, backward)
+        self.eager = (
+            forward
+            if backward is None
+            else _function(name, tensors, forward, setup_context, backward)
+        )
         marks = [f"(a{i}!)" if x in mutates else "" for i, x in enumerate(names[:tensors])]
         leading = ", ".join(f"Tensor{mark}? {x}" for mark, x in zip(marks, names))
         result = hints["return"]
-        returns = "Tensor" if result is Tensor else f"({', '.join(['Tensor'] * len(typing.get_args(result)))})"
-        schema = f"({leading}, Tensor?[] tensors, SymInt[] ints, float[] floats, str text) -> {returns}"
+        returns = (
+            "Tensor"
+            if result is Tensor
+            else f"({', '.join(['Tensor'] * len(typing.get_args(result)))})"
+        )
+        schema = (
+            f"({leading}, Tensor?[] tensors, SymInt[] ints, float[] floats, str text) -> {returns}"
+        )
         operator = torch.library.custom_op(
-            f"rpo_kernels::{name}", lambda *args: forward(*self._unpacked(args)), mutates_args=mutates, schema=schema
+            f"rpo_kernels::{name}",
+            lambda *args: forward(*self._unpacked(args)),
+            mutates_args=mutates,
+            schema=schema,
         )
         operator.register_fake(lambda *args: fake(*self._unpacked(args)))
         if backward is not None:
 
             def setup(ctx, inputs, output):
-                # as torch.library has it: a list of tensors alone has a list of gradients, and everything else one
+                # as torch.library has it: a list of tensors alone has a list of gradients, and
+                # everything else one
                 alone = [all(isinstance(y, Tensor) for y in x) for x in inputs[tensors:-1]]
-                ctx.no_gradients = [[None] * len(x) if tree else None for x, tree in zip(inputs[tensors:-1], alone)]
+                ctx.no_gradients = [
+                    [None] * len(x) if tree else None for x, tree in zip(inputs[tensors:-1], alone)
+                ]
                 setup_context(ctx, self._unpacked(inputs), output)
 
             def differentiate(ctx, *gradients):
@@ -67,8 +95,14 @@ class Operator:
         self._operator = operator
 
     def on(self, x: Tensor) -> Callable:
-        """What to call with tensors such as this one: the function itself, or the operator where someone traces."""
-        plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not torch.compiler.is_compiling()
+        """What to call with tensors such as this one: the function itself, or the operator where
+        someone traces.
+        """
+        plain = (
+            type(x) in (Tensor, torch.nn.Parameter)
+            and not x.is_meta
+            and not torch.compiler.is_compiling()
+        )
         return self.eager if plain else self._traced
 
     def _traced(self, *args: Any) -> Any:
@@ -88,7 +122,9 @@ class Operator:
         return (*args[: self._tensors], *(_unpack(layout, streams) for layout in self._layouts))
 
 
-def _function(name: str, tensors: int, forward: Callable, setup_context: Callable, backward: Callable) -> Callable:
+def _function(
+    name: str, tensors: int, forward: Callable, setup_context: Callable, backward: Callable
+) -> Callable:
     others = len(inspect.signature(forward).parameters) - tensors
 
     def differentiate(ctx, *gradients):
@@ -99,19 +135,28 @@ def _function(name: str, tensors: int, forward: Callable, setup_context: Callabl
     return type(name, (torch.autograd.Function,), methods).apply
 
 
-# ---- values as plain types -------------------------------------------------------------------------------------------
+# ---- values as plain types -----------------------------------------------------------------------
 
 
 def _layout(hint: Any) -> Any:
-    """Which of the four streams a value travels in; for a NamedTuple, the class and the layouts of its fields."""
+    """Which of the four streams a value travels in; for a NamedTuple, the class and the layouts of
+    its fields.
+    """
     if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         hints = typing.get_type_hints(hint)
         return hint, [_layout(hints[field]) for field in hint._fields]
-    if hint in (Tensor, typing.Optional[Tensor], Tensor | None):
+    if hint in (Tensor, Tensor | None):
         return "tensor"
     if hint in (list[int] | None, list[bool]):
         return "ints"
-    return {int: "int", bool: "bool", float: "float", str: "text", RPOObjective: "objective", torch.dtype: "dtype"}[hint]
+    return {
+        int: "int",
+        bool: "bool",
+        float: "float",
+        str: "text",
+        RPOObjective: "objective",
+        torch.dtype: "dtype",
+    }[hint]
 
 
 def _pack(value: Any, layout: Any, packed: tuple[list, list, list, list]) -> None:
@@ -149,18 +194,23 @@ def _unpack(layout: Any, streams: tuple[Iterator, Iterator, Iterator, Iterator])
     return next(tensors if layout == "tensor" else floats if layout == "float" else text)
 
 
-# ---- what backwards share --------------------------------------------------------------------------------------------
+# ---- what backwards share ------------------------------------------------------------------------
 
 
 def only_once(op: str, ctx: Any) -> None:
     """At the start of a backward that overwrites what it is made of; in a second one, raises."""
     if getattr(ctx, "spent", False):
-        raise RuntimeError(f"{op}: no second backward: the first has overwritten what it was made of; call {op} again")
+        raise RuntimeError(
+            f"{op}: no second backward: the first has overwritten what it was made of; call {op} "
+            "again"
+        )
     ctx.spent = True
 
 
 def once_differentiable(gradient: Tensor, *sources: object) -> Tensor:
-    """The gradient; to differentiate it again in one of its sources raises, instead of leaving that term out."""
+    """The gradient; to differentiate it again in one of its sources raises, instead of leaving that
+    term out.
+    """
     return _OnceDifferentiable.apply(gradient, *sources) if torch.is_grad_enabled() else gradient
 
 
@@ -187,12 +237,14 @@ def _require_one(upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu" and float(upstream) != 1:
         raise ValueError(
             "linear_rpo_loss: with `weight_grad` the upstream gradient of the loss must be 1, got "
-            f"{float(upstream):g}: that buffer holds its gradient already; scale by `normalizer` instead of the loss"
+            f"{float(upstream):g}: that buffer holds its gradient already; scale by `normalizer` "
+            "instead of the loss"
         )
     return torch.where(upstream == 1, upstream, torch.nan)
 
 
 # x *= factor in place; nothing is touched where the factor is 1
 scale_ = Operator("scale_", 1, _scale, lambda x, factor, backend: None, mutates=("x",))
-# an upstream gradient that is 1; another raises on a CPU and gives NaN elsewhere, where reading it would synchronise
+# an upstream gradient that is 1; another raises on a CPU and gives NaN elsewhere, where reading it
+# would synchronise
 require_one = Operator("require_one", 1, _require_one, torch.empty_like)

@@ -14,7 +14,8 @@ class RPOOutput(NamedTuple):
     Attributes:
         loss: scalar, or ``[G]`` with ``reduction="none"``.
         losses: ``[G]``, of each group; 0 for a group with nothing to compare.
-        rewards: ``[S]``, implicit rewards a_i (l_i - lref_i), in reward units, without margin; 0 where nothing is scored.
+        rewards: ``[S]``, implicit rewards a_i (l_i - lref_i), in reward units, without margin; 0
+            where nothing is scored.
         logps: ``[S]``, log-probabilities of the sequences (sums, in nats).
         lengths: ``[S]`` int32, scored tokens; None where the caller gave none.
         targets: ``[S]``, target rewards t_i.
@@ -32,15 +33,20 @@ class RPOOutput(NamedTuple):
     def metrics(self) -> dict[str, Tensor]:
         """Scalar tensors on the device, without a sync.
 
-        Pairs have TRL's names: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies`` (share of pairs with
-        s_chosen > s_rejected), ``rewards/margins``, ``logps/chosen``, ``logps/rejected``; chosen is the response with the
-        larger target, the first when tied. Other groups have ``rewards/mean``, ``rewards/agreement`` (share of response
-        pairs with different targets that the implicit rewards order alike) and ``rewards/spread`` (standard deviation of
-        implicit rewards within a group, averaged). Responses without scored tokens, and pairs that lack one, do not count;
-        a mean over nothing is NaN.
+        Pairs have TRL's names: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``
+        (share of pairs with s_chosen > s_rejected), ``rewards/margins``, ``logps/chosen``,
+        ``logps/rejected``; chosen is the response with the larger target, the first when tied.
+        Other groups have ``rewards/mean``, ``rewards/agreement`` (share of response pairs with
+        different targets that the implicit rewards order alike) and ``rewards/spread`` (standard
+        deviation of implicit rewards within a group, averaged). Responses without scored tokens,
+        and pairs that lack one, do not count; a mean over nothing is NaN.
         """
         S, G = self.rewards.shape[0], self.losses.shape[0]
-        present = torch.ones_like(self.rewards, dtype=torch.bool) if self.lengths is None else self.lengths > 0
+        present = (
+            torch.ones_like(self.rewards, dtype=torch.bool)
+            if self.lengths is None
+            else self.lengths > 0
+        )
         if self.cu_groups is None and S == 2 * G:
             return self._pair_metrics(present.view(G, 2).all(1))
         group = torch.arange(S, device=self.rewards.device)

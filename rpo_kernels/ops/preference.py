@@ -31,23 +31,27 @@ def preference_loss(
 ) -> RPOOutput:
     """RPO loss D[s || t] of groups of responses, from the log-probabilities of whole sequences.
 
-        s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]      (see :class:`RPOObjective`)
+        s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]      (see
+        :class:`RPOObjective`)
 
     Args:
-        logps: ``[S]`` log-probabilities of the responses, in nats: sums over tokens, also for objectives that average.
-        rewards: ``[S]`` explicit rewards r*, or None for objectives with a target of their own, where the first response of
-            each group is the chosen one.
+        logps: ``[S]`` log-probabilities of the responses, in nats: sums over tokens, also for
+            objectives that average.
+        rewards: ``[S]`` explicit rewards r*, or None for objectives with a target of their own,
+            where the first response of each group is the chosen one.
         objective: what to minimise.
-        ref_logps: ``[S]`` of the reference policy; ``[R, S]`` for objectives with several references; None for
-            reference-free ones. No gradient.
-        ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing to 1; uniform if None.
-        lengths: ``[S]`` int, scored tokens of each response; needed by objectives that average, or normalise the SFT term.
-            A response of length 0 is dropped from its group.
+        ref_logps: ``[S]`` of the reference policy; ``[R, S]`` for objectives with several
+            references; None for reference-free ones. No gradient.
+        ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing
+            to 1; uniform if None.
+        lengths: ``[S]`` int, scored tokens of each response; needed by objectives that average, or
+            normalise the SFT term. A response of length 0 is dropped from its group.
         group_size: K, responses per prompt, 2 by default; groups are contiguous.
         cu_groups: ``[G+1]`` int32 boundaries of ragged groups, in place of group_size.
-        reduction: ``"mean"`` over the groups that have something to compare, ``"sum"``, or ``"none"`` for ``[G]``.
-        normalizer: number or scalar tensor that divides the sum of losses instead, for gradient accumulation and data
-            parallelism.
+        reduction: ``"mean"`` over the groups that have something to compare, ``"sum"``, or
+            ``"none"`` for ``[G]``.
+        normalizer: number or scalar tensor that divides the sum of losses instead, for gradient
+            accumulation and data parallelism.
         backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -60,24 +64,42 @@ def preference_loss(
     checks.check_tensor(op, "logps", logps)
     checks.check_float(op, "logps", logps)
     if logps.dim() != 1:
-        raise ValueError(f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}")
+        raise ValueError(
+            f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}"
+        )
     S = logps.shape[0]
     checks.check_objective(op, objective)
     if lengths is None:
         if objective.needs_lengths:
-            raise ValueError(f"{op}: `lengths` are missing: this objective divides by the number of scored tokens")
+            raise ValueError(
+                f"{op}: `lengths` are missing: this objective divides by the number of scored "
+                "tokens"
+            )
     else:
         checks.check_tensor(op, "lengths", lengths)
         if lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{op}: `lengths` must be int64 or int32, got {lengths.dtype}")
         if lengths.shape != (S,):
-            raise ValueError(f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got {checks.shape_of(lengths)}")
+            raise ValueError(
+                f"{op}: `lengths` must be one number per sequence, [S] = [{S}]; got "
+                f"{checks.shape_of(lengths)}"
+            )
         checks.check_device(op, "lengths", lengths, logps.device)
     checks.check_backend(op, backend)
     groups = Groups.of(
-        op, objective, Sequences(S), None, logps.device, rewards=rewards, ref_logps=ref_logps, ref_weights=ref_weights,
-        group_size=group_size, cu_groups=cu_groups, reduction=reduction, normalizer=normalizer,
-    )  # fmt: skip
+        op,
+        objective,
+        Sequences(S),
+        None,
+        logps.device,
+        rewards=rewards,
+        ref_logps=ref_logps,
+        ref_weights=ref_weights,
+        group_size=group_size,
+        cu_groups=cu_groups,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
     loss, losses, by_sequence = _preference_loss.on(logps)(logps.float(), lengths, groups, backend)
     return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
 
@@ -94,27 +116,38 @@ def sequence_logps(
     """Log-probabilities of sequences: l_i = sum_t m_it lp_it, or that over n_i = sum_t m_it.
 
     Args:
-        token_logps: ``[S, T]``, or packed ``[N]`` with cu_seqlens; 0 where not scored, as :func:`token_logps` returns it.
+        token_logps: ``[S, T]``, or packed ``[N]`` with cu_seqlens; 0 where not scored, as
+            :func:`token_logps` returns it.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
         average: divide by the number of scored tokens (at least 1), which needs labels.
-        labels: same shape; positions that hold ignore_index do not count, whatever token_logps holds there.
+        labels: same shape; positions that hold ignore_index do not count, whatever token_logps
+            holds there.
         ignore_index: see labels.
-        process_group: ranks that hold parts of the same sequences (context parallelism): sums run over the tokens of all. Each
-            rank passes its own tokens of every sequence, perhaps none, and gets the same sums.
+        process_group: ranks that hold parts of the same sequences (context parallelism): sums run
+            over the tokens of all. Each rank passes its own tokens of every sequence, perhaps none,
+            and gets the same sums.
 
     Returns:
-        float32 ``[S]``, in nats; summed in float64. Differentiable. With a process group each rank is to compute the same loss
-        from the sums; its tokens then get the gradient of that one loss, so gradients of parameters are sums over the ranks.
+        float32 ``[S]``, in nats; summed in float64. Differentiable. With a process group each rank
+        is to compute the same loss from the sums; its tokens then get the gradient of that one
+        loss, so gradients of parameters are sums over the ranks.
     """
     op = "sequence_logps"
     with distributed.raising_together(op, process_group=process_group):
-        return _sequence_logps(op, token_logps, cu_seqlens, average, labels, ignore_index, process_group)
+        return _sequence_logps(
+            op, token_logps, cu_seqlens, average, labels, ignore_index, process_group
+        )
 
 
 def _sequence_logps(
-    op: str, token_logps: Tensor, cu_seqlens: Tensor | None, average: bool, labels: Tensor | None, ignore_index: int,
+    op: str,
+    token_logps: Tensor,
+    cu_seqlens: Tensor | None,
+    average: bool,
+    labels: Tensor | None,
+    ignore_index: int,
     process_group: ProcessGroup | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     distributed.group_name(op, process_group)
     checks.check_tensor(op, "token_logps", token_logps)
     checks.check_float(op, "token_logps", token_logps)
@@ -122,7 +155,9 @@ def _sequence_logps(
         checks.check_labels(op, labels, token_logps[..., None], "token_logps", ignore_index)
         checks.check_device(op, "labels", labels, token_logps.device)
     elif average:
-        raise ValueError(f"{op}: `labels` are missing: average=True divides by the number of scored tokens")
+        raise ValueError(
+            f"{op}: `labels` are missing: average=True divides by the number of scored tokens"
+        )
     x = token_logps.double()
     if labels is not None:
         x = torch.where(labels != ignore_index, x, 0)
@@ -136,13 +171,28 @@ def _sequence_logps(
 
 
 def output(
-    reduction: str, loss: Tensor, losses: Tensor, by_sequence: Tensor, lengths: Tensor | None, cu_groups: Tensor | None
+    reduction: str,
+    loss: Tensor,
+    losses: Tensor,
+    by_sequence: Tensor,
+    lengths: Tensor | None,
+    cu_groups: Tensor | None,
 ) -> RPOOutput:
     rewards, logps, targets = by_sequence.unbind()[:3]
-    return RPOOutput(losses if reduction == "none" else loss, losses.detach(), rewards, logps, lengths, targets, cu_groups)
+    return RPOOutput(
+        losses if reduction == "none" else loss,
+        losses.detach(),
+        rewards,
+        logps,
+        lengths,
+        targets,
+        cu_groups,
+    )
 
 
-def _forward(logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     op, sequences = "preference_loss", Sequences(logps.shape[0])
     checks.check_length_values(op, lengths)
     groups.check_values(op, logps.device, sequences, 0)
@@ -172,4 +222,6 @@ def _backward(ctx, dloss, dlosses, _):
     return (None if upstream is None else once_differentiable(coef * upstream, logps),)
 
 
-_preference_loss = Operator("preference_loss", 1, _forward, _fake_forward, _setup_context, _backward)
+_preference_loss = Operator(
+    "preference_loss", 1, _forward, _fake_forward, _setup_context, _backward
+)

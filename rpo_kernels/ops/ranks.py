@@ -1,4 +1,6 @@
-"""What lies on several ranks: responses of groups, gathered with gradients, and tokens of sequences (context parallelism)."""
+"""What lies on several ranks: responses of groups, gathered with gradients, and tokens of sequences
+(context parallelism).
+"""
 
 from __future__ import annotations
 
@@ -13,32 +15,44 @@ from .operator import once_differentiable
 
 
 def gather_responses(
-    x: Tensor, *, process_group: ProcessGroup | None = None, group_size: int = 1, cu_groups: Tensor | None = None
+    x: Tensor,
+    *,
+    process_group: ProcessGroup | None = None,
+    group_size: int = 1,
+    cu_groups: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One number per response from all ranks, where each group's responses lie on several: what the group pass needs.
+    """One number per response from all ranks, where each group's responses lie on several: what the
+    group pass needs.
 
-    Each rank holds ``group_size`` responses of every group, or ragged numbers of them between its own ``cu_groups``, perhaps none;
-    in the same order of groups. What comes back has the responses of one group side by side, those of rank 0 first, and is equal
-    on all R ranks. Of a group only these numbers travel.
+    Each rank holds ``group_size`` responses of every group, or ragged numbers of them between its
+    own ``cu_groups``, perhaps none; in the same order of groups. What comes back has the responses
+    of one group side by side, those of rank 0 first, and is equal on all R ranks. Of a group only
+    these numbers travel.
 
         logps = gather_responses(sequence_logps(token_logps(...)), process_group=group)
-        loss = preference_loss(logps, gather_responses(rewards, process_group=group), objective, group_size=R).loss
+        loss = preference_loss(logps, gather_responses(rewards, process_group=group), objective,
+        group_size=R).loss
 
         logps, everyone = gather_responses(logps, cu_groups=cu_groups, process_group=group)
         rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
         loss = preference_loss(logps, rewards, objective, cu_groups=everyone).loss
 
     Args:
-        x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); without cu_groups the same S_r on all ranks.
+        x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); without cu_groups the same
+            S_r on all ranks.
         process_group: the ranks (needed).
         group_size: responses of each group on this rank.
-        cu_groups: ``[G+1]`` int32 boundaries of this rank's part of each group, in place of group_size; the same G on all ranks.
+        cu_groups: ``[G+1]`` int32 boundaries of this rank's part of each group, in place of
+            group_size; the same G on all ranks.
 
     Returns:
-        ``[S]``, S the sum of S_r over the ranks; with cu_groups a pair of that and the boundaries ``[G+1]`` int32 of whole groups.
-        Each rank is to compute the same loss from it; this rank's x then gets the gradient of that one loss, so gradients of
-        parameters are sums over the ranks, not means. Second derivatives raise. Under ``torch.compile`` the S of ragged groups is
-        known when the graph runs: say ``torch._check(rewards.shape[0] == logps.shape[0])`` of two of them.
+        ``[S]``, S the sum of S_r over the ranks; with cu_groups a pair of that and the boundaries
+        ``[G+1]`` int32 of whole groups. Each rank is to compute the same loss from it; this rank's
+        x then gets the gradient of that one loss, so gradients of parameters are sums over the
+        ranks, not means. Second derivatives raise. Under ``torch.compile`` the S of ragged groups
+        is
+        known when the graph runs: say ``torch._check(rewards.shape[0] == logps.shape[0])`` of two
+            of them.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, on all ranks.
@@ -49,24 +63,40 @@ def gather_responses(
 
 
 def _gather_responses(
-    op: str, x: Tensor, process_group: ProcessGroup | None, group_size: int, cu_groups: Tensor | None
+    op: str,
+    x: Tensor,
+    process_group: ProcessGroup | None,
+    group_size: int,
+    cu_groups: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if process_group is None:
         raise TypeError(f"{op}: `process_group` must be a torch.distributed.ProcessGroup, got None")
     distributed.group_name(op, process_group)
     checks.check_tensor(op, "x", x)
     if x.dim() != 1:
-        raise ValueError(f"{op}: `x` must be one number per response, [S]; got {checks.shape_of(x)}")
+        raise ValueError(
+            f"{op}: `x` must be one number per response, [S]; got {checks.shape_of(x)}"
+        )
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
     if cu_groups is not None:
         if group_size != 1:
-            raise ValueError(f"{op}: `group_size` and `cu_groups` are two ways to say the same; got {group_size} and offsets")
+            raise ValueError(
+                f"{op}: `group_size` and `cu_groups` are two ways to say the same; got "
+                f"{group_size} and offsets"
+            )
         checks.check_offsets(op, "cu_groups", cu_groups, x.device)
         return _gather_ragged_op(x, cu_groups, process_group.group_name)[:2]
     if group_size < 1 or x.shape[0] % group_size:
-        raise ValueError(f"{op}: `group_size` {group_size} does not divide the number of responses, {x.shape[0]}")
-    return gather(op, x, process_group).view(-1, x.shape[0] // group_size, group_size).transpose(0, 1).reshape(-1)
+        raise ValueError(
+            f"{op}: `group_size` {group_size} does not divide the number of responses, {x.shape[0]}"
+        )
+    return (
+        gather(op, x, process_group)
+        .view(-1, x.shape[0] // group_size, group_size)
+        .transpose(0, 1)
+        .reshape(-1)
+    )
 
 
 def gather(op: str, x: Tensor, process_group: ProcessGroup) -> Tensor:
@@ -101,7 +131,10 @@ _gather_op.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("rpo_kernels::gather_ragged", mutates_args=())
 def _gather_ragged_op(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     op, ranks = "gather_responses", distributed.resolve(group)
-    facts = {"the number of groups": cu_groups.shape[0] - 1, "the dtype of what is gathered": x.dtype}
+    facts = {
+        "the number of groups": cu_groups.shape[0] - 1,
+        "the dtype of what is gathered": x.dtype,
+    }
     check = lambda: checks.check_offset_values(op, "cu_groups", cu_groups, x.shape[0], "responses")
     sizes = distributed.agree(op, group, x.shape[0], facts, check)
     merged = Merged.of(distributed.gather(cu_groups, ranks), sizes, ranks)
@@ -111,7 +144,11 @@ def _gather_ragged_op(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor,
 @_gather_ragged_op.register_fake
 def _(x, cu_groups, group):
     total = torch.library.get_ctx().new_dynamic_size(min=1)
-    return x.new_empty(total), torch.empty_like(cu_groups), x.new_empty(x.shape[0], dtype=torch.int64)
+    return (
+        x.new_empty(total),
+        torch.empty_like(cu_groups),
+        x.new_empty(x.shape[0], dtype=torch.int64),
+    )
 
 
 def _setup_ragged(ctx, inputs, output):
@@ -129,11 +166,13 @@ def _backward_ragged(ctx, grad, *_):
 _gather_ragged_op.register_autograd(_backward_ragged, setup_context=_setup_ragged)
 
 
-# ---- tokens of sequences -----------------------------------------------------------------------------------------------
+# ---- tokens of sequences -------------------------------------------------------------------------
 
 
 class Merged(NamedTuple):
-    """Segments of which each rank has a part, put together: in each segment the entries of rank 0 first."""
+    """Segments of which each rank has a part, put together: in each segment the entries of rank 0
+    first.
+    """
 
     group: ProcessGroup
     widest: int  # entries of the rank that has most
@@ -143,35 +182,66 @@ class Merged(NamedTuple):
 
     @staticmethod
     def of(offsets: Tensor, sizes: list[int], group: ProcessGroup) -> Merged:
-        """From all ranks' offsets ``[R, S+1]`` and how many entries each has. Offsets that do not partition them stay unusable."""
+        """From all ranks' offsets ``[R, S+1]`` and how many entries each has.
+
+        Offsets that do not partition them stay unusable.
+        """
         widest, S = max(sizes), offsets.shape[1] - 1
-        entry = torch.arange(widest, device=offsets.device, dtype=offsets.dtype).expand(len(sizes), widest).contiguous()
+        entry = (
+            torch.arange(widest, device=offsets.device, dtype=offsets.dtype)
+            .expand(len(sizes), widest)
+            .contiguous()
+        )
         total = torch.tensor(sizes, dtype=offsets.dtype, device=offsets.device)[:, None]
-        segment = torch.searchsorted(offsets[:, 1:].contiguous(), entry, right=True).clamp(max=S - 1)
-        order = torch.where(entry < total, segment, S).view(-1).argsort(stable=True)  # what fills up goes last
+        segment = torch.searchsorted(offsets[:, 1:].contiguous(), entry, right=True).clamp(
+            max=S - 1
+        )
+        # what fills up goes last
+        order = torch.where(entry < total, segment, S).view(-1).argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=order.device)
         rank = group.rank()
-        broken = (offsets.diff() < 0).any() | (offsets[:, :1] != 0).any() | (offsets[:, -1:] != total).any()
+        broken = (
+            (offsets.diff() < 0).any()
+            | (offsets[:, :1] != 0).any()
+            | (offsets[:, -1:] != total).any()
+        )
         merged = torch.where(broken, -1, offsets.sum(0, dtype=torch.int32))
-        return Merged(group, widest, order[: sum(sizes)], merged, place.view(-1, widest)[rank, : sizes[rank]])
+        return Merged(
+            group, widest, order[: sum(sizes)], merged, place.view(-1, widest)[rank, : sizes[rank]]
+        )
 
     def merge(self, x: Tensor) -> Tensor:
         """``[..., n]`` of all ranks' ``[..., n_r]``."""
         padded = x.new_zeros((*x.shape[:-1], self.widest))
         padded[..., : x.shape[-1]] = x
-        return distributed.gather(padded, self.group).movedim(0, -2).flatten(-2)[..., self.order].contiguous()
+        return (
+            distributed.gather(padded, self.group)
+            .movedim(0, -2)
+            .flatten(-2)[..., self.order]
+            .contiguous()
+        )
 
 
 class Context:
-    """Sequences whose scored tokens lie on several ranks, of which the group pass sees all: a few numbers per token travel."""
+    """Sequences whose scored tokens lie on several ranks, of which the group pass sees all: a few
+    numbers per token travel.
+    """
 
     def __init__(
-        self, op: str, name: str, counts: list[int], N: int, ref_logps: Tensor | None, device: torch.device,
+        self,
+        op: str,
+        name: str,
+        counts: list[int],
+        N: int,
+        ref_logps: Tensor | None,
+        device: torch.device,
         facts: dict[str, object],
-    ):  # fmt: skip
-        """``counts`` of this rank's scored tokens of each sequence, N positions in all, ``ref_logps`` ``[R, N]`` or ``[R, S]``;
-        facts that the ranks of the named group are to agree on."""
+    ):
+        """``counts`` of this rank's scored tokens of each sequence, N positions in all,
+        ``ref_logps`` ``[R, N]`` or ``[R, S]``; facts that the ranks of the named group are to agree
+        on.
+        """
         facts = {"the number of sequences": len(counts), **facts}
         distributed.agree(op, name, sum(counts), facts, lambda: None, "context_group")
         self.group = distributed.resolve(name)
@@ -183,8 +253,10 @@ class Context:
         self.ref_per_token = all(given == positions for positions, given, *_ in told)
         if not self.ref_per_token and len({(given, values) for _, given, values, *_ in told}) > 1:
             raise ValueError(
-                f"{op}: `ref_logps` must be per token of each rank's own on all ranks of `context_group`, or per sequence and the "
-                f"same on all; got {[given for _, given, *_ in told]} numbers for {[positions for positions, *_ in told]} positions"
+                f"{op}: `ref_logps` must be per token of each rank's own on all ranks of "
+                "`context_group`, or per sequence and the "
+                f"same on all; got {[given for _, given, *_ in told]} numbers for "
+                f"{[positions for positions, *_ in told]} positions"
             )
 
     @property
@@ -198,5 +270,7 @@ class Context:
         return [max(counts) for counts in zip(*self.counts)]
 
     def merged(self, sequences: slice) -> Merged:
-        offsets = torch.nn.functional.pad(self.by_rank[:, sequences].cumsum(1, dtype=torch.int32), (1, 0))
+        offsets = torch.nn.functional.pad(
+            self.by_rank[:, sequences].cumsum(1, dtype=torch.int32), (1, 0)
+        )
         return Merged.of(offsets, [sum(counts[sequences]) for counts in self.counts], self.group)

@@ -41,21 +41,26 @@ def rpo_loss(
 ) -> RPOOutput:
     """RPO loss of groups of responses, from their logits.
 
-        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i),   L = mean over groups of D[s || t]
-        dL/dz_it = dL/dl_i (onehot(y_it) - softmax(z_it))
+        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i),   L = mean over groups of
+        D[s || t] dL/dz_it = dL/dl_i (onehot(y_it) - softmax(z_it))
 
-    Equal to :func:`preference_loss` of :func:`sequence_logps` of :func:`token_logps`, in one vocabulary pass each way and one
-    group pass, which leaves a single coefficient per token for the backward.
+    Equal to :func:`preference_loss` of :func:`sequence_logps` of :func:`token_logps`, in one
+    vocabulary pass each way and one group pass, which leaves a single coefficient per token for the
+    backward.
 
     Args:
         logits: ``[S, T, V]``, or packed ``[N, V]`` with cu_seqlens; float32, float16 or bfloat16.
-        labels: ``[S, T]`` or ``[N]``, aligned with logits; ignore_index where a token is not scored (prompt, padding).
-        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for :func:`preference_loss`.
-        ref_logps: per sequence ``[S]``, or per token in the shape of labels (more accurate: the difference is summed, not
-            the sums subtracted); with a leading ``R`` for objectives with several references.
+        labels: ``[S, T]`` or ``[N]``, aligned with logits; ignore_index where a token is not scored
+            (prompt, padding).
+        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for
+            :func:`preference_loss`.
+        ref_logps: per sequence ``[S]``, or per token in the shape of labels (more accurate: the
+            difference is summed, not the sums subtracted); with a leading ``R`` for objectives with
+            several references.
         cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences, as in FlashAttention.
-        temperature, logit_scale, softcap, ignore_index, inplace_backward, process_group, backend: as for :func:`token_logps`.
-            The ranks of a process group hold the same batch and return the same loss.
+        temperature, logit_scale, softcap, ignore_index, inplace_backward, process_group, backend:
+            as for :func:`token_logps`. The ranks of a process group hold the same batch and return
+            the same loss.
 
     Returns:
         :class:`RPOOutput`; float32. Second derivatives raise.
@@ -68,14 +73,26 @@ def rpo_loss(
         logits, process_group = distributed.local_logits(op, logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
         checks.check_objective(op, objective)
-        checks.check_logits(op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None)
+        checks.check_logits(
+            op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None
+        )
         transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
         checks.check_backend(op, backend)
         sequences = Sequences.of(op, "labels", labels, cu_seqlens)
         groups = Groups.of(
-            op, objective, sequences, tuple(labels.shape), logits.device, rewards=rewards, ref_logps=ref_logps,
-            ref_weights=ref_weights, group_size=group_size, cu_groups=cu_groups, reduction=reduction, normalizer=normalizer,
-        )  # fmt: skip
+            op,
+            objective,
+            sequences,
+            tuple(labels.shape),
+            logits.device,
+            rewards=rewards,
+            ref_logps=ref_logps,
+            ref_weights=ref_weights,
+            group_size=group_size,
+            cu_groups=cu_groups,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
         call = _rpo_loss.on(logits)
         loss, losses, by_sequence, lengths, *_ = call(
             logits, labels, sequences, groups, transform, inplace_backward, backend, vocab_ranks
@@ -93,11 +110,13 @@ def _forward(
     backend: str,
     vocab_ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, losses, ``[5, S]`` and lengths of the group pass; coefficients, log-probabilities and logsumexps of the tokens; and of a
-    shard its labels."""
+    """loss, losses, ``[5, S]`` and lengths of the group pass; coefficients, log-probabilities and
+    logsumexps of the tokens; and of a shard its labels."""
     op = "rpo_loss"
     check = functools.partial(groups.check_values, op, logits.device, sequences, labels.numel())
-    read = row_pass(op, logits, labels, transform, backend, vocab_ranks, check, objective=groups.objective.spec)
+    read = row_pass(
+        op, logits, labels, transform, backend, vocab_ranks, check, objective=groups.objective.spec
+    )
     logps, lse, _ = read.forward(read.rows, read.labels, transform, False)
     group_pass = engine(op, backend, logits.device, "group_pass").group_pass
     results = group_pass(logps, flat(labels), None, sequences, groups, transform.ignore_index)
@@ -108,7 +127,12 @@ def _fake_forward(logits, labels, sequences, groups, transform, inplace, backend
     S, N = sequences.number, labels.numel()
     x = torch.empty((), dtype=torch.float32, device=logits.device)
     per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
-    per_token = x.new_empty(N), x.new_empty(N), x.new_empty(2, N), labels.new_empty(N if vocab_ranks else 0)
+    per_token = (
+        x.new_empty(N),
+        x.new_empty(N),
+        x.new_empty(2, N),
+        labels.new_empty(N if vocab_ranks else 0),
+    )
     return (x, x.new_empty(groups.number(S)), *per_sequence, *per_token)
 
 
@@ -116,7 +140,10 @@ def _setup_context(ctx, inputs, output):
     logits, labels, sequences, groups, ctx.transform, ctx.inplace, ctx.backend, vocab_ranks = inputs
     loss, losses, by_sequence, lengths, coef, logps, lse, shard_labels = output
     if vocab_ranks:
-        labels, ctx.transform = shard_labels, ctx.transform._replace(ignore_index=distributed.IGNORED)
+        labels, ctx.transform = (
+            shard_labels,
+            ctx.transform._replace(ignore_index=distributed.IGNORED),
+        )
     ctx.number, ctx.group_size = sequences.number, groups.group_size
     ctx.save_for_backward(logits, labels, logps, lse, coef, sequences.cu_seqlens, groups.cu_groups)
     ctx.set_materialize_grads(False)
@@ -134,7 +161,21 @@ def _backward(ctx, dloss, dlosses, *_):
         coef, upstream = coef * dlosses[group][sequence], None
     elif dloss is None:
         return (None,)
-    return (dlogits_of(ctx.inplace, logits, labels, logps, lse, coef, upstream, None, None, ctx.transform, ctx.backend),)
+    return (
+        dlogits_of(
+            ctx.inplace,
+            logits,
+            labels,
+            logps,
+            lse,
+            coef,
+            upstream,
+            None,
+            None,
+            ctx.transform,
+            ctx.backend,
+        ),
+    )
 
 
 _rpo_loss = Operator("rpo_loss", 1, _forward, _fake_forward, _setup_context, _backward)

@@ -1,4 +1,6 @@
-"""Token log-probabilities (and entropies) from logits: one pass over the vocabulary forward, one backward."""
+"""Token log-probabilities (and entropies) from logits: one pass over the vocabulary forward, one
+backward.
+"""
 
 from __future__ import annotations
 
@@ -36,34 +38,47 @@ def token_logps(
         dL/dx_t = dL/dlp_t (onehot(y_t) - softmax(z_t)) dz/dx
 
     Args:
-        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions, last one contiguous. A DTensor
-            that is sharded in the last dimension brings its process group.
-        labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that position t predicts
-            (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a GPU its log-probability is NaN.
+        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions,
+            last one contiguous. A DTensor that is sharded in the last dimension brings its process
+            group.
+        labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that
+            position t predicts (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a
+            GPU its log-probability is NaN.
         temperature: divides the logits, > 0.
         logit_scale: multiplies the logits, > 0.
         softcap: bound of the logits (Gemma 2), > 0, or None.
-        ignore_index: label of a position that is not scored: its logits are not read, its log-probability is 0 and its
-            gradient 0.
-        inplace_backward: write the gradient over the logits. No other operation may need them then; autograd raises if one
-            does, and on a second backward. Under ``torch.compile`` the graph's own memory planning decides.
-        process_group: ranks that hold the vocabulary together: logits are this rank's columns ``[..., V_r]`` (in rank order; any
-            widths), labels count over all columns and are the same on all ranks. Results agree bit for bit on all of them; each
-            gets the gradient of its own columns. A rank that raises makes all raise. See :mod:`rpo_kernels.distributed`.
+        ignore_index: label of a position that is not scored: its logits are not read, its
+            log-probability is 0 and its gradient 0.
+        inplace_backward: write the gradient over the logits. No other operation may need them then;
+            autograd raises if one does, and on a second backward. Under ``torch.compile`` the
+            graph's own memory planning decides.
+        process_group: ranks that hold the vocabulary together: logits are this rank's columns
+            ``[..., V_r]`` (in rank order; any widths), labels count over all columns and are the
+            same on all ranks. Results agree bit for bit on all of them; each gets the gradient of
+            its own columns. A rank that raises makes all raise. See :mod:`rpo_kernels.distributed`.
         backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
-        float32 in the shape of labels, in nats. A row's value does not depend on its batch. NaN and infinite logits behave
-        as in :func:`torch.log_softmax`; on a GPU a row whose largest logit is beyond 5.8e6 in size, and not the label's, is NaN.
-        Second derivatives raise.
+        float32 in the shape of labels, in nats. A row's value does not depend on its batch. NaN and
+        infinite logits behave as in :func:`torch.log_softmax`; on a GPU a row whose largest logit
+        is beyond 5.8e6 in size, and not the label's, is NaN. Second derivatives raise.
 
     Raises:
         ValueError, TypeError: for arguments that do not fit, before anything is launched.
     """
     return _checked(
-        "token_logps", logits, labels, False, inplace_backward, process_group, backend, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-    )[0]  # fmt: skip
+        "token_logps",
+        logits,
+        labels,
+        False,
+        inplace_backward,
+        process_group,
+        backend,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )[0]
 
 
 def token_logps_and_entropy(
@@ -80,27 +95,51 @@ def token_logps_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logps` and the entropy of each row, from the same pass; both differentiable.
 
-        H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t),   0 at ignored positions; nats
+        H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t),   0 at ignored positions;
+        nats
 
     Arguments and errors as there.
     """
     return _checked(
-        "token_logps_and_entropy", logits, labels, True, inplace_backward, process_group, backend, temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-    )  # fmt: skip
+        "token_logps_and_entropy",
+        logits,
+        labels,
+        True,
+        inplace_backward,
+        process_group,
+        backend,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+    )
 
 
 def _checked(
-    op: str, logits: Tensor, labels: Tensor, entropy: bool, inplace: bool, process_group: ProcessGroup | None, backend: str,
-    *, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op: str,
+    logits: Tensor,
+    labels: Tensor,
+    entropy: bool,
+    inplace: bool,
+    process_group: ProcessGroup | None,
+    backend: str,
+    *,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
     with distributed.raising_together(op, process_group=process_group):
         logits, process_group = distributed.local_logits(op, logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
-        checks.check_logits(op, logits, labels, ignore_index, inplace, is_shard=process_group is not None)
+        checks.check_logits(
+            op, logits, labels, ignore_index, inplace, is_shard=process_group is not None
+        )
         transform = LogitTransform.of(op, temperature, logit_scale, softcap, ignore_index)
         checks.check_backend(op, backend)
-        logps, _, entropies, _ = _token_logps.on(logits)(logits, labels, transform, entropy, inplace, backend, vocab_ranks)
+        logps, _, entropies, _ = _token_logps.on(logits)(
+            logits, labels, transform, entropy, inplace, backend, vocab_ranks
+        )
     return logps, entropies
 
 
@@ -115,8 +154,10 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
         return logits.view(math.prod(logits.shape[:-2]), *logits.shape[-2:])
     except RuntimeError:
         raise ValueError(
-            f"{op}: the leading dimensions of `logits` must collapse to two without a copy, got shape "
-            f"{checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
+            f"{op}: the leading dimensions of `logits` must collapse to two without a copy, got "
+            "shape "
+            f"{checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass "
+            "logits.contiguous()"
         ) from None
 
 
@@ -126,16 +167,26 @@ def flat(x: Tensor) -> Tensor:
 
 
 def shard_of(
-    op: str, vocab_ranks: str, columns: int, labels: Tensor, ignore_index: int, check: Callable[[], None], **facts: object
+    op: str,
+    vocab_ranks: str,
+    columns: int,
+    labels: Tensor,
+    ignore_index: int,
+    check: Callable[[], None],
+    **facts: object,
 ) -> distributed.Shard | None:
-    """This rank's shard of the vocabulary, all ranks that share it agreeing; labels checked against all of its columns."""
+    """This rank's shard of the vocabulary, all ranks that share it agreeing; labels checked against
+    all of its columns.
+    """
     if vocab_ranks:
         facts["the number of `labels`"] = labels.numel()
         facts["`ignore_index`"] = ignore_index
         facts["the values of `labels` (their checksum)"] = distributed.digest(labels)
     widths = distributed.agree(op, vocab_ranks, columns, facts, check)
     shard = distributed.Shard.of(vocab_ranks, widths) if vocab_ranks else None
-    checks.check_label_values(op, labels, columns if shard is None else shard.vocabulary, ignore_index)
+    checks.check_label_values(
+        op, labels, columns if shard is None else shard.vocabulary, ignore_index
+    )
     return shard
 
 
@@ -144,13 +195,21 @@ class RowPass(NamedTuple):
 
     rows: Tensor  # [outer, inner, V]
     labels: Tensor  # [N]; of a shard, counted from its first column
-    forward: Callable  # vocabulary_forward(rows, labels, transform, entropy), combined over the ranks
+    forward: (
+        Callable  # vocabulary_forward(rows, labels, transform, entropy), combined over the ranks
+    )
 
 
 def row_pass(
-    op: str, logits: Tensor, labels: Tensor, transform: LogitTransform, backend: str, vocab_ranks: str,
-    check: Callable[[], None] = lambda: None, **facts: object,
-) -> RowPass:  # fmt: skip
+    op: str,
+    logits: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    backend: str,
+    vocab_ranks: str,
+    check: Callable[[], None] = lambda: None,
+    **facts: object,
+) -> RowPass:
     """Checks of values, agreed on by all ranks, and what reads the rows after them."""
     choose = functools.partial(engine, op, backend, logits.device)
     if not vocab_ranks:
@@ -164,33 +223,60 @@ def row_pass(
         check()
 
     facts |= {name: x for name, x in transform._asdict().items() if name != "ignore_index"}
-    shard = shard_of(op, vocab_ranks, logits.shape[-1], labels, transform.ignore_index, check_all, **facts)
-    labels, forward = shard.labels(labels, transform.ignore_index), functools.partial(shard.forward, choose)
+    shard = shard_of(
+        op, vocab_ranks, logits.shape[-1], labels, transform.ignore_index, check_all, **facts
+    )
+    labels, forward = (
+        shard.labels(labels, transform.ignore_index),
+        functools.partial(shard.forward, choose),
+    )
     return RowPass(rows_of(op, logits), labels, forward)
 
 
 def _forward(
-    logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool, inplace: bool, backend: str, vocab_ranks: str
+    logits: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    entropy: bool,
+    inplace: bool,
+    backend: str,
+    vocab_ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, logsumexps ``[2, N]``, entropies, and of a shard its labels."""
     op = "token_logps_and_entropy" if entropy else "token_logps"
     read = row_pass(op, logits, labels, transform, backend, vocab_ranks, entropy=entropy)
     logps, lse, entropies = read.forward(read.rows, read.labels, transform, entropy)
     entropies = entropies.view(labels.shape) if entropy else logps.new_empty(0)
-    return logps.view(labels.shape), lse, entropies, read.labels if vocab_ranks else labels.new_empty(0)
+    return (
+        logps.view(labels.shape),
+        lse,
+        entropies,
+        read.labels if vocab_ranks else labels.new_empty(0),
+    )
 
 
 def _fake_forward(logits, labels, transform, entropy, inplace, backend, vocab_ranks):
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    entropies, shard_labels = labels.shape if entropy else (0,), labels.numel() if vocab_ranks else 0
-    return logps, logps.new_empty(2, labels.numel()), logps.new_empty(entropies), labels.new_empty(shard_labels)
+    entropies, shard_labels = (
+        labels.shape if entropy else (0,),
+        labels.numel() if vocab_ranks else 0,
+    )
+    return (
+        logps,
+        logps.new_empty(2, labels.numel()),
+        logps.new_empty(entropies),
+        labels.new_empty(shard_labels),
+    )
 
 
 def _setup_context(ctx, inputs, output):
     logits, labels, ctx.transform, ctx.entropy, ctx.inplace, ctx.backend, vocab_ranks = inputs
     logps, lse, entropies, shard_labels = output
     if vocab_ranks:
-        labels, ctx.transform = shard_labels, ctx.transform._replace(ignore_index=distributed.IGNORED)
+        labels, ctx.transform = (
+            shard_labels,
+            ctx.transform._replace(ignore_index=distributed.IGNORED),
+        )
     ctx.save_for_backward(logits, labels, logps, lse, entropies if ctx.entropy else None)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, shard_labels, *(() if ctx.entropy else (entropies,)))
@@ -211,11 +297,13 @@ def _backward(ctx, dlogps, _, dentropies, __):
 _token_logps = Operator("token_logps", 1, _forward, _fake_forward, _setup_context, _backward)
 
 
-# ---- gradients of logits ---------------------------------------------------------------------------------------------
+# ---- gradients of logits -------------------------------------------------------------------------
 
 
 def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
-    """Gradient of the logits, in memory of its own or over the logits; ``read``: as of :func:`_dlogits`."""
+    """Gradient of the logits, in memory of its own or over the logits; ``read``: as of
+    :func:`_dlogits`.
+    """
     with torch.no_grad():
         if inplace:
             _dlogits_inplace_op.on(logits)(logits, *read)
@@ -226,32 +314,76 @@ def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
 
 
 def _dlogits(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, upstream: Tensor | None, entropies: Tensor | None,
-    entropy_coef: Tensor | None, transform: LogitTransform, backend: str,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+) -> Tensor:
     out = logits.new_empty(logits.shape)
-    _write_dlogits(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend)
+    _write_dlogits(
+        out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend
+    )
     return out
 
 
 def _dlogits_inplace(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, upstream: Tensor | None, entropies: Tensor | None,
-    entropy_coef: Tensor | None, transform: LogitTransform, backend: str,
-) -> None:  # fmt: skip
-    _write_dlogits(logits, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend)
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
+) -> None:
+    _write_dlogits(
+        logits,
+        logits,
+        labels,
+        logps,
+        lse,
+        coef,
+        upstream,
+        entropies,
+        entropy_coef,
+        transform,
+        backend,
+    )
     torch.autograd.graph.increment_version(logits)
 
 
-def _write_dlogits(out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend) -> None:
+def _write_dlogits(
+    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend
+) -> None:
     op = "vocabulary_backward"
     if entropy_coef is not None:
         entropies, entropy_coef = flat(entropies), flat(entropy_coef)
     rows = rows_of(op, logits)
     engine(op, backend, logits.device, "vocabulary_backward").vocabulary_backward(
-        rows, flat(labels), flat(logps), lse, flat(coef), transform, rows if out is logits else rows_of(op, out),
-        entropies=entropies, entropy_coef=entropy_coef, upstream=upstream,
-    )  # fmt: skip
+        rows,
+        flat(labels),
+        flat(logps),
+        lse,
+        flat(coef),
+        transform,
+        rows if out is logits else rows_of(op, out),
+        entropies=entropies,
+        entropy_coef=entropy_coef,
+        upstream=upstream,
+    )
 
 
-_dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: logits.new_empty(logits.shape))
-_dlogits_inplace_op = Operator("vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",))
+_dlogits_op = Operator(
+    "vocabulary_backward", 8, _dlogits, lambda logits, *_: logits.new_empty(logits.shape)
+)
+_dlogits_inplace_op = Operator(
+    "vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",)
+)

@@ -1,6 +1,8 @@
-"""The group pass in PyTorch: the engine for CPUs, same signature and results as ``kernels.group_pass``.
+"""The group pass in PyTorch: the engine for CPUs, same signature and results as
+``kernels.group_pass``.
 
-It works on ``[G, K, K]`` pairs in float64, where the textbook forms of the distances keep enough digits.
+It works on ``[G, K, K]`` pairs in float64, where the textbook forms of the distances keep enough
+digits.
 """
 
 from __future__ import annotations
@@ -23,7 +25,18 @@ def group_pass(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The group pass over log-probabilities of tokens or sequences; see ``kernels.group_pass``."""
-    objective, rewards, ref_logps, ref_weights, cu_groups, normalizer, group_size, mean, ref_per_token, sft_share = groups
+    (
+        objective,
+        rewards,
+        ref_logps,
+        ref_weights,
+        cu_groups,
+        normalizer,
+        group_size,
+        mean,
+        ref_per_token,
+        sft_share,
+    ) = groups
     S, cu_seqlens, device = sequences.number, sequences.cu_seqlens, logps.device
     members = _members(S, group_size, cu_groups, device)
     group_of = torch.empty(S, dtype=torch.int64, device=device)
@@ -36,7 +49,9 @@ def group_pass(
 
         def total(x: torch.Tensor) -> torch.Tensor:
             x = torch.where(scored, x, 0).double()
-            return torch.zeros(S, dtype=torch.float64, device=device).index_add_(0, token_sequence, x)
+            return torch.zeros(S, dtype=torch.float64, device=device).index_add_(
+                0, token_sequence, x
+            )
 
         lengths = torch.zeros(S, dtype=torch.int32, device=device)
         lengths.index_add_(0, token_sequence, scored.int())
@@ -48,7 +63,9 @@ def group_pass(
     else:
         l = logps.double()
         ratios = l[None] - (0 if ref_logps is None else ref_logps.double())
-        lengths = torch.ones(S, dtype=torch.int32, device=device) if lengths is None else lengths.int()
+        lengths = (
+            torch.ones(S, dtype=torch.int32, device=device) if lengths is None else lengths.int()
+        )
 
     n = lengths.clamp(min=1).double()
     unit = objective.beta / n if objective.average else torch.full_like(n, objective.beta)
@@ -73,10 +90,16 @@ def group_pass(
         if objective.sft_normalizer == "mean":
             per_sequence = per_sequence / n
         elif objective.sft_normalizer == "tokens":
-            share = number / lengths[chosen[counted]].sum().clamp(min=1) if sft_share is None else sft_share
+            share = (
+                number / lengths[chosen[counted]].sum().clamp(min=1)
+                if sft_share is None
+                else sft_share
+            )
             per_sequence = per_sequence * share
         sft[chosen[counted]] = per_sequence[chosen[counted]]
-        losses = losses - torch.where(counted, sft[chosen] * torch.where(sft[chosen] > 0, l[chosen], 0), 0)
+        losses = losses - torch.where(
+            counted, sft[chosen] * torch.where(sft[chosen] > 0, l[chosen], 0), 0
+        )
 
     factor = torch.ones((), dtype=torch.float64, device=device)
     if normalizer is not None:
@@ -100,14 +123,18 @@ def group_pass(
     return (losses.sum() * factor).float(), losses.float(), by_sequence, lengths, coef
 
 
-def _segment_of(total: int, segments: int, offsets: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _segment_of(
+    total: int, segments: int, offsets: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
     """The segment of each of ``total`` entries: equal rows, or between consecutive offsets."""
     if offsets is None:
         return torch.arange(total, device=device) // max(total // segments, 1)
     return torch.repeat_interleave(offsets.diff().long(), output_size=total)
 
 
-def _members(S: int, group_size: int, cu_groups: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+def _members(
+    S: int, group_size: int, cu_groups: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
     """Sequences of each group, ``[G, K]``, -1 beyond a group's end."""
     if cu_groups is None:
         return torch.arange(S, device=device).view(-1, group_size)
@@ -116,7 +143,12 @@ def _members(S: int, group_size: int, cu_groups: torch.Tensor | None, device: to
     return torch.where(members < end, members, -1)
 
 
-def _combine(ratios: torch.Tensor, weights: torch.Tensor | None, group_of: torch.Tensor, objective: RPOObjective) -> torch.Tensor:
+def _combine(
+    ratios: torch.Tensor,
+    weights: torch.Tensor | None,
+    group_of: torch.Tensor,
+    objective: RPOObjective,
+) -> torch.Tensor:
     """l - lref ``[S]`` of log-ratios ``[R, S]`` to each reference."""
     if objective.reference not in ("harmonic", "geometric"):
         return ratios[0]
@@ -130,7 +162,11 @@ def _combine(ratios: torch.Tensor, weights: torch.Tensor | None, group_of: torch
 
 
 def _targets(
-    S: int, objective: RPOObjective, rewards: torch.Tensor | None, members: torch.Tensor, device: torch.device
+    S: int,
+    objective: RPOObjective,
+    rewards: torch.Tensor | None,
+    members: torch.Tensor,
+    device: torch.device,
 ) -> torch.Tensor:
     if rewards is not None:
         return objective.eta * rewards.double()
@@ -141,7 +177,9 @@ def _targets(
     return t
 
 
-def _roles(t: torch.Tensor, present: torch.Tensor, objective: RPOObjective) -> tuple[torch.Tensor, torch.Tensor]:
+def _roles(
+    t: torch.Tensor, present: torch.Tensor, objective: RPOObjective
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Column of the chosen response of each group, and whether the group counts."""
     count = present.sum(1)
     counted = count >= (1 if objective.comparison == "pointwise" else 2)
@@ -166,7 +204,11 @@ def _distance(
         value, slope = _bernoulli(s, t, objective)
         return _total(weight * value / k, present), weight * slope / k, t
 
-    if objective.comparison == "listwise" and objective.distance != "squared" and objective.label is None:
+    if (
+        objective.comparison == "listwise"
+        and objective.distance != "squared"
+        and objective.label is None
+    ):
         log_p, log_q = _log_softmax(s, present), _log_softmax(t, present)
         p, q = log_p.exp(), log_q.exp()
         u = s - t
@@ -182,16 +224,27 @@ def _distance(
 
     d = s[:, :, None] - s[:, None, :]
     tau = torch.where(t[:, :, None] == t[:, None, :], 0, t[:, :, None] - t[:, None, :])
-    pair = present[:, :, None] & present[:, None, :] & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+    pair = (
+        present[:, :, None]
+        & present[:, None, :]
+        & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+    )
     if objective.label is not None:
         label = torch.full_like(d, 1 - objective.label)
         label[:, 0] = objective.label
         value, slope = _cross_entropy(d, label), torch.sigmoid(d) - label
         if not objective.cross_entropy:
-            value = (value + torch.special.xlogy(label, label) + torch.special.xlogy(1 - label, 1 - label)).clamp(min=0)
+            value = (
+                value
+                + torch.special.xlogy(label, label)
+                + torch.special.xlogy(1 - label, 1 - label)
+            ).clamp(min=0)
     else:
         value, slope = _bernoulli(d, tau, objective)
-    value, slope = _total(torch.where(pair, value, 0).sum(2), present), torch.where(pair, slope, 0).sum(2)
+    value, slope = (
+        _total(torch.where(pair, value, 0).sum(2), present),
+        torch.where(pair, slope, 0).sum(2),
+    )
     pairs = (k * (k - 1)).clamp(min=1)
     if objective.comparison == "pairwise" or objective.label is not None:
         return value / pairs[:, 0], slope * 2 / pairs, t
@@ -201,7 +254,9 @@ def _distance(
     return value / 2 * norm[:, 0], slope * norm, t
 
 
-def _bernoulli(d: torch.Tensor, tau: torch.Tensor, objective: RPOObjective) -> tuple[torch.Tensor, torch.Tensor]:
+def _bernoulli(
+    d: torch.Tensor, tau: torch.Tensor, objective: RPOObjective
+) -> tuple[torch.Tensor, torch.Tensor]:
     """D[d || tau] and its derivative in d."""
     if objective.distance == "squared":
         return (d - tau) ** 2 / 2, d - tau

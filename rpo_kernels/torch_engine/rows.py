@@ -1,8 +1,9 @@
 """Rows of logits in PyTorch, a chunk at a time: what the vocabulary pass does in both directions.
 
-A chunk stays in the cache: one chunk of fp32 logits is all that exists beside input and gradient. The work is PyTorch's own fused
-(log_)softmax, several times as fast as its exp, sub and sum one after the other; it sums a row naively in fp32, so long rows go
-through it in blocks whose sums are combined in float64.
+A chunk stays in the cache: one chunk of fp32 logits is all that exists beside input and gradient.
+The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and sum one
+after the other; it sums a row naively in fp32, so long rows go through it in blocks whose sums are
+combined in float64.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import torch
 
 from ..inputs import LogitTransform
 
-CHUNK_BYTES = 8 << 20  # of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
+# of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
+CHUNK_BYTES = 8 << 20
 FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
 
 
-def log_softmax_blocks(z: torch.Tensor, exponentiate: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-softmax (or softmax) within each block of columns, in place ``[rows, blocks, columns]``, and lse ``[rows, blocks]``."""
+def log_softmax_blocks(
+    z: torch.Tensor, exponentiate: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-softmax (or softmax) within each block of columns, in place ``[rows, blocks, columns]``,
+    and lse ``[rows, blocks]``.
+    """
     blocks = as_blocks(z)
     top = blocks.amax(2)
     if exponentiate:
@@ -31,7 +37,11 @@ def log_softmax_blocks(z: torch.Tensor, exponentiate: bool = False) -> tuple[tor
 def as_blocks(z: torch.Tensor) -> torch.Tensor:
     """Rows of a scratch buffer, padding included, as ``[rows, blocks, columns]``."""
     count = _block_count(z.shape[1])
-    return z.as_strided((z.shape[0], count, z.stride(0) // count), (z.stride(0), z.stride(0) // count, 1), z.storage_offset())
+    return z.as_strided(
+        (z.shape[0], count, z.stride(0) // count),
+        (z.stride(0), z.stride(0) // count, 1),
+        z.storage_offset(),
+    )
 
 
 def _block_count(V: int) -> int:
@@ -39,11 +49,15 @@ def _block_count(V: int) -> int:
 
 
 def scratch_for(logits: torch.Tensor, buffers: int) -> torch.Tensor:
-    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds -inf."""
+    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds
+    -inf.
+    """
     V = logits.shape[2]
     rows = min(_rows(V), logits.shape[0] * logits.shape[1])
     pitch = -(-V // _block_count(V)) * _block_count(V)
-    return torch.full((buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device)[..., :V]
+    return torch.full(
+        (buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device
+    )[..., :V]
 
 
 def _rows(V: int) -> int:
@@ -54,15 +68,22 @@ def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform
     """The logits z in fp32, in the buffer."""
     z = buffer.copy_(x)
     V = x.shape[1]
-    z.as_strided((len(z), z.stride(0) - V), (z.stride(0), 1), z.storage_offset() + V).fill_(-torch.inf)  # padding was overwritten
+    # padding was overwritten
+    z.as_strided((len(z), z.stride(0) - V), (z.stride(0), 1), z.storage_offset() + V).fill_(
+        -torch.inf
+    )
     pre, post = transform.factors
     if pre > 0:
         z.mul_(pre).tanh_()
     return z.mul_(post) if post != 1 else z
 
 
-def chunks_of(logits: torch.Tensor, alive: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they are neighbours."""
+def chunks_of(
+    logits: torch.Tensor, alive: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they
+    are neighbours.
+    """
     inner, V = logits.shape[1:]
     scored = alive.nonzero()[:, 0]
     for rows in scored.split(_rows(V)) if scored.numel() else ():

@@ -1,4 +1,6 @@
-"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched when that is 1."""
+"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched
+when that is 1.
+"""
 
 import torch
 

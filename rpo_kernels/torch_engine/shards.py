@@ -1,4 +1,6 @@
-"""Rows whose columns lie on several ranks, in PyTorch: same signature and results as ``kernels.shards``."""
+"""Rows whose columns lie on several ranks, in PyTorch: same signature and results as
+``kernels.shards``.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,11 @@ from .vocabulary_forward import entropy_of_parts, row_results
 
 
 def combine(
-    statistics: torch.Tensor,
-    labels: torch.Tensor,
-    transform: LogitTransform,
-    entropy: bool = False,
+    statistics: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of their R shards."""
+    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of
+    their R shards.
+    """
     z, peak, total = (x.t() for x in statistics[:, :3].unbind(1))  # [N, R]
     lse = peak.double() + total.double().log()
     others = torch.logsumexp(lse, 1)
@@ -24,5 +25,7 @@ def combine(
     h_others = entropy_of_parts(statistics[:, 3].t().double(), lse, others) if entropy else None
     scored = labels != transform.ignore_index
     results = row_results(peak.amax(1), others, z_label, h_others)
-    logps, peak, rest, entropies = (None if x is None else torch.where(scored, x, 0) for x in results)
+    logps, peak, rest, entropies = (
+        None if x is None else torch.where(scored, x, 0) for x in results
+    )
     return logps, torch.stack([peak, rest]), entropies

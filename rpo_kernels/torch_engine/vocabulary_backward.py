@@ -1,4 +1,6 @@
-"""The vocabulary pass backward in PyTorch, for CPUs: same signature and results as ``kernels.vocabulary_backward``."""
+"""The vocabulary pass backward in PyTorch, for CPUs: same signature and results as
+``kernels.vocabulary_backward``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def vocabulary_backward(
     entropy_coef: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place), given dL/dlogp ``[N]``."""
+    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place),
+    given dL/dlogp ``[N]``.
+    """
     if not logits.shape[2]:
         return
     if upstream is not None:
@@ -51,16 +55,22 @@ def vocabulary_backward(
             blocks, block_lse = log_softmax_blocks(z, exponentiate=True)
             blocks.mul_((-factor * (block_lse - total).exp()).float()[..., None])
         else:
-            h, hc = entropies[rows][:, None], entropy_coef[rows][:, None] * (1 if slope is not None else chain)
+            h, hc = (
+                entropies[rows][:, None],
+                entropy_coef[rows][:, None] * (1 if slope is not None else chain),
+            )
             blocks, block_lse = log_softmax_blocks(z)
             p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
             offset = block_lse - total
-            blocks.clamp_(min=FLOOR).add_((offset + h).float()[..., None]).mul_(hc[..., None]).add_(factor[..., None])
+            blocks.clamp_(min=FLOOR).add_((offset + h).float()[..., None]).mul_(hc[..., None]).add_(
+                factor[..., None]
+            )
             blocks.mul_(p.mul_(-offset.exp().float()[..., None]))
             at_label -= hc * logp.exp() * (logp.clamp(min=FLOOR) + h)
         if (dead_blocks := block_lse == -torch.inf).any():
             blocks.masked_fill_(dead_blocks[..., None], 0)
-        z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))  # -1: on another shard
+        # -1: on another shard
+        z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))
         if (nothing := ~(total > -torch.inf)).any():
             z.masked_fill_(nothing, torch.nan)
         if slope is not None:

@@ -1,4 +1,6 @@
-"""The vocabulary pass forward in PyTorch, for CPUs: same signatures and results as ``kernels.vocabulary_forward``."""
+"""The vocabulary pass forward in PyTorch, for CPUs: same signatures and results as
+``kernels.vocabulary_forward``.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,16 @@ from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, 
 
 
 def vocabulary_forward(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    transform: LogitTransform,
-    entropy: bool = False,
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See ``kernels.vocabulary_forward``; the logsumexp is a peak and the rest."""
     N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
-    for rows, z_label, peak, others, h_others in _read(logits, labels, transform, entropy, torch.nan):
+    for rows, z_label, peak, others, h_others in _read(
+        logits, labels, transform, entropy, torch.nan
+    ):
         logps[rows], lse[0, rows], lse[1, rows], h = row_results(peak, others, z_label, h_others)
         if entropy:
             entropies[rows] = h
@@ -29,22 +30,24 @@ def vocabulary_forward(
 
 
 def shard_statistics(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    transform: LogitTransform,
-    entropy: bool = False,
+    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> torch.Tensor:
-    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count from its first column.
+    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count
+    from its first column.
 
-    The label's z (-inf for label -1, which lies on another shard); of the other columns the maximum of z, the sum of
-    exp(z - maximum), and if asked the entropy.
+    The label's z (-inf for label -1, which lies on another shard); of the other columns the maximum
+    of z, the sum of exp(z - maximum), and if asked the entropy.
     """
-    statistics = torch.zeros((4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device)
+    statistics = torch.zeros(
+        (4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device
+    )
     if not logits.shape[2]:
         statistics[:2] = -torch.inf
         statistics[0].masked_fill_((labels != -1) & (labels != transform.ignore_index), torch.nan)
         return statistics
-    for rows, z_label, peak, others, h_others in _read(logits, labels, transform, entropy, -torch.inf):
+    for rows, z_label, peak, others, h_others in _read(
+        logits, labels, transform, entropy, -torch.inf
+    ):
         statistics[0, rows], statistics[1, rows] = z_label, peak
         statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
         if entropy:
@@ -53,9 +56,15 @@ def shard_statistics(
 
 
 def _read(
-    logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool, elsewhere: float
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    transform: LogitTransform,
+    entropy: bool,
+    elsewhere: float,
 ) -> Iterator[tuple]:
-    """Scored rows chunk by chunk: indices, z of the label, and of the other columns maximum, logsumexp and entropy."""
+    """Scored rows chunk by chunk: indices, z of the label, and of the other columns maximum,
+    logsumexp and entropy.
+    """
     V = logits.shape[2]
     scratch = scratch_for(logits, 2 if entropy else 1)
     for rows, chunk in chunks_of(logits, labels != transform.ignore_index):
@@ -67,20 +76,28 @@ def _read(
         # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
         z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
         z_label = z_label[:, 0]
-        z_label = torch.where(inside, z_label, torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere))
+        z_label = torch.where(
+            inside,
+            z_label,
+            torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
+        )
         blocks, block_lse = log_softmax_blocks(z)
         others = torch.logsumexp(block_lse, 1)
         h_others = None
         if entropy:
             p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
-            h_others = entropy_of_parts(-p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others)
+            h_others = entropy_of_parts(
+                -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
+            )
         yield rows, z_label, block_lse.amax(1).float(), others, h_others
 
 
 def row_results(
     peak: torch.Tensor, others: torch.Tensor, z_label: torch.Tensor, h_others: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(log p, peak, rest, entropy) of rows from the label's z and the other columns' maximum, logsumexp and entropy."""
+    """(log p, peak, rest, entropy) of rows from the label's z and the other columns' maximum,
+    logsumexp and entropy.
+    """
     odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
     logp = -_softplus(odds)
     peak = torch.maximum(z_label, peak)
@@ -94,7 +111,9 @@ def row_results(
 
 
 def entropy_of_parts(h: torch.Tensor, lse: torch.Tensor, lse_of_all: torch.Tensor) -> torch.Tensor:
-    """Entropy ``[N]`` of columns in parts, from the parts' entropies and logsumexps ``[N, parts]``."""
+    """Entropy ``[N]`` of columns in parts, from the parts' entropies and logsumexps ``[N,
+    parts]``.
+    """
     share = (lse - lse_of_all[:, None]).exp()
     return torch.where(share == 0, 0, share * (h - lse + lse_of_all[:, None])).sum(1)
 

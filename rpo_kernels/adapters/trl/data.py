@@ -1,4 +1,6 @@
-"""Preference data for :class:`RPOTrainer`: groups of K >= 2 responses to a prompt, with their rewards."""
+"""Preference data for :class:`RPOTrainer`: groups of K >= 2 responses to a prompt, with their
+rewards.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,19 @@ logger = logging.get_logger(__name__)
 COLUMNS = ["prompt_ids", "response_ids", "rewards", "ref_chosen_logps", "ref_rejected_logps"]
 SCORES = (("score_chosen", "score_rejected"), ("chosen_reward", "rejected_reward"))
 EXPECTED = (
-    "prompt, responses, rewards; or (prompt,) chosen, rejected with score_chosen, score_rejected or chosen_reward, rejected_reward"
+    "prompt, responses, rewards; or (prompt,) chosen, rejected with score_chosen, score_rejected "
+    "or chosen_reward, rejected_reward"
 )
 
 
-def group_of(example: dict[str, Any], objective: RPOObjective, name: str) -> tuple[Any, list, list[float] | None]:
-    """(prompt, responses, rewards) of a row; rewards None where the objective brings its own target.
+def group_of(
+    example: dict[str, Any], objective: RPOObjective, name: str
+) -> tuple[Any, list, list[float] | None]:
+    """(prompt, responses, rewards) of a row; rewards None where the objective brings its own
+    target.
 
-    The first response is then the chosen one: ``chosen``, or the one with the largest of the ``rewards``.
+    The first response is then the chosen one: ``chosen``, or the one with the largest of the
+    ``rewards``.
     """
     where = f"RPOTrainer: {name} dataset"
     if {"prompt", "responses"} <= example.keys():
@@ -35,17 +42,25 @@ def group_of(example: dict[str, Any], objective: RPOObjective, name: str) -> tup
     elif {"chosen", "rejected"} <= example.keys():
         example = example if "prompt" in example else example | extract_prompt(example)
         prompt, responses = example["prompt"], [example["chosen"], example["rejected"]]
-        rewards = next(([example[a], example[b]] for a, b in SCORES if a in example and b in example), None)
+        rewards = next(
+            ([example[a], example[b]] for a, b in SCORES if a in example and b in example), None
+        )
     else:
         raise ValueError(f"{where} must have the columns {EXPECTED}; got {', '.join(example)}")
     if not isinstance(responses, list) or len(responses) < 2:
         got = f"{len(responses)}" if isinstance(responses, list) else type(responses).__name__
-        raise ValueError(f"{where}: `responses` must be a list of at least two to each prompt, got {got}: nothing to compare")
+        raise ValueError(
+            f"{where}: `responses` must be a list of at least two to each prompt, got {got}: "
+            "nothing to compare"
+        )
     if objective.label is not None and len(responses) != 2:
-        raise ValueError(f"{where}: this objective labels pairs, got {len(responses)} `responses` to a prompt")
+        raise ValueError(
+            f"{where}: this objective labels pairs, got {len(responses)} `responses` to a prompt"
+        )
     if rewards is None and objective.uses_rewards:
         raise ValueError(
-            f"{where} has no rewards, which this objective compares with: expected the columns {EXPECTED}; "
+            f"{where} has no rewards, which this objective compares with: expected the columns "
+            f"{EXPECTED}; "
             f"got {', '.join(example)}. "
             'For labels alone use an objective with a target of its own, such as objective="dpo"'
         )
@@ -65,16 +80,23 @@ def _check_rewards(rewards: object, K: int, objective: RPOObjective, where: str)
         raise ValueError(f"{where}: `rewards` must be one number per response, {K}; got {got}")
     for reward in rewards:
         number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
-        if not number or math.isnan(reward) or (math.isinf(reward) and objective.distance != "backward_kl"):
+        if (
+            not number
+            or math.isnan(reward)
+            or (math.isinf(reward) and objective.distance != "backward_kl")
+        ):
             legal = "numbers" if objective.distance == "backward_kl" else "finite numbers"
             raise ValueError(f"{where}: `rewards` must be {legal}, got {reward!r}")
 
 
-def encode(example: dict[str, Any], processing_class, eos_token: str, objective: RPOObjective, name: str) -> dict[str, Any]:
-    """A row as token ids: ``prompt_ids``, ``response_ids`` (K lists), and ``rewards`` (K) where the objective uses them.
+def encode(
+    example: dict[str, Any], processing_class, eos_token: str, objective: RPOObjective, name: str
+) -> dict[str, Any]:
+    """A row as token ids: ``prompt_ids``, ``response_ids`` (K lists), and ``rewards`` (K) where the
+    objective uses them.
 
-    As TRL's DPO does it: responses in plain text end with the end token; the prompt ends where prompt and prompt + response,
-    tokenized, first differ.
+    As TRL's DPO does it: responses in plain text end with the end token; the prompt ends where
+    prompt and prompt + response, tokenized, first differ.
     """
     prompt, responses, rewards = group_of(example, objective, name)
     tools = example.get("tools")
@@ -83,8 +105,13 @@ def encode(example: dict[str, Any], processing_class, eos_token: str, objective:
         **(example.get("chat_template_kwargs") or {}),
     }
     if is_conversational({"prompt": prompt}):
-        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **options)["input_ids"]
-        whole = [_tokenize(processing_class, prompt + response, **options)["input_ids"] for response in responses]
+        prompt_ids = _tokenize(processing_class, prompt, add_generation_prompt=True, **options)[
+            "input_ids"
+        ]
+        whole = [
+            _tokenize(processing_class, prompt + response, **options)["input_ids"]
+            for response in responses
+        ]
     else:
         prompt_ids = _tokenize(processing_class, prompt)["input_ids"]
         ended = [r if r.endswith(eos_token) else r + eos_token for r in responses]
@@ -92,7 +119,8 @@ def encode(example: dict[str, Any], processing_class, eos_token: str, objective:
     start = min(common_prefix_length(prompt_ids, ids) for ids in whole)
     if start < len(prompt_ids):
         logger.warning_once(
-            "RPOTrainer: the tokenized prompt is no prefix of prompt + response; the response begins where they differ, and "
+            "RPOTrainer: the tokenized prompt is no prefix of prompt + response; the response "
+            "begins where they differ, and "
             f"{processing_class.decode(prompt_ids[start:])!r} of the prompt is left out"
         )
     row = {"prompt_ids": prompt_ids[:start], "response_ids": [ids[start:] for ids in whole]}
@@ -103,12 +131,17 @@ def encode(example: dict[str, Any], processing_class, eos_token: str, objective:
 class DataCollatorForGroups(DataCollatorForPreference):
     """Rows of :func:`encode` as tensors, the responses to a prompt side by side.
 
-    ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``, ``attention_mask``, ``completion_mask``
-    ``[S, T]``, right padded; ``rewards``, ``ref_logps`` ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
+    ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``,
+    ``attention_mask``, ``completion_mask`` ``[S, T]``, right padded; ``rewards``, ``ref_logps``
+    ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        cut = slice(None, self.max_length) if self.truncation_mode == "keep_start" else slice(-(self.max_length or 0), None)
+        cut = (
+            slice(None, self.max_length)
+            if self.truncation_mode == "keep_start"
+            else slice(-(self.max_length or 0), None)
+        )
         ids, completion = [], []
         for example in examples:
             prompt = example["prompt_ids"]
@@ -119,14 +152,23 @@ class DataCollatorForGroups(DataCollatorForPreference):
         # first, because accelerate and transformers take the batch size from the first tensor
         batch = {"group_sizes": torch.tensor(sizes)}
         if len(set(sizes)) > 1:
-            batch["cu_groups"] = torch.nn.functional.pad(batch["group_sizes"].cumsum(0, dtype=torch.int32), (1, 0))
+            batch["cu_groups"] = torch.nn.functional.pad(
+                batch["group_sizes"].cumsum(0, dtype=torch.int32), (1, 0)
+            )
         batch["input_ids"] = self._pad(ids, self.pad_token_id)
         batch["attention_mask"] = self._pad([torch.ones_like(row) for row in ids], 0)
         batch["completion_mask"] = self._pad(completion, 0)
         if "rewards" in examples[0]:
-            batch["rewards"] = torch.tensor([r for example in examples for r in example["rewards"]], dtype=torch.float32)
-        if "ref_chosen_logps" in examples[0]:  # the first response's, and the others', padded to the dataset's largest K
-            rows = [[e["ref_chosen_logps"], *e["ref_rejected_logps"]][:k] for e, k in zip(examples, sizes)]
+            batch["rewards"] = torch.tensor(
+                [r for example in examples for r in example["rewards"]], dtype=torch.float32
+            )
+        if (
+            "ref_chosen_logps" in examples[0]
+        ):  # the first response's, and the others', padded to the dataset's largest K
+            rows = [
+                [e["ref_chosen_logps"], *e["ref_rejected_logps"]][:k]
+                for e, k in zip(examples, sizes)
+            ]
             batch["ref_logps"] = torch.tensor([x for row in rows for x in row], dtype=torch.float32)
         return batch
 

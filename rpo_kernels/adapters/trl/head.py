@@ -1,7 +1,8 @@
 """TRL's fused LM head on our kernels.
 
-Every trainer of TRL 1.16 gets its log-probabilities from one function, ``trl.trainer.utils._ChunkedLogProbFunction``, looked up
-when the model is called. Replacing that name serves them all, and leaves losses, metrics and generation as they are.
+Every trainer of TRL 1.16 gets its log-probabilities from one function,
+``trl.trainer.utils._ChunkedLogProbFunction``, looked up when the model is called. Replacing that
+name serves them all, and leaves losses, metrics and generation as they are.
 """
 
 from __future__ import annotations
@@ -14,15 +15,29 @@ from torch import Tensor
 from transformers.utils import logging
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
-from rpo_kernels import linear_token_logps, linear_token_logps_and_entropy, token_logps, token_logps_and_entropy
+from rpo_kernels import (
+    linear_token_logps,
+    linear_token_logps_and_entropy,
+    token_logps,
+    token_logps_and_entropy,
+)
 
 from .version import check_version
 
 logger = logging.get_logger(__name__)
 
 ARGUMENTS = (
-    "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs",
-)  # fmt: skip
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # What TRL has, while ours takes its place.
@@ -31,7 +46,9 @@ _active = 0
 
 
 class LogProbs:
-    """Stands where TRL has an autograd function: same arguments, same five outputs, None for what is not asked."""
+    """Stands where TRL has an autograd function: same arguments, same five outputs, None for what
+    is not asked.
+    """
 
     @staticmethod
     def apply(
@@ -49,10 +66,22 @@ class LogProbs:
         if why:
             logger.warning_once(f"accelerate_trl: TRL's own log-probabilities are used where {why}")
             return _original["_ChunkedLogProbFunction"].apply(
-                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
             )
         if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)  # cast_lm_head_to_fp32
+            # cast_lm_head_to_fp32
+            weight, bias = (
+                weight.to(hidden.dtype),
+                None if bias is None else bias.to(hidden.dtype),
+            )
         options = {
             "bias": bias,
             "temperature": temperature,
@@ -67,10 +96,16 @@ class LogProbs:
             logps, entropy = linear_token_logps_and_entropy(hidden, weight, targets, **options)
         else:
             logps = linear_token_logps(hidden, weight, targets, **options)
-        return logps, entropy, *(rest.of(name, logps) for name in ("log_sum_sq_probs", "mean_logits", "is_top1"))
+        return (
+            logps,
+            entropy,
+            *(rest.of(name, logps) for name in ("log_sum_sq_probs", "mean_logits", "is_top1")),
+        )
 
 
-def _not_ours(weight: Tensor, temperature: float, logit_scale: float, outputs: tuple[str, ...]) -> str | None:
+def _not_ours(
+    weight: Tensor, temperature: float, logit_scale: float, outputs: tuple[str, ...]
+) -> str | None:
     """Why this call stays TRL's, if it does."""
     if hasattr(weight, "ds_id"):
         return "DeepSpeed ZeRO-3 takes the LM head apart between forward and backward"
@@ -81,10 +116,12 @@ def _not_ours(weight: Tensor, temperature: float, logit_scale: float, outputs: t
 
 
 class RowStatistics:
-    """What TRL's metrics read of whole rows of logits, as the chunks come by; none of it differentiable.
+    """What TRL's metrics read of whole rows of logits, as the chunks come by; none of it
+    differentiable.
 
     z = softcap tanh(logit_scale x / softcap) / temperature
-    entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads     with p = softmax z
+    entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads
+    with p = softmax z
     """
 
     def __init__(self, wanted: set[str]):
@@ -93,36 +130,52 @@ class RowStatistics:
 
     def __call__(self, logits: Tensor, labels: Tensor, transform: dict) -> None:
         """Take in a chunk ``[n, V]``: an ``on_logits`` of the linear functions."""
-        temperature, scale, softcap = (transform[name] for name in ("temperature", "logit_scale", "softcap"))
+        temperature, scale, softcap = (
+            transform[name] for name in ("temperature", "logit_scale", "softcap")
+        )
         for name, parts in self.parts.items():
             if name == "entropy":
                 parts.append(token_logps_and_entropy(logits, labels, **transform)[1])
             elif name == "is_top1":
-                parts.append(logits.argmax(-1) == labels)  # z grows with x; the first of equals, as in TRL
-            elif name == "log_sum_sq_probs":  # log p^2 = 2 z - 2 lse(z), and 2 z is z at half the temperature
+                # z grows with x; the first of equals, as in TRL
+                parts.append(logits.argmax(-1) == labels)
+            elif (
+                name == "log_sum_sq_probs"
+            ):  # log p^2 = 2 z - 2 lse(z), and 2 z is z at half the temperature
                 halved = token_logps(logits, labels, **transform | {"temperature": temperature / 2})
                 parts.append(2 * token_logps(logits, labels, **transform) - halved)
             elif softcap is None:
                 parts.append(logits.mean(-1, dtype=torch.float32) * (scale / temperature))
             else:
-                parts.append((logits * (scale / softcap)).tanh_().mean(-1, dtype=torch.float32) * (softcap / temperature))
+                parts.append(
+                    (logits * (scale / softcap)).tanh_().mean(-1, dtype=torch.float32)
+                    * (softcap / temperature)
+                )
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
         """``[N]`` of all rows, in the order in which they came; None if it is not wanted."""
         if name not in self.wanted:
             return None
         return (
-            torch.cat(self.parts[name]) if self.parts[name] else like.new_zeros(0, dtype=None if name != "is_top1" else torch.bool)
+            torch.cat(self.parts[name])
+            if self.parts[name]
+            else like.new_zeros(0, dtype=None if name != "is_top1" else torch.bool)
         )
 
 
 class Acceleration:
-    """What :func:`accelerate_trl` returns: ``undo()`` it, or use it as a context manager. Nested ones end with the last."""
+    """What :func:`accelerate_trl` returns: ``undo()`` it, or use it as a context manager.
+
+    Nested ones end with the last.
+    """
 
     def __init__(self) -> None:
         global _active
         if not _active:
-            for name, ours in (("_ChunkedLogProbFunction", LogProbs), ("_use_triton", _scores_valid_positions_only)):
+            for name, ours in (
+                ("_ChunkedLogProbFunction", LogProbs),
+                ("_use_triton", _scores_valid_positions_only),
+            ):
                 _original[name] = getattr(host, name)
                 setattr(host, name, ours)
         _active += 1
@@ -147,17 +200,19 @@ class Acceleration:
 
 
 def accelerate_trl() -> Acceleration:
-    """Let TRL's trainers compute log-probabilities on our kernels: DPO, KTO, GRPO, RLOO, SFT, and what subclasses them.
+    """Let TRL's trainers compute log-probabilities on our kernels: DPO, KTO, GRPO, RLOO, SFT, and
+    what subclasses them.
 
-    Losses and metrics keep their values: logits are fp32 where TRL rounds them to the compute dtype, so 16-bit runs come out
-    closer to the truth, not equal to the last digit. On a CPU only scored positions take part, as elsewhere.
+    Losses and metrics keep their values: logits are fp32 where TRL rounds them to the compute
+    dtype, so 16-bit runs come out closer to the truth, not equal to the last digit. On a CPU only
+    scored positions take part, as elsewhere.
 
         accelerate_trl()                            # for the rest of the process
         with accelerate_trl(): trainer.train()      # or for a while
 
-    What else TRL asks for (entropy, mean logit, top-1, sum of squared probabilities) is read from the same chunks of logits: no
-    further GEMM. Calls that the kernels cannot serve (ZeRO-3, scales that are not positive) go to TRL's own function; the log says
-    so once.
+    What else TRL asks for (entropy, mean logit, top-1, sum of squared probabilities) is read from
+    the same chunks of logits: no further GEMM. Calls that the kernels cannot serve (ZeRO-3, scales
+    that are not positive) go to TRL's own function; the log says so once.
 
     Returns:
         :class:`Acceleration`, whose ``undo()`` restores TRL.
@@ -174,10 +229,16 @@ def accelerate_trl() -> Acceleration:
 
 def _check_signature() -> None:
     found = tuple(inspect.signature(host._ChunkedLogProbFunction.forward).parameters)
-    if found != ARGUMENTS or OPTIONAL_OUTPUTS != OUTPUTS or not callable(getattr(host, "_use_triton", None)):
+    if (
+        found != ARGUMENTS
+        or OPTIONAL_OUTPUTS != OUTPUTS
+        or not callable(getattr(host, "_use_triton", None))
+    ):
         raise RuntimeError(
-            f"accelerate_trl: TRL's `_ChunkedLogProbFunction.forward` must take ({', '.join(ARGUMENTS)}) and offer "
-            f"{', '.join(OUTPUTS)}; found ({', '.join(found)}) and {', '.join(OPTIONAL_OUTPUTS)}: is TRL patched by someone else?"
+            "accelerate_trl: TRL's `_ChunkedLogProbFunction.forward` must take "
+            f"({', '.join(ARGUMENTS)}) and offer "
+            f"{', '.join(OUTPUTS)}; found ({', '.join(found)}) and {', '.join(OPTIONAL_OUTPUTS)}: "
+            "is TRL patched by someone else?"
         )
 
 

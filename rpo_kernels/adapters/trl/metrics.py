@@ -1,4 +1,6 @@
-"""TRL's metrics, for groups of any size: each a sum and a count, so that processes can be added up."""
+"""TRL's metrics, for groups of any size: each a sum and a count, so that processes can be added
+up.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,19 @@ from .head import RowStatistics
 Metric = tuple[Tensor, Tensor]  # sum, count
 
 
-def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str, Metric], Tensor, Tensor]:
-    """Metrics of groups of ``sizes`` ``[G]``, and which sequences ``[G]`` are their chosen and rejected ones.
+def group_metrics(
+    out: RPOOutput, sizes: Tensor, ragged: bool
+) -> tuple[dict[str, Metric], Tensor, Tensor]:
+    """Metrics of groups of ``sizes`` ``[G]``, and which sequences ``[G]`` are their chosen and
+    rejected ones.
 
-    Chosen is the response with the largest target, the first of equals; rejected the one with the smallest, the last of
-    equals. Groups with fewer than two responses that have scored tokens do not count.
+    Chosen is the response with the largest target, the first of equals; rejected the one with the
+    smallest, the last of equals. Groups with fewer than two responses that have scored tokens do
+    not count.
     """
-    # Not RPOOutput.metrics: its means do not add up over processes (one with nothing to compare has NaN), groups of more than
-    # two have no chosen and rejected there, and TRL's logits and accuracies need to know which sequences these are.
+    # Not RPOOutput.metrics: its means do not add up over processes (one with nothing to compare has
+    # NaN), groups of more than two have no chosen and rejected there, and TRL's logits and
+    # accuracies need to know which sequences these are.
     G, S = len(sizes), len(out.rewards)
     K = int(sizes.max()) if ragged else S // G
     exists = torch.arange(K, device=sizes.device) < sizes[:, None]
@@ -49,11 +56,17 @@ def group_metrics(out: RPOOutput, sizes: Tensor, ragged: bool) -> tuple[dict[str
     return metrics, (first + best)[:, 0], (first + worst)[:, 0]
 
 
-def token_metrics(statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor) -> dict[str, Metric]:
-    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences ``chosen``, ``rejected`` ``[G]``."""
+def token_metrics(
+    statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor
+) -> dict[str, Metric]:
+    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences
+    ``chosen``, ``rejected`` ``[G]``.
+    """
     none = torch.zeros(0, device=mask.device)
     entropy, logits, leads = (
-        torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, statistics.of(name, none).float())
+        torch.zeros(mask.shape, device=mask.device).masked_scatter(
+            mask, statistics.of(name, none).float()
+        )
         for name in ("entropy", "mean_logits", "is_top1")
     )
     return {

@@ -29,40 +29,49 @@ NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "
 
 
 class RPOTrainer(DPOTrainer):
-    """:class:`trl.DPOTrainer` for any :class:`rpo_kernels.RPOObjective`: explicit rewards, K >= 2 responses to a prompt.
+    """:class:`trl.DPOTrainer` for any :class:`rpo_kernels.RPOObjective`: explicit rewards, K >= 2
+    responses to a prompt.
 
-        L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i        (arXiv 2502.00203)
+        L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
+        (arXiv 2502.00203)
 
-    The policy's loss is :func:`rpo_kernels.linear_rpo_loss` inside the model's forward: 3 GEMMs with a trainable head, 2 with a
-    frozen one, metrics included. Everything else is TRL's: models and references (a copy, ``ref_model``, precomputed, a PEFT
-    model with its adapter disabled), evaluation, accumulation, distribution, checkpoints.
+    The policy's loss is :func:`rpo_kernels.linear_rpo_loss` inside the model's forward: 3 GEMMs
+    with a trainable head, 2 with a frozen one, metrics included. Everything else is TRL's: models
+    and references (a copy, ``ref_model``, precomputed, a PEFT model with its adapter disabled),
+    evaluation, accumulation, distribution, checkpoints.
 
     Args:
-        model, ref_model, and all others: as for :class:`trl.DPOTrainer`. Objectives without a reference load none.
+        model, ref_model, and all others: as for :class:`trl.DPOTrainer`. Objectives without a
+            reference load none.
         args: :class:`RPOConfig`. ``per_device_train_batch_size`` counts prompts.
-        train_dataset, eval_dataset: columns ``prompt, responses, rewards`` (K texts, or K lists of messages, and K numbers; K may
-            differ between prompts), or TRL's pairs ``prompt, chosen, rejected`` with ``score_chosen, score_rejected`` or
-            ``chosen_reward, rejected_reward``. Objectives with a target of their own need no rewards and take the first response
-            (with rewards: the best) for the chosen one.
+        train_dataset, eval_dataset: columns ``prompt, responses, rewards`` (K texts, or K lists of
+            messages, and K numbers; K may differ between prompts), or TRL's pairs ``prompt, chosen,
+            rejected`` with ``score_chosen, score_rejected`` or ``chosen_reward, rejected_reward``.
+            Objectives with a target of their own need no rewards and take the first response (with
+            rewards: the best) for the chosen one.
 
-    Metrics are TRL's, of the response with the largest target (``chosen``) and the smallest (``rejected``; of equals the
-    last), in the objective's reward units. Further ones: ``rewards/target_margin`` t_chosen - t_rejected; ``rewards/agreement``,
-    the share of response pairs with different targets that the implicit rewards order alike; ``kl``, the mean of l_i - lref_i in
-    nats, which estimates KL(policy || reference) where responses are the policy's own.
+    Metrics are TRL's, of the response with the largest target (``chosen``) and the smallest
+    (``rejected``; of equals the last), in the objective's reward units. Further ones:
+    ``rewards/target_margin`` t_chosen - t_rejected; ``rewards/agreement``, the share of response
+    pairs with different targets that the implicit rewards order alike; ``kl``, the mean of l_i -
+    lref_i in nats, which estimates KL(policy || reference) where responses are the policy's own.
 
     Raises:
-        ValueError, TypeError: at construction, for data that do not fit the objective (an :class:`datasets.IterableDataset` shows
-            its first row then, the others as they come), for an objective with several references, and for images.
+        ValueError, TypeError: at construction, for data that do not fit the objective (an
+            :class:`datasets.IterableDataset` shows its first row then, the others as they come),
+            for an objective with several references, and for images.
     """
 
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
     _name = "RPO"
     _paper = {  # noqa: RUF012
-        "title": "Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment",
+        "title": "Reward-aware Preference Optimization: A Unified Mathematical Framework for "
+        "Model Alignment",
         "id": "2502.00203",
         "citation": textwrap.dedent("""\
             @article{sun2025reward,
-                title  = {{Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment}},
+                title  = {{Reward-aware Preference Optimization: A Unified Mathematical Framework
+                          for Model Alignment}},
                 author = {Shengyang Sun and others},
                 year   = 2025,
                 eprint = {arXiv:2502.00203},
@@ -86,11 +95,21 @@ class RPOTrainer(DPOTrainer):
         self.objective = _objective_of(args)
         _check_text_only(train_dataset)
         _check_reference(model, ref_model, args, self.objective.reference, peft_config)
-        # The base class loads no reference where log-probabilities are precomputed: here there are none to compute.
+        # The base class loads no reference where log-probabilities are precomputed: here there are
+        # none to compute.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs |= self.objective.reference == "none"
         try:
-            super().__init__(model, ref_model, args, data_collator, train_dataset, *rest, peft_config=peft_config, **options)
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator,
+                train_dataset,
+                *rest,
+                peft_config=peft_config,
+                **options,
+            )
         finally:
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute
@@ -98,17 +117,24 @@ class RPOTrainer(DPOTrainer):
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
             host.router_aux_loss_coef = self.router_aux_loss_coef
 
-    # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its options.
+    # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its
+    # options.
     @property
     def data_collator(self):
-        """Lays out a batch: :class:`DataCollatorForGroups`, unless the caller passed one that makes the same tensors."""
+        """Lays out a batch: :class:`DataCollatorForGroups`, unless the caller passed one that makes
+        the same tensors.
+        """
         return self._data_collator
 
     @data_collator.setter
     def data_collator(self, collator) -> None:
-        self._data_collator = DataCollatorForGroups(**vars(collator)) if type(collator) is DataCollatorForPreference else collator
+        self._data_collator = (
+            DataCollatorForGroups(**vars(collator))
+            if type(collator) is DataCollatorForPreference
+            else collator
+        )
 
-    # ---- data ----------------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args: RPOConfig, dataset_name: str):
         first = next(iter(dataset))
@@ -124,20 +150,25 @@ class RPOTrainer(DPOTrainer):
         translate(first)  # an iterable dataset would say what is wrong with it at the first step
         options: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
-            options = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} dataset"}
+            options = {
+                "num_proc": args.dataset_num_proc,
+                "desc": f"Tokenizing {dataset_name} dataset",
+            }
         with global_then_local_main_first():
             dataset = dataset.map(translate, remove_columns=list(first), **options)
             if args.max_length is not None and args.truncation_mode == "keep_start":
                 # no response token would be left of these
                 options.pop("desc", None)
-                dataset = dataset.filter(lambda example: len(example["prompt_ids"]) < args.max_length, **options)
+                dataset = dataset.filter(
+                    lambda example: len(example["prompt_ids"]) < args.max_length, **options
+                )
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = COLUMNS
 
-    # ---- log-probabilities ---------------------------------------------------------------------------------------------
+    # ---- log-probabilities -----------------------------------------------------------------------
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.objective.reference == "none":
@@ -147,8 +178,8 @@ class RPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G, K - 1]``, K the dataset's
-        largest; 0 where a prompt has fewer."""
+        """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
+        K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
         logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
@@ -160,7 +191,9 @@ class RPOTrainer(DPOTrainer):
         adapter = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None)
+            adapter = use_adapter(
+                policy, adapter_name="ref" if "ref" in policy.peft_config else None
+            )
         kwargs, labels = _model_inputs(inputs)
         with (
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
@@ -172,23 +205,37 @@ class RPOTrainer(DPOTrainer):
         # [S, T - 1], or more where prompt tuning puts virtual tokens before the others
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
-    # ---- the loss ------------------------------------------------------------------------------------------------------
+    # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs: dict[str, Tensor], return_outputs: bool):
         ref_logps = None
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
         elif self.objective.reference == "single":
-            ref_logps = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs)
-            if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-                ref_logps = sequence_logps(ref_logps)  # the policy's rows are longer, by virtual tokens
+            ref_logps = self._reference_logps(
+                self.model if self.ref_model is None else self.ref_model, inputs
+            )
+            if getattr(
+                getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
+            ):
+                # the policy's rows are longer, by virtual tokens
+                ref_logps = sequence_logps(ref_logps)
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         groups = {"rewards": inputs.get("rewards"), "cu_groups": inputs.get("cu_groups")}
-        groups["group_size"] = None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
+        groups["group_size"] = (
+            None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
+        )
         statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
-        out = model(**kwargs, labels=labels, objective=self.objective, ref_logps=ref_logps, on_logits=statistics, **groups)
+        out = model(
+            **kwargs,
+            labels=labels,
+            objective=self.objective,
+            ref_logps=ref_logps,
+            on_logits=statistics,
+            **groups,
+        )
         self._record(out, statistics, ref_logps, inputs, groups)
         if not return_outputs:
             return out.loss
@@ -196,7 +243,14 @@ class RPOTrainer(DPOTrainer):
             return out.loss, model(**kwargs)
 
     @torch.no_grad()
-    def _record(self, out: RPOOutput, statistics: RowStatistics, ref_logps: Tensor | None, inputs: dict, groups: dict) -> None:
+    def _record(
+        self,
+        out: RPOOutput,
+        statistics: RowStatistics,
+        ref_logps: Tensor | None,
+        inputs: dict,
+        groups: dict,
+    ) -> None:
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
         metrics, chosen, rejected = group_metrics(out, inputs["group_sizes"], "cu_groups" in inputs)
@@ -205,14 +259,28 @@ class RPOTrainer(DPOTrainer):
         if ref_logps is not None:
             ref_logps = ref_logps if ref_logps.dim() == 1 else sequence_logps(ref_logps)
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
-        metrics |= token_metrics(statistics, inputs["completion_mask"][:, 1:].bool(), chosen, rejected)
+        metrics |= token_metrics(
+            statistics, inputs["completion_mask"][:, 1:].bool(), chosen, rejected
+        )
         if self.aux_loss_enabled:
             rewards = groups.pop("rewards")
-            without = preference_loss(out.logps, rewards, self.objective, ref_logps=ref_logps, lengths=out.lengths, **groups).loss
-            metrics["aux_loss"] = (out.loss - without) / self.router_aux_loss_coef, torch.ones_like(without)
+            without = preference_loss(
+                out.logps,
+                rewards,
+                self.objective,
+                ref_logps=ref_logps,
+                lengths=out.lengths,
+                **groups,
+            ).loss
+            metrics["aux_loss"] = (
+                (out.loss - without) / self.router_aux_loss_coef,
+                torch.ones_like(without),
+            )
         metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
-        # One gathering, one look at the device: sums and counts over processes, which may hold different numbers of responses.
-        sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])  # [metrics, 2]
+        # One gathering, one look at the device: sums and counts over processes, which may hold
+        # different numbers of responses.
+        # [metrics, 2]
+        sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])
         recorded = dict(zip(metrics, self.accelerator.gather(sums[None]).sum(0).tolist()))
         tokens = recorded.pop("num_tokens")[0]
         if mode == "train":
@@ -233,11 +301,15 @@ def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
 
 def _objective_of(args: object):
     if not isinstance(args, RPOConfig):
-        raise TypeError(f"RPOTrainer: `args` must be an RPOConfig, which says the objective; got {type(args).__name__}")
+        raise TypeError(
+            "RPOTrainer: `args` must be an RPOConfig, which says the objective; got "
+            f"{type(args).__name__}"
+        )
     objective = args.make_objective()
     if objective.reference in ("harmonic", "geometric"):
         raise ValueError(
-            f"RPOTrainer: `objective` must have one reference or none, got reference={objective.reference!r}: TRL holds one "
+            "RPOTrainer: `objective` must have one reference or none, got "
+            f"reference={objective.reference!r}: TRL holds one "
             "reference model"
         )
     return objective
@@ -248,7 +320,8 @@ def _check_text_only(dataset) -> None:
     images = {"image", "images"} & first.keys()
     if images:
         raise ValueError(
-            f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a vision-language model call "
+            f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a "
+            "vision-language model call "
             "rpo_kernels.adapters.transformers.attach and a loop of your own"
         )
 
@@ -262,12 +335,15 @@ def _check_reference(model, ref_model, args: RPOConfig, reference: str, peft_con
             ("sync_ref_model", args.sync_ref_model),
         ):
             if given:
-                raise ValueError(f"RPOTrainer: `{name}` is superfluous: this objective has no reference")
+                raise ValueError(
+                    f"RPOTrainer: `{name}` is superfluous: this objective has no reference"
+                )
         return
     in_memory = not isinstance(model, str) and not get_config_model_id(model.config)
     peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if in_memory and ref_model is None and not peft and not args.precompute_ref_log_probs:
         raise ValueError(
-            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load it a second time for the "
+            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load "
+            "it a second time for the "
             "reference; pass a copy as ref_model, or peft_config, or precompute_ref_log_probs=True"
         )

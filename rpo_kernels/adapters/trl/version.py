@@ -1,4 +1,7 @@
-"""Which releases of TRL the adapter was tested with. It reaches into private names, so others are refused."""
+"""Which releases of TRL the adapter was tested with.
+
+It reaches into private names, so others are refused.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ def check_version() -> None:
     installed = Version(trl.__version__)
     if f"{installed.major}.{installed.minor}" != TESTED:
         raise ImportError(
-            f"rpo_kernels.adapters.trl: tested with trl {TESTED}.*, found trl {trl.__version__}, whose private names may "
-            f'mean something else; pip install "trl>={TESTED},<1.17", or call rpo_kernels.preference_loss from your own trainer'
+            f"rpo_kernels.adapters.trl: tested with trl {TESTED}.*, found trl {trl.__version__}, "
+            f'whose private names may mean something else; pip install "trl>={TESTED},<1.17", or '
+            "call rpo_kernels.preference_loss from your own trainer"
         )
