@@ -54,7 +54,7 @@ def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     out.zero_()
     with _bf16_products() if p.dtype == torch.bfloat16 else contextlib.nullcontext():
         for rows, columns in blocks(weight, p.t()):
-            out.addmm_(columns.t().float(), rows.float())
+            _multiply(out, columns.t().float(), rows.float(), accumulate=True)
     return out
 
 

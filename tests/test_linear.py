@@ -139,6 +139,28 @@ def test_any_subset_of_gradients_from_a_free_upstream(needs, workspace, backend,
             assert relative(x, y) < 1e-5
 
 
+@pytest.mark.parametrize("workspace", WORKSPACES)
+def test_linear_token_logps_and_entropy_has_one_gradient_however_it_is_announced(
+    workspace, backend, device
+):
+    hidden, weight, bias = (x.requires_grad_() for x in head(torch.empty(7, 5), device))
+    labels = torch.tensor([0, -100, 2, 3, -100, 1, 4], device=device)
+    options = {"bias": bias, "workspace_bytes": WORKSPACES[workspace], "backend": backend}
+    gradients = []
+    for entropy_grad in (None, True):
+        logps, entropies = linear_token_logps_and_entropy(
+            hidden, weight, labels, entropy_grad=entropy_grad, **options
+        )
+        total = (logps * torch.arange(7, device=device)).sum() - 2 * entropies.sum()
+        gradients.append(torch.autograd.grad(total, (hidden, weight, bias)))
+    for a, b in zip(*gradients):
+        assert relative(a, b) < 1e-6
+    reported = linear_token_logps_and_entropy(hidden, weight, labels, entropy_grad=False, **options)
+    assert reported[0].requires_grad and not reported[1].requires_grad
+    with pytest.raises(TypeError, match="`entropy_grad` must be True, False or None, got 1"):
+        linear_token_logps_and_entropy(hidden, weight, labels, entropy_grad=1)
+
+
 @pytest.fixture
 def gemms(monkeypatch):
     """Multiply-adds done, in units of one row against the whole head."""

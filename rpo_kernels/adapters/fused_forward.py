@@ -35,7 +35,7 @@ READ = {
 }
 LOSS = set(inspect.signature(linear_rpo_loss).parameters) - READ - {"labels"}
 TOKENS = set(inspect.signature(linear_token_logps).parameters) - READ - {"labels"}
-TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies"}
+TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies", "entropy_grad"}
 
 
 class TokenLogps(NamedTuple):
@@ -142,6 +142,8 @@ class Call:
             raise ValueError(f"{op}: `{stray[0]}` belongs to a call with {place}")
         if not loss and not tokens:
             return None
+        if "entropy_grad" in given and not given.get("output_entropies", False):
+            raise ValueError(f"{op}: `entropy_grad` belongs to a call with `output_entropies=True`")
         if others.pop("num_items_in_batch", None) is not None:
             raise ValueError(
                 f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; "

@@ -160,7 +160,7 @@ def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any
     ``cu_seqlens``).
 
     Entries that only a loss reads (rewards, group_size, ...) are left out. Options:
-    output_entropies, temperature, logits_dtype, workspace_bytes, count, backend.
+    output_entropies, entropy_grad, temperature, logits_dtype, workspace_bytes, count, backend.
     """
     inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
     return model(**inputs, output_token_logps=True, **options)

@@ -134,7 +134,7 @@ def linear_token_logps_and_entropy(
     workspace_bytes: int | None = None,
     count: int | None = None,
     on_logits: OnLogits = None,
-    entropy_grad: bool = True,
+    entropy_grad: bool | None = None,
     process_group: ProcessGroup | None = None,
     reduce_dhidden: bool = True,
     backend: str = "auto",
@@ -144,19 +144,22 @@ def linear_token_logps_and_entropy(
     Arguments and errors as there, and:
 
     Args:
-        entropy_grad: whether the entropies are differentiable. If not (entropies that are only
-            reported), the call costs what :func:`linear_token_logps` does; if so, the backward
-            computes the logits again: 4 GEMMs, 3 with a frozen head.
+        entropy_grad: whether the entropies will be differentiated. False (they are only reported)
+            costs what :func:`linear_token_logps` does, and they have no gradient; True computes the
+            logits once more in the backward: 4 GEMMs, 3 with a frozen head. None (default) costs
+            what False does where no gradient of the entropies arrives, and one GEMM and up to the
+            workspace more than True where one does.
     """
-    if not isinstance(entropy_grad, bool):
+    if entropy_grad is not None and not isinstance(entropy_grad, bool):
         raise TypeError(
-            f"linear_token_logps_and_entropy: `entropy_grad` must be a bool, got {entropy_grad!r}"
+            "linear_token_logps_and_entropy: `entropy_grad` must be True, False or None, got "
+            f"{entropy_grad!r}"
         )
     return _linear_token_logps(
         "linear_token_logps_and_entropy",
         Leaves(hidden, weight, bias, lora_hidden, lora_weight),
         labels,
-        DIFFERENTIABLE if entropy_grad else REPORTED,
+        {None: UNDECIDED, False: REPORTED, True: DIFFERENTIABLE}[entropy_grad],
         weight_grad,
         count,
         on_logits,
@@ -172,7 +175,8 @@ def linear_token_logps_and_entropy(
     )
 
 
-NONE, REPORTED, DIFFERENTIABLE = range(3)  # what is wanted of entropies
+# What is wanted of entropies.
+NONE, REPORTED, UNDECIDED, DIFFERENTIABLE = range(4)
 
 
 def _linear_token_logps(
@@ -347,7 +351,7 @@ def _setup_context(ctx, inputs, output):
     *leaves, _, ctx.weight_grad, _, ctx.entropy, _, _, ctx.options = inputs
     ctx.save_for_backward(*leaves, *output[2:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2 if ctx.entropy == DIFFERENTIABLE else 1 :])
+    ctx.mark_non_differentiable(*output[2 if ctx.entropy >= UNDECIDED else 1 :])
 
 
 def _backward(ctx, dlogps, dentropies, *_):
@@ -366,7 +370,7 @@ def _backward(ctx, dlogps, dentropies, *_):
             kept,
             coef,
             at_rows(dentropies),
-            ctx.entropy == DIFFERENTIABLE,
+            ctx.entropy == DIFFERENTIABLE or dentropies is not None,
             needs,
             ctx.options,
         )
@@ -395,7 +399,7 @@ def _settle(
     coef: Tensor,  # [n], dL / dlogp of the rows
     entropy_coef: Tensor | None,  # [n], dL / dentropy
     # whether nothing waited, because coefficients of entropies go into dlogits themselves
-    from_logits: bool,
+    from_logits: bool,  # coefficients of entropies go into dlogits: what was kept is of no use
     needs: list[bool],
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -405,7 +409,8 @@ def _settle(
     if options.vocab_ranks:  # labels that were kept count from the shard's first column
         transform = options.transform._replace(ignore_index=distributed.IGNORED)
         options = options._replace(transform=transform)
-    keeps = over_tokens(needs)
+    # beside P that was kept, new dlogits come in smaller batches
+    keeps = over_tokens(needs) and not (from_logits and len(kept.p))
     head = Head("linear_token_logps", leaves, options)
     chunks = head.plan(n, keeps, spared_bytes(leaves, needs, options, weight_grad))
     rows = gathered(leaves, options.compute_dtype, kept.index[:n], kept.labels[:n])
