@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo bench gpu lint clean
+.PHONY: test demo bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -18,6 +18,18 @@ bench: .venv/test.stamp
 gpu:
 	benchmarks/gpu.sh $(ARGS)
 
+# Every kernel's accesses, checked without a GPU (tests/sanitize.py). ARGS="--only split odd", ...; needs Python >= 3.11.
+sanitize: .venv-sanitize/stamp
+	.venv-sanitize/bin/python -m tests.sanitize $(ARGS)
+
+# In an environment of its own: ttsem asks for newer versions of Python, torch and triton than ours, and runs on ours.
+.venv-sanitize/stamp: constraints.txt
+	test -x .venv-sanitize/bin/python || $(PYTHON) -m venv .venv-sanitize
+	cd .venv-sanitize && bin/python -m pip install --quiet --disable-pip-version-check -c ../constraints.txt torch triton numpy
+	cd .venv-sanitize && bin/python -m pip download --quiet --no-deps --python-version 3.13 ttsem==0.1.0
+	cd .venv-sanitize && bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem-0.1.0-py3-none-any.whl
+	touch $@
+
 lint: .venv/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check rpo_kernels tests examples benchmarks
 
@@ -27,4 +39,4 @@ lint: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-sanitize build dist *.egg-info
