@@ -18,16 +18,18 @@ bench: .venv/test.stamp
 gpu:
 	benchmarks/gpu.sh $(ARGS)
 
-# Every kernel's accesses, checked without a GPU (tests/sanitize.py). ARGS="--only split odd", ...; needs Python >= 3.11.
+# Every kernel's accesses, checked without a GPU, in 2 minutes. ARGS="--only split odd", ...
 sanitize: .venv-sanitize/stamp
 	.venv-sanitize/bin/python -m tests.sanitize $(ARGS)
 
-# In an environment of its own: ttsem asks for newer versions of Python, torch and triton than ours, and runs on ours.
+# ttsem asks for newer Pythons, torch and triton than ours, and runs on ours (Python >= 3.11).
+.venv-sanitize/stamp: PIP := .venv-sanitize/bin/python -m pip --disable-pip-version-check --quiet
+.venv-sanitize/stamp: TTSEM := ttsem-0.1.0-py3-none-any.whl
 .venv-sanitize/stamp: constraints.txt
 	test -x .venv-sanitize/bin/python || $(PYTHON) -m venv .venv-sanitize
-	cd .venv-sanitize && bin/python -m pip install --quiet --disable-pip-version-check -c ../constraints.txt torch triton numpy
-	cd .venv-sanitize && bin/python -m pip download --quiet --no-deps --python-version 3.13 ttsem==0.1.0
-	cd .venv-sanitize && bin/python -m pip install --quiet --no-deps --ignore-requires-python ttsem-0.1.0-py3-none-any.whl
+	$(PIP) install -c constraints.txt torch triton numpy
+	$(PIP) download --no-deps --python-version 3.13 --dest .venv-sanitize ttsem==0.1.0
+	$(PIP) install --no-deps --ignore-requires-python .venv-sanitize/$(TTSEM)
 	touch $@
 
 lint: .venv/test.stamp

@@ -34,8 +34,11 @@ def engine(op: str, backend: str, device: torch.device, module: str) -> ModuleTy
 
 
 def runs_on_cpu() -> bool:
-    """Whether kernels may be launched on CPU tensors: in Triton's interpreter, or compiled, where the environment variable
-    RPO_KERNELS_ON_CPU=1 says that something has taken the place of Triton's launcher (a sanitizer, an emulator)."""
+    """Whether kernels may be launched on CPU tensors.
+
+    In Triton's interpreter; or where the environment variable RPO_KERNELS_ON_CPU=1 says that
+    something has taken the place of Triton's launcher: a sanitizer, an emulator.
+    """
     return os.environ.get(ON_CPU) == "1" or interpreted()
 
 

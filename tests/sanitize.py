@@ -39,7 +39,6 @@ from rpo_kernels import RPOObjective, reference
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
 
 BOTH, FP32 = (torch.float32, torch.bfloat16), (torch.float32,)
-Pairs = list[tuple[Tensor, Tensor]]  # (ours, the truth)
 
 
 def placed(x: Tensor, odd: bool) -> Tensor:
@@ -50,15 +49,14 @@ def placed(x: Tensor, odd: bool) -> Tensor:
     return copy.view(x.shape).copy_(x)
 
 
-# ---- cases: (dtype, odd, **options) -> pairs -----------------------------------------------------
+# ---- cases: (dtype, odd, **options) -> pairs of tensors, (ours, the truth) -----------------------
 
 
-def rows(
-    dtype, odd, V=1304, entropy=False, inplace=False, gap=False, split=False, ranks=1, **transform
-) -> Pairs:
-    """token_logps of ``[2, 3, V]`` and its gradient; with ranks, of this one's columns.
+def rows(dtype, odd, V=1304, entropy=False, inplace=False, gap=False, split=False, ranks=1, **z):
+    """token_logps of ``[2, 3, V]`` and its gradient: with ranks, of this one's columns.
 
     Rows are ordinary, sure of the label, sure of another token (and so read again), and ignored.
+    ``z``: how logits are scaled.
     """
     V -= odd
     labels = torch.tensor([[0, V - 1, V // 2], [-100, 1, V - 2]])
@@ -67,8 +65,8 @@ def rows(
     x[0, 2, 3] += 90
     x, weights = x.to(dtype), torch.randn(2, *labels.shape)
     wide = x.double().requires_grad_()
-    truth = [reference.token_logps(wide, labels, **transform)]
-    truth += [reference.token_entropy(wide, labels, **transform)] if entropy else []
+    truth = [reference.token_logps(wide, labels, **z)]
+    truth += [reference.token_entropy(wide, labels, **z)] if entropy else []
     (gradient,) = torch.autograd.grad(truth, wide, list(weights[: len(truth)].double()))
 
     cut = [0, V // 2 + 5, V] if ranks == 2 else [0, V]
@@ -81,14 +79,14 @@ def rows(
     # batch of few rows would be split.
     launch = {"PART": 512, "multiprocessors": lambda device: 132 if split else 0}
     with mock.patch.multiple("rpo_kernels.kernels.launch", **launch):
-        options = {"inplace_backward": inplace, "process_group": group, **transform}
+        options = {"inplace_backward": inplace, "process_group": group, **z}
         ours = call(logits, placed(labels, odd), backend="triton", **options)
         ours = ours if entropy else [ours]
         (dlogits,) = torch.autograd.grad(ours, logits, list(weights[: len(truth)]))
     return [*zip(ours, truth), (dlogits, gradient[..., columns])]
 
 
-def groups(dtype, odd, **objective) -> Pairs:
+def groups(dtype, odd, **objective):
     """preference_loss of ragged groups: one of 70 responses, one of one, one empty."""
     logps, ref_logps, rewards = torch.randn(3, 79)
     cu_groups = torch.tensor([0, 2, 3, 9, 9, 79], dtype=torch.int32)
@@ -97,7 +95,7 @@ def groups(dtype, odd, **objective) -> Pairs:
     return with_loss("preference_loss", [logps], [rewards], objective, odd, **options)
 
 
-def tokens(dtype, odd, op="rpo_loss", T=3, packed=False, **objective) -> Pairs:
+def tokens(dtype, odd, op="rpo_loss", T=3, packed=False, **objective):
     """rpo_loss or linear_rpo_loss of sequences, some of whose tokens are not scored."""
     V, H, S = 6, 144 - odd, 12 if T < 64 else 4  # dhidden has more elements than one program scales
     shape, options = (S, T), {"cu_groups": torch.arange(0, S + 1, 2, dtype=torch.int32)}
@@ -117,7 +115,7 @@ def tokens(dtype, odd, op="rpo_loss", T=3, packed=False, **objective) -> Pairs:
     return with_loss(op, leaves, [labels, torch.randn(S)], objective, odd, **options)
 
 
-def with_loss(op, leaves, args, objective, odd, **options) -> Pairs:
+def with_loss(op, leaves, args, objective, odd, **options):
     """Loss, implicit rewards, and gradients times 3, by which those that are early are scaled."""
 
     def results(module: object, convert: object, **backend: str) -> list[Tensor]:
@@ -178,7 +176,8 @@ def found(name: str, dtype: torch.dtype, odd: bool, rank: int, store: str) -> tu
     reports, faults, unjudged, error = [], 0, 0, float("inf")
     with sanitize.session(cuda_is_cpu=False, races="record") as session:
         try:
-            with mock.patch("torch.cuda.is_available", lambda: False):  # the session says yes
+            # The session says that there is a GPU, but not whether that is capturing a graph.
+            with mock.patch("torch.cuda.is_available", lambda: False):
                 error = max(off(*pair) for pair in function(dtype, odd, **options))
         except sanitize.Unjudged as stop:
             unjudged, reports = 1, [f"not judged: {stop}"]
@@ -235,9 +234,8 @@ def missed(fault: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     only, failed, start = set(parser.parse_args().only), 0, time.perf_counter()
     os.environ["RPO_KERNELS_ON_CPU"] = "1"  # ttsem takes the place of Triton's launcher

@@ -1,4 +1,4 @@
-"""What `make sanitize` covers, and, where ttsem is installed, that it finds planted faults; the hook that it needs."""
+"""What `make sanitize` covers, its hook, and, where ttsem is, that it finds faults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import sanitize
 from .helpers import compiling
@@ -21,6 +22,15 @@ def test_sanitize_has_a_case_for_every_kernel():
     launched = {name for kernels, *_ in sanitize.CASES.values() for name in kernels.split()}
     assert len(kernels) == len(launched) > 5
     assert all(kernel.endswith(tuple(launched)) for kernel in kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("odd", [False, True])
+def test_sanitize_places_tensors_in_memory_of_their_own_size(odd, dtype):
+    x = sanitize.placed(torch.arange(21).to(dtype).view(3, 7), odd)
+    assert x.tolist() == torch.arange(21).view(3, 7).tolist()
+    assert x.data_ptr() % 16 == odd * x.element_size()
+    assert x.untyped_storage().nbytes() == 21 * x.element_size()
 
 
 @pytest.mark.parametrize("fault", sanitize.PLANTED)
@@ -44,7 +54,6 @@ from rpo_kernels.backend import engine
 print(engine("scale", "triton", torch.device("cpu"), "scaling").__name__)
 """
     environment = compiling(RPO_KERNELS_ON_CPU=executed)
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert error in run.stderr if error else run.stdout == "rpo_kernels.kernels.scaling\n"
