@@ -86,10 +86,10 @@ def rows(dtype, odd, V=1304, entropy=False, inplace=False, gap=False, split=Fals
     return [*zip(ours, truth), (dlogits, gradient[..., columns])]
 
 
-def groups(dtype, odd, **objective):
+def groups(dtype, odd, bounds=(0, 2, 3, 9, 9, 79), **objective):
     """preference_loss of ragged groups: one of 70 responses, one of one, one empty."""
-    logps, ref_logps, rewards = torch.randn(3, 79)
-    cu_groups = torch.tensor([0, 2, 3, 9, 9, 79], dtype=torch.int32)
+    logps, ref_logps, rewards = torch.randn(3, bounds[-1])
+    cu_groups = torch.tensor(bounds, dtype=torch.int32)
     objective = RPOObjective(beta=0.3, eta=0.7, **objective)
     options = {"cu_groups": cu_groups, "ref_logps": ref_logps}
     return with_loss("preference_loss", [logps], [rewards], objective, odd, **options)
@@ -97,7 +97,7 @@ def groups(dtype, odd, **objective):
 
 def tokens(dtype, odd, op="rpo_loss", T=3, packed=False, **objective):
     """rpo_loss or linear_rpo_loss of sequences, some of whose tokens are not scored."""
-    V, H, S = 6, 144 - odd, 12 if T < 64 else 4  # dhidden has more elements than one program scales
+    V, H, S = 6, 144 - odd, 12 if T < 64 else 6  # dhidden has more elements than one program scales
     shape, options = (S, T), {"cu_groups": torch.arange(0, S + 1, 2, dtype=torch.int32)}
     if packed:
         ends = itertools.accumulate([3, 1, 0, 5, 3, 3, 2, 2, 3, 2, 5, 3])
@@ -129,6 +129,7 @@ def with_loss(op, leaves, args, objective, odd, **options):
 
 
 SOFTCAP = {"softcap": 30.0, "temperature": 0.7}
+SOFTMAX = {"distance": "backward_kl", "target": "softmax"}
 HARMONIC = {"reference": "harmonic", "sft_weight": 0.2, "sft_normalizer": "tokens"}
 AVERAGE = {"average": True, "sft_weight": 0.2, "sft_normalizer": "mean"}
 ROWS, TOKENS = "forward backward", "forward group_pass backward"
@@ -152,6 +153,8 @@ CASES = {  # name: (kernels in the order of their launches, dtypes, function, it
         f"groups, {x}, {y}": ("group_pass", FP32, groups, {"distance": x, "comparison": y})
         for x, y in itertools.product(DISTANCES, COMPARISONS)
     },
+    "groups, softmax": ("group_pass", FP32, groups, {"comparison": "pointwise", **SOFTMAX}),
+    "groups, one response": ("group_pass", FP32, groups, {"bounds": (0, 1)}),
     "tokens, pairs": (TOKENS, BOTH, tokens, {}),
     "tokens, average": (TOKENS, BOTH, tokens, {"T": 70, **AVERAGE}),
     "tokens, packed, harmonic": (TOKENS, BOTH, tokens, {"packed": True, **HARMONIC}),
@@ -201,7 +204,7 @@ def off(ours: Tensor, truth: Tensor) -> float:
     """Largest error, over 4e-6 of the largest magnitude and in bf16 an ulp of it."""
     ours, truth = ours.detach(), truth.detach()
     allowed = 4e-6 + (torch.finfo(ours.dtype).eps if ours.dtype == torch.bfloat16 else 0)
-    error = (ours.double() - truth).abs().max() / truth.abs().max() / allowed
+    error = (ours.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-30) / allowed
     return float(error.nan_to_num(nan=torch.inf))
 
 
