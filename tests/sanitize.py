@@ -129,7 +129,7 @@ def with_loss(op, leaves, args, objective, odd, **options):
 
 
 SOFTCAP = {"softcap": 30.0, "temperature": 0.7}
-SOFTMAX = {"distance": "backward_kl", "target": "softmax"}
+SOFTMAX = {"bounds": (0, 2, 3, 9), "distance": "backward_kl", "target": "softmax"}
 HARMONIC = {"reference": "harmonic", "sft_weight": 0.2, "sft_normalizer": "tokens"}
 AVERAGE = {"average": True, "sft_weight": 0.2, "sft_normalizer": "mean"}
 ROWS, TOKENS = "forward backward", "forward group_pass backward"
