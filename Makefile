@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo bench gpu lint clean
+.PHONY: test demo bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -18,6 +18,20 @@ bench: .venv/test.stamp
 gpu:
 	benchmarks/gpu.sh $(ARGS)
 
+# Every kernel's accesses, checked without a GPU, in 2 minutes. ARGS="--only split odd", ...
+sanitize: .venv-sanitize/stamp
+	.venv-sanitize/bin/python -m tests.sanitize $(ARGS)
+
+# ttsem asks for newer Pythons, torch and triton than ours, and runs on ours (Python >= 3.11).
+.venv-sanitize/stamp: PIP := .venv-sanitize/bin/python -m pip --disable-pip-version-check --quiet
+.venv-sanitize/stamp: TTSEM := ttsem-0.1.0-py3-none-any.whl
+.venv-sanitize/stamp: constraints.txt
+	test -x .venv-sanitize/bin/python || $(PYTHON) -m venv .venv-sanitize
+	$(PIP) install -c constraints.txt torch triton numpy
+	$(PIP) download --no-deps --python-version 3.13 --dest .venv-sanitize ttsem==0.1.0
+	$(PIP) install --no-deps --ignore-requires-python .venv-sanitize/$(TTSEM)
+	touch $@
+
 lint: .venv/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check rpo_kernels tests examples benchmarks
 
@@ -27,4 +41,4 @@ lint: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-sanitize build dist *.egg-info

@@ -99,7 +99,7 @@ def device() -> torch.device:
     if HAS_GPU:
         return torch.device("cuda")
     triton.runtime.driver.set_active(no_driver())
-    backend.interpreted = lambda: True
+    os.environ[backend.ON_CPU] = "1"
     checks._may_look = lambda _: False
     return torch.device("cpu")
 

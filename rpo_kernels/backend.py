@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+ON_CPU = "RPO_KERNELS_ON_CPU"
 
 
 @functools.cache
@@ -26,13 +28,22 @@ def engine(op: str, backend: str, device: torch.device, module: str) -> ModuleTy
             "install it or pass backend='torch'"
         )
     kernels = importlib.import_module(f".kernels.{module}", __package__)
-    if device.type == "cpu" and not interpreted():
+    if device.type == "cpu" and not runs_on_cpu():
         raise RuntimeError(
             f"{op}: backend 'triton' on a CPU tensor runs in Triton's interpreter: set "
             "TRITON_INTERPRET=1 in the environment "
             "before the first kernel is imported, or pass backend='torch'"
         )
     return kernels
+
+
+def runs_on_cpu() -> bool:
+    """Whether kernels may be launched on CPU tensors.
+
+    In Triton's interpreter; or where the environment variable RPO_KERNELS_ON_CPU=1 says that
+    something has taken the place of Triton's launcher: a sanitizer, an emulator.
+    """
+    return os.environ.get(ON_CPU) == "1" or interpreted()
 
 
 def interpreted() -> bool:
