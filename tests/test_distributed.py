@@ -7,6 +7,7 @@ truth for what it computes together with the others.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -1343,6 +1344,37 @@ def each_public_function_compiles_into_one_graph_that_serves_every_number_of_tok
     labels = inputs[2].clone()
     labels[0, 0] = V if group.rank() else 0  # found when the graph runs
     raises(ValueError, "labels", compiled, inputs[0], weight, labels, *inputs[3:])
+
+
+@case(2)
+def linear_token_logps_keeps_what_each_shard_has_room_for_in_graphs_too(group):
+    """Chunks of two rows are the same on all ranks; how many rows of P wait is not."""
+    width, rows = SPLITS[2][group.rank()], 24
+    hidden, labels = torch.randn(rows, H, requires_grad=True), torch.randint(0, V, (rows,))
+    weight = torch.randn(V, H)[columns(group)].clone().requires_grad_()
+    budget = 10 * 4 * max(SPLITS[2])
+    dropped = rows - (budget // (4 * width) // 2 * 2 - 2)
+
+    def step(hidden, weight):
+        logps = linear_token_logps(
+            hidden, weight, labels, process_group=group, workspace_bytes=budget
+        )
+        return logps.sin().sum()
+
+    results = []
+    for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch("rpo_kernels.ops.head.CPU_CHUNK_ROWS", 2))
+            project, backproject, gradient = (
+                stack.enter_context(mock.patch.object(gemm, name, wraps=getattr(gemm, name)))
+                for name in ("project", "backproject", "weight_gradient")
+            )
+            results.append(torch.autograd.grad(f(hidden, weight), (hidden, weight)))
+        done = [sum(len(x.args[0]) for x in calls.call_args_list) for calls in (project, gradient)]
+        assert done == [rows + dropped, rows], (done, dropped)
+        assert sum(len(x.args[0]) for x in backproject.call_args_list) == rows
+    for a, b in zip(*results):
+        close(a, b)
 
 
 @case(2)

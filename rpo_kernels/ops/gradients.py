@@ -201,7 +201,8 @@ class Store:
             yield part
             return
         first = part.start + (0 if size <= waiting else -(-(size - waiting) // chunk) * chunk)
-        yield from _split(slice(part.start, min(first, part.stop)), max(waiting, chunk))
+        whole = max(waiting // chunk, 1) * chunk
+        yield from _split(slice(part.start, min(first, part.stop)), whole)
         if first < part.stop:
             yield slice(first, part.stop)
 

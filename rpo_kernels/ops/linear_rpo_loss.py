@@ -415,7 +415,7 @@ def _forward_per_group(
     op, leaves = "linear_rpo_loss", Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     head, layout, rows, reference = _begin(op, leaves, data, needs, options)
     n = rows.size if size < 0 else size
-    chunks = late_chunks(op, leaves, needs, options, head.widest, n, weight_grad, size >= 0)
+    chunks = late_chunks(op, leaves, needs, options, head.widest, n, weight_grad)
     (window,) = layout.windows(max(1, sum(layout.most)))
     store = Store.new(head, rows, needs, chunks, size=n)
     store.read(window.rows, reference)
@@ -432,7 +432,7 @@ def _fake_per_group(
 ):
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     chunks = late_chunks(
-        "linear_rpo_loss", leaves, needs, options, weight.shape[0], size, weight_grad, True
+        "linear_rpo_loss", leaves, needs, options, weight.shape[0], size, weight_grad
     )
     x, S = hidden.new_empty(size, dtype=torch.float32), data.sequences.number
     per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)

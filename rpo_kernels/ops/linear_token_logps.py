@@ -245,31 +245,24 @@ def late_chunks(
     leaves: Leaves,
     needs: list[bool],
     options: Options,
-    V: int,
+    widest: int,
     rows: int,
     weight_grad: Tensor | None,
-    traced: bool,
 ) -> Chunks:
     """Of a store that is settled in a backward, where P that was kept and the logits that are
     computed again lie side by side.
 
-    In a trace nothing is known of the widths of other ranks' shards; no P is kept there.
+    Chunks of logits are those of the widest shard, because ranks combine each; how much P is kept
+    is a rank's own affair, and its shape is known in a trace, where other ranks' widths are not.
     """
     keeps = over_tokens(needs)
-    chunks = plan(
-        op,
-        options,
-        V,
-        rows,
-        leaves.hidden.is_cuda,
-        keeps,
-        spared_bytes(leaves, needs, options, weight_grad),
+    spared = spared_bytes(leaves, needs, options, weight_grad)
+    ours, common = (
+        plan(op, options, V, rows, leaves.hidden.is_cuda, keeps, spared)
+        for V in (leaves.weight.shape[0], widest)
     )
-    if keeps and (rows > chunks.waiting or (traced and options.vocab_ranks)):
-        return chunks._replace(
-            waiting=0 if traced and options.vocab_ranks else chunks.waiting - chunks.logits
-        )
-    return chunks
+    dropped = ours.logits if keeps and rows > ours.waiting else 0
+    return Chunks(common.logits, ours.waiting - dropped)
 
 
 def _forward(
@@ -303,7 +296,7 @@ def _forward(
     rows = head.rows(leaves, labels, index)
     n = rows.size if size < 0 else size
     now = _needs_now(needs, entropy)
-    chunks = late_chunks(op, leaves, now, options, head.widest, n, weight_grad, size >= 0)
+    chunks = late_chunks(op, leaves, now, options, head.widest, n, weight_grad)
     store = Store.new(head, rows, now, chunks, entropy != NONE, n)
     store.read(slice(0, rows.size))
 
@@ -340,7 +333,7 @@ def _fake_forward(
 ):
     leaves, now = Leaves(hidden, weight, bias, lora_hidden, lora_weight), _needs_now(needs, entropy)
     chunks = late_chunks(
-        "linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad, True
+        "linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad
     )
     logps = hidden.new_empty(labels.shape, dtype=torch.float32)
     entropies = torch.empty_like(logps) if entropy != NONE else logps.new_empty(0)
