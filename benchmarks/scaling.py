@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from rpo_kernels.inputs import LogitTransform
 from rpo_kernels.ops import head
-from rpo_kernels.ops.head import GPU_WORKSPACE, Chunks, Options
+from rpo_kernels.ops.head import GPU_FROZEN_ROWS, GPU_WORKSPACE, Chunks, Options
 
 ROOT = Path(__file__).parent.parent
 GEMM = 798e12  # flop/s, bf16
@@ -29,12 +29,13 @@ TOKENS = (32_768, 131_072)  # scored
 DEGREES = (1, 2, 4, 8)
 
 
-def plan(N: int, V: int, trainable: bool = True) -> Chunks:
-    """Rows of logits at a time, and rows of dlogits that wait for one GEMM, of a bf16 head with
-    fp32 logits.
+def plan(N: int, V: int, trainable: bool = True, H: int = 0) -> Chunks:
+    """Rows of logits at a time, and rows of P that wait for their coefficients, of a bf16 head
+    with fp32 logits. Where P of all rows fits with what an fp32 sum of dweight ``[V, H]`` would
+    take, there is no such sum.
     """
     options = Options(LogitTransform(), torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
-    return head.plan("", options, V, N, True, trainable)
+    return head.plan("", options, V, N, True, trainable, 4 * H)
 
 
 def cost(
@@ -44,23 +45,23 @@ def cost(
     tokens.
     """
     columns = -(-V // tp)
-    chunks = plan(N, columns, trainable)
+    chunks = plan(N, columns, trainable, H)
     gathers = -(-N // chunks.logits)
-    flushes = -(-N // chunks.waiting) if trainable else 0
+    windows = -(-N // chunks.waiting) if trainable else 0
     gemms = (3 if trainable else 2) * 2 * N * H * columns / GEMM
     # fp32 logits are read forward and backward, bf16 dlogits written; from the second flush on
     # dweight is summed in fp32
     rows = (4 + 4 + 2) * N * columns / MEMORY
-    sums = (8 * flushes + 2) * H * columns / MEMORY if flushes > 1 else 0.0
+    sums = (8 * windows + 2) * H * columns / MEMORY if windows > 1 else 0.0
     statistics = gathers * LATENCY + 3 * 4 * N * (tp - 1) / link if tp > 1 else 0.0
     dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # a ring's all-reduce, bf16
-    # A chunk's sum runs beside the next chunk's logits GEMM, whose statistics wait for it; the last
-    # one's beside a dweight GEMM.
-    chunk, share = min(1.0, chunks.logits / N), gemms / (3 if trainable else 2)
-    last = N - (flushes - 1) * chunks.waiting if trainable else 0  # rows of that GEMM
-    exposed = max(0.0, dhidden - share) * (1 - chunk) + max(0.0, dhidden * chunk - share * last / N)
+    # The sum of a window's rows runs beside its dweight GEMM; with a frozen head beside the GEMMs of
+    # the next window, which the last one has not.
+    share = gemms / (3 if trainable else 2)
+    last = 0.0 if trainable else min(1.0, chunks.waiting / N)
+    exposed = max(0.0, dhidden - share) * (1 - last) + dhidden * last
     # bf16 weight and gradient, fp32 sum
-    weights = columns * H * (2 + (2 if trainable else 0) + (4 if flushes > 1 else 0))
+    weights = columns * H * (2 + (2 if trainable else 0) + (4 if windows > 1 else 0))
     return {
         "gemms": gemms,
         "rows": rows,
@@ -74,7 +75,7 @@ def cost(
         "workspace": min(GPU_WORKSPACE, (4 * chunks.logits + 2 * chunks.waiting) * columns),
         "naive": NAIVE * N * columns,
         "gathers": gathers,
-        "flushes": flushes,
+        "windows": windows,
     }
 
 
@@ -93,19 +94,26 @@ def latency_crossing(H: int, V: int, gemms: int) -> float:
 
 
 def hiding(V: int, link: float) -> float:
-    """Degree up to which a chunk's dhidden all-reduce hides behind one GEMM of the next."""
+    """Degree up to which the dhidden all-reduce hides behind one GEMM of as many rows."""
     return crossing(V, link, 1)
 
 
 def context(N: int, H: int, V: int, cp: int) -> dict[str, float]:
     """Seconds on one of ``cp`` ranks that share N tokens, each with the whole head: in one call,
-    and composed (one GEMM more).
+    and composed of functions of token log-probabilities, which compute the logits of rows whose P
+    was dropped once more.
     """
-    c = cost(N // cp, H, V, 1)
-    units = -(-N // (cp * plan(N // cp, V).logits))
+    c, rows = cost(N // cp, H, V, 1), N // cp
+    chunks = plan(rows, V, H=H)
+    windows = -(-rows // chunks.waiting)
     # log-probabilities and references of tokens
-    travel = units * 2 * LATENCY + 2 * 4 * N * (cp - 1) / cp / LINKS["NVLink"]
-    return {"call": c["time"] + travel, "composed": c["time"] + c["gemms"] / 3, "travel": travel}
+    travel = windows * 2 * LATENCY + 2 * 4 * N * (cp - 1) / cp / LINKS["NVLink"]
+    dropped = max(0, rows - chunks.waiting + chunks.logits) / rows if windows > 1 else 0
+    return {
+        "call": c["time"] + travel,
+        "composed": c["time"] + travel + dropped * c["gemms"] / 3,
+        "travel": travel,
+    }
 
 
 def table(V: int) -> str:
@@ -205,13 +213,14 @@ workspace of {GPU_WORKSPACE >> 30} GiB; all tokens scored; a trainable head. Wit
 
     GEMMs         3 x 2 N H V/R / {GEMM / 1e12:.0f}e12              (2 x with a frozen head, 1 x without gradients)
     row passes    10 N V/R / {MEMORY / 1e12:.1f}e12                   fp32 logits read twice, bf16 dlogits written once
-    dweight sums  8 H V/R per flush / {MEMORY / 1e12:.1f}e12          where dlogits of all tokens exceed the workspace
+    dweight sums  8 H V/R per window / {MEMORY / 1e12:.1f}e12         where P of all tokens exceeds workspace + 4 H V/R bytes
     statistics    one all-gather per chunk of logits, 12 N (R-1) bytes
-    dhidden       4 N H (R-1)/R bytes / link            a chunk's sum runs beside the logits GEMM of the next, the last one's beside
-                                                        that of dweight (trained heads): "in all" counts what outlasts it
+    dhidden       4 N H (R-1)/R bytes / link            a window's sum runs beside its dweight GEMM (frozen heads: beside
+                                                        the next window's GEMMs); "in all" counts what outlasts it
     naive logits  {NAIVE} N V/R bytes                       what PyTorch would hold in place of the workspace
 
-"weight + gradient" counts bf16 weight and gradient, and the fp32 sum while there are several flushes.
+A window is as many rows as P waits for. "weight + gradient" counts bf16 weight and gradient, and the fp32 sum where there are several
+windows.
 
 ## V = {VOCABULARY:,}, one node (NVLink)
 
@@ -224,17 +233,18 @@ R = 1 + 3 V link / (2 x {GEMM / 1e12:.0f}e12).
 
 {crossings}
 
-So within a node it never does. Each chunk's sum is hidden by one GEMM, the next chunk's logits, whether the head is trained or
-frozen, up to R = {hiding(VOCABULARY, LINKS["NVLink"]):.0f} over NVLink and {hiding(VOCABULARY, LINKS["InfiniBand"]):.0f} over
-InfiniBand; a frozen head has nothing to hide that of the last chunk. The statistics cost latency, not bandwidth:
+So within a node it never does. A window's sum is hidden by one GEMM of its rows up to
+R = {hiding(VOCABULARY, LINKS["NVLink"]):.0f} over NVLink and {hiding(VOCABULARY, LINKS["InfiniBand"]):.0f} over InfiniBand;
+a frozen head has nothing to hide that of the last window ({GPU_FROZEN_ROWS:,} rows). The statistics cost latency, not bandwidth:
 one gather per chunk of {plan(1 << 20, 1).logits} rows takes as long as the chunk's GEMMs at R = {latencies}.
 Megatron's layers and sequence parallelism (`reduce_dhidden=False`) move the bytes of dhidden elsewhere.
 
 ## Context parallelism
 
 Each rank holds N/R of the tokens and the whole head. `linear_rpo_loss(context_group=)` gathers two numbers per token (its
-log-probability and reference) unit by unit and stays at 3 GEMMs; `linear_token_logps`, `sequence_logps(process_group=)` and
-`preference_loss` need 4, because the coefficients come when the logits are gone. The gradient of the weight is each rank's part;
+log-probability and reference) window by window and stays at 3 GEMMs; composed of `linear_token_logps`,
+`sequence_logps(process_group=)` and `preference_loss` it costs as much where P of all rows waits, and up to one GEMM more beyond,
+because P of the rows that do not fit was dropped. The gradient of the weight is each rank's part;
 its sum belongs to data parallelism and is not counted. V = {VOCABULARY:,}, one node:
 
 {contexts}
@@ -245,9 +255,9 @@ its sum belongs to data parallelism and is not counted. V = {VOCABULARY:,}, one 
 
 GEMMs, row passes and weights grow by V, {LARGE_VOCABULARY / VOCABULARY:.2f} x; statistics and dhidden do not, so that both
 crossings move out by as much. What grows faster is the summing of dweight: a chunk of fp32 logits takes twice the workspace
-and leaves less for the dlogits that wait. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU flushes
-{small["flushes"]:.0f} times at {VOCABULARY:,} columns and {large["flushes"]:.0f} times at {LARGE_VOCABULARY:,}; on eight ranks
-{eighth["flushes"]:.0f} times. On one GPU a larger `workspace_bytes` buys that back.
+and leaves less for P. The 8B head at {TOKENS[0] // 1024}k tokens on one GPU has
+{small["windows"]:.0f} windows at {VOCABULARY:,} columns and {large["windows"]:.0f} at {LARGE_VOCABULARY:,}; on eight ranks
+{eighth["windows"]:.0f}. On one GPU a larger `workspace_bytes` buys that back.
 """
 
 

@@ -278,7 +278,9 @@ def _forward(
     head, layout, rows, reference = _begin(op, leaves, data, needs, options)
     keeps, most = over_tokens(needs), sum(layout.most)
     chunks = head.plan(most, keeps, spared_bytes(leaves, needs, options, weight_grad))
-    windows = layout.windows(chunks.waiting if keeps else max(most, 1))
+    # under a frozen head nothing waits: one window, unless ranks sum it while the next one runs
+    bounded = keeps or bool(options.vocab_ranks)
+    windows = layout.windows(chunks.waiting if bounded else max(most, 1))
     store = Store.new(head, rows, needs, chunks)
     if training:
         once = len(windows) == 1 and most <= chunks.waiting
