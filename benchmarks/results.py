@@ -1,7 +1,7 @@
 """What comes out: a JSON file that says where its numbers come from, Markdown tables and plots.
 
-    python benchmarks/results.py benchmarks/results/bench.json      # tables and plots again, beside
-    the file
+    # tables and plots again, beside the file
+    python benchmarks/results.py benchmarks/results/bench.json
 
 Rows hold: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok" with
 median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, measured in the same

@@ -7,13 +7,13 @@ of up to 1,024 terms to the dtype of its inputs. Let u be that dtype's unit roun
 fp32:
 
     |dz|       <= u max|z| + 4 sqrt(H) u32 |hidden| |weight|          (from hidden states)
-    |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)         (from logits without dz and u:
-    fp32 inside, fp32 out)
-    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss; sums over the
-    tokens of a response)
-    |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot) + |dcoef|
-    |onehot - p|
+    |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)
+    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss)
+    |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot)
+                  + |dcoef| |onehot - p|
 
+where from logits |dlogp| lacks dz and u (fp32 inside, fp32 out), the sum of |dcoef| is over the
+tokens of a response,
 and, errors of different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)||
 + 32 u ||dhidden||, dweight alike.
 """

@@ -1,9 +1,11 @@
 """Reward-aware Preference Optimization in TRL: a model, scored preferences, one trainer.
 
-    python examples/trl_rpo.py                                    SmolLM2-135M on the few pairs that
-    ship with this file python examples/trl_rpo.py --data ultrafeedback.jsonl         ... on yours:
-    JSON Lines of prompt, chosen, rejected and scores python examples/trl_rpo.py --model DIR --lora
-    --objective '{"distance": "squared", "eta": 0.5}' --beta 0.05 --max_steps 100
+    # SmolLM2-135M on the few pairs that ship with this file
+    python examples/trl_rpo.py
+    # ... on yours: JSON Lines of prompt, chosen, rejected and scores
+    python examples/trl_rpo.py --data ultrafeedback.jsonl
+    python examples/trl_rpo.py --model DIR --lora --beta 0.05 --max_steps 100 \\
+        --objective '{"distance": "squared", "eta": 0.5}'
 
 Rows are `prompt, chosen, rejected` with `chosen_reward, rejected_reward` or `score_chosen,
 score_rejected`, or `prompt, responses, rewards` for K responses. Every argument of trl.DPOConfig

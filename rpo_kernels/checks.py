@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .backend import BACKENDS
-from .objectives import RPOObjective
+from .objectives import DISTANCES, RPOObjective
 
 REDUCTIONS = ("mean", "sum", "none")
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
@@ -375,10 +375,10 @@ def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective
         raise ValueError(
             f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}"
         )
-    if rewards.isinf().any() and objective.distance != "backward_kl":
+    if rewards.isinf().any() and not objective.rules.infinite_targets:
+        legal = " or ".join(repr(name) for name, x in DISTANCES.items() if x.infinite_targets)
         raise ValueError(
-            f"{op}: infinite `rewards` are legal as targets of distance 'backward_kl' alone, got "
-            "one at "
+            f"{op}: infinite `rewards` are legal as targets of distance {legal} only, got one at "
             f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"
         )
 

@@ -177,6 +177,16 @@ class Groups(NamedTuple):
         )
 
 
+class PerSequence(NamedTuple):
+    """What the group pass says of each sequence, ``[S]`` each: the rows of its ``[5, S]`` fp32."""
+
+    rewards: Tensor  # implicit rewards s
+    logps: Tensor
+    targets: Tensor
+    dlogps: Tensor  # dL/dlogp
+    roles: Tensor  # 0 dropped, 1 counted, 2 counted and chosen
+
+
 def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
     """The group ``[S]`` of each sequence."""
     sequence = torch.arange(S, device=device, dtype=torch.int32)

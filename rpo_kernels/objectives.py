@@ -20,8 +20,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
-DISTANCES = ("squared", "backward_kl", "forward_kl")
+
+class Distance(NamedTuple):
+    """Rules of a distance. Its formulas stand under its name in ``reference``, and in the
+    ``distances`` of each backend as functions whose names begin with its own."""
+
+    code: int  # in kernels
+    softmax: bool  # listwise: between the softmaxes of s and t; otherwise over all pairs of gaps
+    infinite_targets: bool = False  # whether they are legal: a hard label
+    cross_entropy: bool = False  # whether it may be reported as one, and take labels of pairs
+
+
+DISTANCES = {
+    "squared": Distance(0, softmax=False),
+    "backward_kl": Distance(1, softmax=True, infinite_targets=True, cross_entropy=True),
+    "forward_kl": Distance(2, softmax=True),
+    "hellinger": Distance(3, softmax=True, infinite_targets=True),
+}
 COMPARISONS = ("listwise", "pairwise", "pointwise")
 REFERENCES = ("single", "none", "harmonic", "geometric")
 SFT_NORMALIZERS = ("sum", "mean", "tokens")
@@ -33,23 +50,25 @@ class RPOObjective:
     """A distance between implicit reward gaps and target reward gaps, for groups of K responses to
     one prompt.
 
-    ========= ================================== ==============================
-    ================================== distance  listwise                           pairwise (mean
-    over i < j)     pointwise (mean over i) ========= ==================================
-    ============================== ================================== squared   1/2 mean_i (K/(K-1)
-    (u_i - u))^2   1/2 (u_i - u_j)^2              1/2 u_i^2 back. KL  KL(softmax t || softmax s)
-        KL(B(t_i - t_j) || B(s_i-s_j)) KL(B(t_i) || B(s_i)) forw. KL  KL(softmax s || softmax t)
-            KL(B(s_i - s_j) || B(t_i-t_j)) KL(B(s_i) || B(t_i))
-    ========= ================================== ==============================
-    ==================================
+    =========== ========================== ================================ ==================
+    distance    listwise                   pairwise (mean over i < j)       pointwise (mean)
+    =========== ========================== ================================ ==================
+    squared     1/2 mean_i (K/(K-1) v_i)^2 1/2 (u_i - u_j)^2                1/2 u_i^2
+    backward_kl KL(q || p)                 KL(B(t_i - t_j) || B(s_i - s_j)) KL(B(t_i) || B(s_i))
+    forward_kl  KL(p || q)                 KL(B(s_i - s_j) || B(t_i - t_j)) KL(B(s_i) || B(t_i))
+    hellinger   H(p, q)                    H(B(s_i - s_j), B(t_i - t_j))    H(B(s_i), B(t_i))
+    =========== ========================== ================================ ==================
 
-    with u = s - t (u without an index: its mean over the group) and B(x) the Bernoulli distribution
-    of sigmoid(x). For K = 2 listwise and pairwise agree. The *chosen* response of a group is the
-    one with the largest target, the first of these when tied; without rewards it is the first
-    response.
+    with p = softmax(s), q = softmax(t), u = s - t, v = u less its mean over the group, B(x) the
+    Bernoulli distribution of sigmoid(x), and H(p, q) = 2 sum (sqrt p - sqrt q)^2: the squared
+    Hellinger distance in the normalisation of Amari's alpha-divergences, half-way between the two
+    KL divergences, of which it shares the second order. It is bounded by 4, and its slope vanishes
+    for pairs that the policy gets hopelessly wrong: robust to wrong labels. For K = 2 listwise and
+    pairwise agree. The *chosen* response of a group is the one with the largest target, the first
+    of these when tied; without rewards it is the first response.
 
     Args:
-        distance: ``"squared"``, ``"backward_kl"`` or ``"forward_kl"``.
+        distance: ``"squared"``, ``"backward_kl"``, ``"forward_kl"`` or ``"hellinger"``.
         beta: implicit reward units per nat, > 0.
         eta: target units per unit of the explicit rewards, > 0.
         comparison: ``"listwise"``, ``"pairwise"`` or ``"pointwise"``.
@@ -112,7 +131,7 @@ class RPOObjective:
         self._check_target()
         # The objective as one string, for operators that take only plain types. Inverse: from_spec.
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
-        if self.cross_entropy and self.distance != "backward_kl":
+        if self.cross_entropy and not self.rules.cross_entropy:
             raise ValueError(
                 "RPOObjective: `cross_entropy` is a form of distance 'backward_kl' "
                 "(RPO's backward KL is KL(target || policy)), "
@@ -138,12 +157,12 @@ class RPOObjective:
                     f"got {self.distance!r} with {self.comparison!r}"
                 )
         else:
-            _number("target", self.target, low=0.0, infinite=self.distance == "backward_kl")
+            _number("target", self.target, low=0.0, infinite=self.rules.infinite_targets)
         if self.label is None:
             return
         _number("label", self.label, low=0.5)
         if (
-            self.distance != "backward_kl"
+            not self.rules.cross_entropy
             or self.comparison == "pointwise"
             or self.target != "rewards"
         ):
@@ -158,6 +177,11 @@ class RPOObjective:
                 f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass "
                 "cross_entropy=True"
             )
+
+    @property
+    def rules(self) -> Distance:
+        """Those of its distance."""
+        return DISTANCES[self.distance]
 
     @property
     def uses_rewards(self) -> bool:

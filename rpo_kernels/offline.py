@@ -2,8 +2,8 @@
 that code costs.
 
     with recorded_launches() as launches:
-        vocabulary_forward(logits, labels, ...)         # tensors may be on the meta device: nothing
-        runs
+        # tensors may be on the meta device: nothing runs
+        vocabulary_forward(logits, labels, ...)
     code = launches[0].compile(GPUTarget("cuda", 90, 32))
     code.registers, code.local_bytes, code.loop_accesses, code.loops[0].exponentials
 

@@ -151,8 +151,10 @@ def log_ratios(
 
         single      l_i - lref_i
         none        l_i
-        harmonic    logsumexp_k(log alpha_k + l_i - lref_ik)    lref = -logsumexp_k(log alpha_k -
-        lref_k) geometric   sum_k alpha_k (l_i - lref_ik)               lref = sum_k alpha_k lref_k
+        harmonic    logsumexp_k(log alpha_k + l_i - lref_ik)
+                    lref = -logsumexp_k(log alpha_k - lref_k)
+        geometric   sum_k alpha_k (l_i - lref_ik)
+                    lref = sum_k alpha_k lref_k
 
     (several references: MRPO, arXiv 2405.16388, combines them harmonically, per sequence.)
 
@@ -438,10 +440,10 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
 
 def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float]) -> Tensor:
     """D[s || t] of one group. ``s``, ``t`` [K] -> scalar."""
-    if objective.distance != "backward_kl" and bool(t.isinf().any()):
+    if objective.distance in ("squared", "forward_kl") and bool(t.isinf().any()):
         raise ValueError(
             f"reference: an infinite target has no distance {objective.distance!r}; use "
-            "'backward_kl'"
+            "'backward_kl' or 'hellinger'"
         )
     if objective.label is not None:
         q = objective.label
@@ -465,6 +467,7 @@ def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
     squared       1/2 (d - tau)^2
     backward_kl   KL(B(q) || B(p)) = CE - H(q), CE = q A(-d) + (1-q) A(d)
     forward_kl    KL(B(p) || B(q)) = p log p/q + (1-p) log (1-p)/(1-q)
+    hellinger     4 (1 - sqrt(p q) - sqrt((1-p) (1-q)))
     """
     if objective.distance == "squared":
         return (d - tau) ** 2 / 2
@@ -472,6 +475,9 @@ def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
         q, not_q = torch.sigmoid(tau), torch.sigmoid(-tau)
         entropy = _weighted(q, _softplus(-tau)) + _weighted(not_q, _softplus(tau))
         return _bernoulli_backward_kl(objective, d, q, not_q, entropy)
+    if objective.distance == "hellinger":
+        log_p, log_q = [(-_softplus(-x), -_softplus(x)) for x in (d, tau)]
+        return _at_least_zero(4 - 4 * sum(((a + b) / 2).exp() for a, b in zip(log_p, log_q)))
     p, not_p = torch.sigmoid(d), torch.sigmoid(-d)
     return _at_least_zero(
         p * (_softplus(-tau) - _softplus(-d)) + not_p * (_softplus(tau) - _softplus(d))
@@ -494,8 +500,10 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
     """D over the whole group, p = softmax(s), q = softmax(t).
 
     squared       mean_i 1/2 (a_i - b_i)^2, a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar),
-    b_i the same for t backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
+                  b_i the same for t
+    backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
     forward_kl    KL(p || q)
+    hellinger     2 sum_i (sqrt p_i - sqrt q_i)^2
     """
     K = len(s)
     if objective.distance == "squared":
@@ -509,6 +517,8 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
     if objective.distance == "forward_kl":
         return _at_least_zero((log_p.exp() * (log_p - _log_softmax(t))).sum())
     q = _softmax(t)
+    if objective.distance == "hellinger":
+        return _at_least_zero(4 - 4 * ((log_p / 2).exp() * q.sqrt()).sum())
     some = q > 0
     cross_entropy = -(q[some] * log_p[some]).sum()
     entropy = -(q[some] * q[some].log()).sum()

@@ -2,8 +2,8 @@
 
     with ledger() as launches:
         token_logps(logits, labels, backend="triton")
-    launches[0].kernel, launches[0].loads["logits"]     # times each element was loaded, in the
-    shape of the logits
+    # times each element was loaded, in the shape of the logits
+    launches[0].kernel, launches[0].loads["logits"]
 
 The interpreter runs programs one after the other and sees every address. So counts are exact, and
 show what only a GPU would

@@ -636,7 +636,8 @@ def test_a_reward_that_is_no_number_is_pointed_at(op):
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, distance):
     message = (
-        "infinite `rewards` are legal as targets of distance 'backward_kl' alone, got one at 1 "
+        "infinite `rewards` are legal as targets of distance 'backward_kl' or 'hellinger' only, "
+        "got one at 1 "
         f"with {distance!r}"
     )
     infinite = torch.tensor([0, -INF, 0, 0])
@@ -733,7 +734,7 @@ def objective_refuses(message, error=ValueError, build=RPOObjective, **arguments
 @pytest.mark.parametrize(
     "name, valid",
     [
-        ("distance", "'squared', 'backward_kl', 'forward_kl'"),
+        ("distance", "'squared', 'backward_kl', 'forward_kl', 'hellinger'"),
         ("comparison", "'listwise', 'pairwise', 'pointwise'"),
         ("reference", "'single', 'none', 'harmonic', 'geometric'"),
         ("sft_normalizer", "'sum', 'mean', 'tokens'"),

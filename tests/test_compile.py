@@ -89,7 +89,7 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, starved, control = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) == (
-        (12 + 2) * 2 + 2 + 1 + 15 if name == IN_FULL else (4 + 1 + 2) * 2 + 2 + 1 + 2
+        (12 + 2) * 2 + 2 + 1 + group_passes if name == IN_FULL else (4 + 1 + 2) * 2 + 2 + 1 + 2
     )
     for row in rows:
         assert row["verdict"] == "ok", row

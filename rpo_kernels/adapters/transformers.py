@@ -2,8 +2,10 @@
 without PEFT.
 
     attach(model)
-    out = model(**inputs, labels=labels, rewards=rewards, objective=RPOObjective(),
-    ref_logps=ref_logps) out.loss.backward()
+    out = model(
+        **inputs, labels=labels, rewards=rewards, objective=RPOObjective(), ref_logps=ref_logps
+    )
+    out.loss.backward()
 
 The model's own forward runs, up to its head. There the loss takes the place of ``head(hidden)``, so
 that no logits exist, and hooks of the model, of its layers and of the head itself (FSDP, ZeRO-3,

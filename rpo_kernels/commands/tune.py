@@ -1,8 +1,9 @@
 """Choose launch settings of the row passes for vocabularies of yours, and write them into a table.
 
-    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json         # on a
-    GPU: by the clock python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json
-        --audit sm_100        # without: by machine code
+    # on a GPU: by the clock
+    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json
+    # without: by machine code
+    python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json --audit sm_100
     RPO_KERNELS_LAUNCH_TABLE=table.json python train.py
 
 On a GPU each candidate is checked against float64, then timed with a cold cache; the fastest wins,

@@ -1,24 +1,157 @@
 """Distances between implicit and target reward gaps, in fp32 forms that keep their digits where the
 textbook ones cancel.
+
+Three functions for each of ``objectives.DISTANCES``, named after it:
+
+    <name>_of_gap(d, tau)          D of two Bernoulli distributions sigmoid(d), sigmoid(tau) (or of
+                                   two numbers), and its derivative in d
+    <name>_of_outcome(log_p, log_q)    an outcome's share of D between softmaxes p and q
+    <name>_pull(...)               what response j adds to dD/ds_i, antisymmetric in i and j
+
+A distance whose listwise form is over all pairs of gaps has the first alone.
 """
 
 import triton
 import triton.language as tl
 
+from ..objectives import DISTANCES
 from .primitives import exp_minus_1_minus, expm1, softplus
 
-# Codes of an objective's options.
-SQUARED, BACKWARD_KL, FORWARD_KL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-LISTWISE, PAIRWISE, POINTWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-REWARDS, GAP, LABEL, SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-SUM, MEAN, TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SEQUENCE_REF, TOKEN_REF = tl.constexpr(1), tl.constexpr(2)
+SQUARED = tl.constexpr(DISTANCES["squared"].code)
+BACKWARD_KL = tl.constexpr(DISTANCES["backward_kl"].code)
+FORWARD_KL = tl.constexpr(DISTANCES["forward_kl"].code)
+HELLINGER = tl.constexpr(DISTANCES["hellinger"].code)
+
+
+@triton.jit
+def distance_of_gap(d, tau, FLAGS: tl.constexpr):
+    if FLAGS.distance == SQUARED:
+        return squared_of_gap(d, tau)
+    elif FLAGS.distance == BACKWARD_KL:
+        return backward_kl_of_gap(d, tau, FLAGS.cross_entropy)
+    elif FLAGS.distance == FORWARD_KL:
+        return forward_kl_of_gap(d, tau)
+    else:
+        tl.static_assert(FLAGS.distance == HELLINGER)
+        return hellinger_of_gap(d, tau)
+
+
+@triton.jit
+def distance_of_outcome(log_p, log_q, FLAGS: tl.constexpr):
+    if FLAGS.distance == BACKWARD_KL:
+        return backward_kl_of_outcome(log_p, log_q, FLAGS.cross_entropy)
+    elif FLAGS.distance == FORWARD_KL:
+        return forward_kl_of_outcome(log_p, log_q)
+    else:
+        tl.static_assert(FLAGS.distance == HELLINGER)
+        return hellinger_of_outcome(log_p, log_q)
+
+
+@triton.jit
+def distance_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap, FLAGS: tl.constexpr):
+    """gap = u_i - u_j, u = s - t."""
+    if FLAGS.distance == BACKWARD_KL:
+        return backward_kl_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap)
+    elif FLAGS.distance == FORWARD_KL:
+        return forward_kl_pull(log_p_i, log_p_j, gap)
+    else:
+        tl.static_assert(FLAGS.distance == HELLINGER)
+        return hellinger_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap)
+
+
+# ---- squared: 1/2 (d - tau)^2 --------------------------------------------------------------------
+
+
+@triton.jit
+def squared_of_gap(d, tau):
+    return 0.5 * (d - tau) * (d - tau), d - tau
+
+
+# ---- backward KL: KL(q || p), or with the entropy of q the cross-entropy -------------------------
+
+
+@triton.jit
+def backward_kl_of_gap(d, tau, CROSS_ENTROPY: tl.constexpr):
+    log_p, log_1p, log_q, log_1q = log_sigmoids(d, tau)
+    value = backward_kl_of_outcome(log_p, log_q, CROSS_ENTROPY)
+    value += backward_kl_of_outcome(log_1p, log_1q, CROSS_ENTROPY)
+    # sigma(d) - sigma(tau) = p (1 - q) - q (1 - p)
+    return value, exp_difference(log_p + log_1q, log_q + log_1p, gap_of(d, tau))
+
+
+@triton.jit
+def backward_kl_of_outcome(log_p, log_q, CROSS_ENTROPY: tl.constexpr):
+    value = kl_term(log_q, log_p)
+    if CROSS_ENTROPY:
+        value += entropy_term(log_q)
+    return value
+
+
+@triton.jit
+def backward_kl_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap):
+    """p_i q_j - q_i p_j"""
+    return exp_difference(log_p_i + log_q_j, log_q_i + log_p_j, gap)
+
+
+# ---- forward KL: KL(p || q) ----------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kl_of_gap(d, tau):
+    log_p, log_1p, log_q, log_1q = log_sigmoids(d, tau)
+    value = forward_kl_of_outcome(log_p, log_q) + forward_kl_of_outcome(log_1p, log_1q)
+    return value, tl.exp(log_p + log_1p) * (d - tau)
+
+
+@triton.jit
+def forward_kl_of_outcome(log_p, log_q):
+    return kl_term(log_p, log_q)
+
+
+@triton.jit
+def forward_kl_pull(log_p_i, log_p_j, gap):
+    """p_i p_j (u_i - u_j)"""
+    return tl.exp(log_p_i + log_p_j) * gap
+
+
+# ---- squared Hellinger: 2 sum (sqrt p - sqrt q)^2 ------------------------------------------------
+
+
+@triton.jit
+def hellinger_of_gap(d, tau):
+    log_p, log_1p, log_q, log_1q = log_sigmoids(d, tau)
+    value = hellinger_of_outcome(log_p, log_q) + hellinger_of_outcome(log_1p, log_1q)
+    return value, hellinger_pull(log_p, log_q, log_1p, log_1q, gap_of(d, tau))
+
+
+@triton.jit
+def hellinger_of_outcome(log_p, log_q):
+    a, b = 0.5 * log_p, 0.5 * log_q
+    difference = exp_difference(a, b, gap_of(a, b))
+    return 2.0 * difference * difference
+
+
+@triton.jit
+def hellinger_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap):
+    """2 sqrt(p_i p_j) (sqrt(p_i q_j) - sqrt(q_i p_j))"""
+    a = log_p_i + 0.5 * (log_p_j + log_q_j)
+    b = log_p_j + 0.5 * (log_p_i + log_q_i)
+    return 2.0 * exp_difference(a, b, 0.5 * gap)
+
+
+# ---- what they are made of -----------------------------------------------------------------------
 
 
 @triton.jit
 def gap_of(a, b):
     """a - b, with equal infinities a tie."""
     return tl.where(a == b, 0.0, a - b)
+
+
+@triton.jit
+def log_sigmoids(d, tau):
+    """log p, log(1 - p), log q, log(1 - q) of p = sigmoid(d), q = sigmoid(tau)."""
+    return -softplus(-d), -softplus(d), -softplus(-tau), -softplus(tau)
 
 
 @triton.jit
@@ -46,25 +179,6 @@ def entropy_term(log_q):
     """-q log q, with 0 log 0 = 0."""
     q = tl.exp(log_q)
     return tl.where(q == 0.0, 0.0, -q * log_q)
-
-
-@triton.jit
-def bernoulli(d, tau, DISTANCE: tl.constexpr, CROSS_ENTROPY: tl.constexpr):
-    """D[d || tau] of one gap and its derivative in d."""
-    if DISTANCE == SQUARED:
-        return 0.5 * (d - tau) * (d - tau), d - tau
-    else:
-        log_p, log_1p = -softplus(-d), -softplus(d)
-        log_q, log_1q = -softplus(-tau), -softplus(tau)
-        if DISTANCE == BACKWARD_KL:
-            value = kl_term(log_q, log_p) + kl_term(log_1q, log_1p)
-            if CROSS_ENTROPY:
-                value += entropy_term(log_q) + entropy_term(log_1q)
-            # sigma(d) - sigma(tau) = p (1 - q) - q (1 - p)
-            return value, exp_difference(log_p + log_1q, log_q + log_1p, gap_of(d, tau))
-        else:
-            value = kl_term(log_p, log_q) + kl_term(log_1p, log_1q)
-            return value, tl.exp(log_p + log_1p) * (d - tau)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ softmax(t), d = s_i - s_j, tau = t_i - t_j):
     squared                  u_i - u_j
     backward KL, listwise    p_i q_j - q_i p_j
     forward KL, listwise     p_i p_j (u_i - u_j)
-    pairwise                 sigma(d) - sigma(tau), or sigma'(d) (d - tau)
+    Hellinger, listwise      2 sqrt(p_i p_j) (sqrt(p_i q_j) - sqrt(q_i p_j))
+    pairwise                 the derivative of D[d || tau] in d
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import triton.language as tl
 
 from ..inputs import Groups, Sequences
 from ..objectives import RPOObjective
-from .distances import MEAN, TOKENS
+from . import batch
+from .batch import MEAN, SEQUENCE_REF, TOKEN_REF, TOKENS, Flags, Numbers, Pointers, Sizes
 from .launch import on_device_of
 from .primitives import ANYWHERE
 from .responses import compare_responses
-from .sequences import bounds_of, spread_coefficients, sum_sequences
+from .sequences import bounds_of_group, spread_coefficients, sum_sequences
 
 
 @triton.jit(
@@ -84,32 +86,12 @@ def _group_pass_kernel(
     target,
     label_of_first,
     sft_weight,
-    DISTANCE: tl.constexpr,
-    COMPARISON: tl.constexpr,
-    TARGET: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    LEAVE_ONE_OUT: tl.constexpr,
-    AVERAGE: tl.constexpr,
-    REF: tl.constexpr,
-    HARMONIC: tl.constexpr,
-    SFT: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr,
-    HAS_SFT_SHARE: tl.constexpr,
-    IS_MEAN: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """Cost: logps and each reference read once (logps again per further reference), labels once
     more than that.
     """
-    broken = sum_sequences(
+    p = Pointers(
         logps_ptr,
         labels_ptr,
         lengths_in_ptr,
@@ -117,138 +99,78 @@ def _group_pass_kernel(
         cu_groups_ptr,
         ref_logps_ptr,
         ref_weights_ptr,
-        sequence_ptr,
-        lengths_ptr,
-        N,
-        S,
-        G,
-        T,
-        K,
-        R,
-        weight_stride_r,
-        weight_stride_g,
-        group_steps,
-        ignore_index,
-        beta,
-        AVERAGE,
-        REF,
-        HARMONIC,
-        HAS_TOKENS,
-        HAS_LENGTHS,
-        PACKED,
-        RAGGED,
-        HAS_WEIGHTS,
-        BLOCK_S,
-        BLOCK_T,
-    )
-    tl.debug_barrier()
-    broken += compare_responses(
-        cu_groups_ptr,
         rewards_ptr,
-        sequence_ptr,
         lengths_ptr,
+        coef_ptr,
+        sequence_ptr,
+        sequence_ptr + S,
+        sequence_ptr + 2 * S,
+        sequence_ptr + 3 * S,
+        sequence_ptr + 4 * S,
         scratch_ptr,
-        S,
-        G,
-        K,
-        group_steps,
-        eta,
-        margin,
-        scale,
-        target,
-        label_of_first,
-        DISTANCE,
-        COMPARISON,
-        TARGET,
-        CROSS_ENTROPY,
-        LEAVE_ONE_OUT,
-        RAGGED,
-        BLOCK_I,
-        BLOCK_J,
+        scratch_ptr + S,
     )
+    n = Sizes(N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index)
+    o = Numbers(beta, eta, margin, scale, target, label_of_first, sft_weight)
+    broken = sum_sequences(p, n, o, FLAGS)
+    tl.debug_barrier()
+    broken += compare_responses(p, n, o, FLAGS)
     tl.debug_barrier()
 
     # Groups that count, and the scored tokens of their chosen responses.
     groups = 0
     tokens = 0
-    for i0 in range(0, S, BLOCK_I * BLOCK_J):
-        i = i0 + tl.arange(0, BLOCK_I * BLOCK_J)
-        is_chosen = tl.load(sequence_ptr + 4 * S + i, mask=i < S, other=0.0) == 2.0
+    for i0 in range(0, S, FLAGS.block_i * FLAGS.block_j):
+        i = i0 + tl.arange(0, FLAGS.block_i * FLAGS.block_j)
+        is_chosen = tl.load(p.roles + i, mask=i < S, other=0.0) == 2.0
         groups += tl.sum(is_chosen.to(tl.int32), axis=0)
-        tokens += tl.sum(tl.load(lengths_ptr + i, mask=is_chosen, other=0), axis=0)
+        tokens += tl.sum(tl.load(p.lengths + i, mask=is_chosen, other=0), axis=0)
     factor = 1.0
-    if HAS_NORMALIZER:
+    if FLAGS.has_normalizer:
         factor = 1.0 / tl.load(normalizer_ptr)
-    elif IS_MEAN:
+    elif FLAGS.is_mean:
         factor = tl.where(groups > 0, 1.0 / tl.maximum(groups, 1).to(tl.float32), 0.0)
     if broken > 0:
         factor = float("nan")
-    if HAS_SFT_SHARE:
+    if FLAGS.has_sft_share:
         per_token = tl.load(sft_share_ptr)
     else:
         per_token = groups.to(tl.float32) / tl.maximum(tokens, 1).to(tl.float32)
 
     # Group losses and their sum.
     loss = 0.0
-    for g0 in range(0, G, BLOCK_I):
-        g = g0 + tl.arange(0, BLOCK_I)
+    for g0 in range(0, G, FLAGS.block_i):
+        g = g0 + tl.arange(0, FLAGS.block_i)
         live = g < G
-        first, last, _ = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, live)
+        first, last, _ = bounds_of_group(g, p, n, FLAGS, live)
         members = tl.max(last - first, axis=0)
-        group_loss = tl.zeros([BLOCK_I], tl.float32)
-        for k0 in range(0, members, BLOCK_J):
-            j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
+        group_loss = tl.zeros([FLAGS.block_i], tl.float32)
+        for k0 in range(0, members, FLAGS.block_j):
+            j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
             member = j < last[:, None]
-            share = tl.load(scratch_ptr + j, mask=member, other=0.0)
-            if SFT >= 0:
-                is_chosen = tl.load(sequence_ptr + 4 * S + j, mask=member, other=0.0) == 2.0
-                nll = -tl.load(sequence_ptr + S + j, mask=is_chosen, other=0.0)
-                if SFT == MEAN:
-                    nll = nll / tl.maximum(tl.load(lengths_ptr + j, mask=is_chosen, other=1), 1).to(
+            share = tl.load(p.share + j, mask=member, other=0.0)
+            if FLAGS.sft >= 0:
+                is_chosen = tl.load(p.roles + j, mask=member, other=0.0) == 2.0
+                nll = -tl.load(p.sequence_logps + j, mask=is_chosen, other=0.0)
+                if FLAGS.sft == MEAN:
+                    nll = nll / tl.maximum(tl.load(p.lengths + j, mask=is_chosen, other=1), 1).to(
                         tl.float32
                     )
-                elif SFT == TOKENS:
+                elif FLAGS.sft == TOKENS:
                     nll = nll * per_token
                 share += sft_weight * nll
             group_loss += tl.sum(share, axis=1)
         tl.store(losses_ptr + g, group_loss, mask=live)
         loss += tl.sum(tl.where(live, group_loss, 0.0), axis=0)
     tl.store(loss_ptr, loss * factor)
-    if (
-        HAS_TOKENS and broken > 0
-    ):  # no sequence covers the tokens: no coefficient may pass for a number
-        for t0 in range(0, N, BLOCK_S * BLOCK_T):
-            token = t0 + tl.arange(0, BLOCK_S * BLOCK_T)
+    # no sequence covers the tokens: no coefficient may pass for a number
+    if FLAGS.has_tokens and broken > 0:
+        for t0 in range(0, N, FLAGS.block_s * FLAGS.block_t):
+            token = t0 + tl.arange(0, FLAGS.block_s * FLAGS.block_t)
             tl.store(coef_ptr + token, float("nan"), mask=token < N)
         tl.debug_barrier()
 
-    spread_coefficients(
-        labels_ptr,
-        cu_seqlens_ptr,
-        sequence_ptr,
-        lengths_ptr,
-        coef_ptr,
-        scratch_ptr,
-        N,
-        S,
-        T,
-        ignore_index,
-        beta,
-        sft_weight,
-        per_token,
-        factor,
-        AVERAGE,
-        SFT,
-        HAS_TOKENS,
-        PACKED,
-        BLOCK_S,
-        BLOCK_T,
-    )
-
-
-_DISTANCES = {"squared": 0, "backward_kl": 1, "forward_kl": 2}
-_COMPARISONS = {"listwise": 0, "pairwise": 1, "pointwise": 2}
-_SFT = {"sum": 0, "mean": 1, "tokens": 2}
+    spread_coefficients(p, n, o, per_token, factor, FLAGS)
 
 
 @lru_cache
@@ -268,42 +190,35 @@ def _floats(objective: RPOObjective) -> tuple[float, ...]:
 
 
 @lru_cache
-def _constants(
-    objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool
-) -> dict[str, int]:
+def _flags(objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool) -> Flags:
     """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences
     of few tokens.
     """
-    if objective.label is not None:
-        target = 2
-    elif isinstance(objective.target, str):
-        target = 0 if objective.target == "rewards" else 3
-    else:
-        target = 1
+    code = lambda name: getattr(batch, name.upper()).value
+    kind = objective.target if isinstance(objective.target, str) else "gap"
     # two kernels for sequences of any length
-    block_t = (64 if short else 1024) if has["HAS_TOKENS"] else 1
+    block_t = (64 if short else 1024) if has["has_tokens"] else 1
     # the power of two that is not below
     block_j = min(8, 1 << (group_size - 1).bit_length()) if group_size else 8
-    return {
-        "DISTANCE": _DISTANCES[objective.distance],
-        "COMPARISON": _COMPARISONS[objective.comparison],
-        "TARGET": target,
-        "CROSS_ENTROPY": objective.cross_entropy,
-        "LEAVE_ONE_OUT": objective.leave_one_out,
-        "AVERAGE": objective.average,
-        "REF": ref,
-        "HARMONIC": objective.reference == "harmonic",
-        "SFT": _SFT[objective.sft_normalizer] if objective.sft_weight > 0 else -1,
-        "RAGGED": not group_size,
+    is_listwise = objective.comparison == "listwise" and objective.label is None
+    return Flags(
+        distance=objective.rules.code,
+        lists=is_listwise and objective.rules.softmax,
+        comparison=code(objective.comparison),
+        target=code(kind if objective.label is None else "label"),
+        cross_entropy=objective.cross_entropy,
+        leave_one_out=objective.leave_one_out,
+        average=objective.average,
+        ref=ref,
+        harmonic=objective.reference == "harmonic",
+        sft=code(objective.sft_normalizer) if objective.sft_weight > 0 else -1,
+        ragged=not group_size,
+        block_s=max(1, 4096 // block_t) if has["has_tokens"] else 512,
+        block_t=block_t,
+        block_i=1024 // block_j,
+        block_j=block_j,
         **has,
-        "BLOCK_S": max(1, 4096 // block_t) if has["HAS_TOKENS"] else 512,
-        "BLOCK_T": block_t,
-        "BLOCK_I": 1024 // block_j,
-        "BLOCK_J": block_j,
-        "num_warps": 8,
-        # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
-        "enable_fp_fusion": False,
-    }
+    )
 
 
 def group_pass(
@@ -317,11 +232,9 @@ def group_pass(
     """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences
     ``[S]``, all fp32.
 
-    Returns the loss ``[]``, losses ``[G]``, ``[5, S]`` (implicit rewards, log-probabilities,
-    targets, dL/dlogps and roles of
-    sequences: 0 dropped, 1 counted, 2 counted and chosen), lengths int32 ``[S]`` and dL/dlogps of
-    tokens ``[N]`` (empty without labels). ``lengths`` ``[S]`` are those of sequences, where it is
-    their log-probabilities that are given.
+    Returns the loss ``[]``, losses ``[G]``, the rows ``[5, S]`` of :class:`PerSequence`, lengths
+    int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty without labels). ``lengths`` ``[S]`` are
+    given where log-probabilities of sequences are.
     """
     S, has_tokens, objective = sequences.number, labels is not None, groups.objective
     # kernels know no strides of these
@@ -342,18 +255,18 @@ def group_pass(
             ref_weights.stride(1) if ref_weights.dim() == 2 else 0,
         )
     R = 1 if ref_logps is None else ref_logps.shape[0]
-    constants = _constants(
+    flags = _flags(
         objective,
-        0 if ref_logps is None else 2 if groups.ref_per_token else 1,
+        0 if ref_logps is None else (TOKEN_REF if groups.ref_per_token else SEQUENCE_REF).value,
         groups.group_size if cu_groups is None else 0,
         N <= 64 * S,
-        HAS_TOKENS=has_tokens,
-        HAS_LENGTHS=lengths is not None,
-        PACKED=cu_seqlens is not None,
-        HAS_WEIGHTS=ref_weights is not None,
-        HAS_NORMALIZER=groups.normalizer is not None,
-        HAS_SFT_SHARE=groups.sft_share is not None,
-        IS_MEAN=groups.mean,
+        has_tokens=has_tokens,
+        has_lengths=lengths is not None,
+        packed=cu_seqlens is not None,
+        has_weights=ref_weights is not None,
+        has_normalizer=groups.normalizer is not None,
+        has_sft_share=groups.sft_share is not None,
+        is_mean=groups.mean,
     )
     with on_device_of(logps):
         _group_pass_kernel[(1,)](
@@ -383,6 +296,9 @@ def group_pass(
             G.bit_length(),
             ignore_index,
             *_floats(objective),
-            **constants,
+            FLAGS=flags,
+            num_warps=8,
+            # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
+            enable_fp_fusion=False,
         )
     return loss, losses, by_sequence, counts, coef

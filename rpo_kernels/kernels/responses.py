@@ -5,34 +5,19 @@ implicit rewards.
 import triton
 import triton.language as tl
 
-from .distances import (
-    BACKWARD_KL,
-    FORWARD_KL,
-    GAP,
-    LABEL,
-    LISTWISE,
-    POINTWISE,
-    REWARDS,
-    SOFTMAX,
-    SQUARED,
-    bernoulli,
-    entropy_term,
-    exp_difference,
-    gap_of,
-    kl_term,
-    labelled,
-)
+from .batch import GAP, LABEL, LISTWISE, POINTWISE, REWARDS, SOFTMAX
+from .distances import distance_of_gap, distance_of_outcome, distance_pull, gap_of, labelled
 from .primitives import softplus
-from .sequences import bounds_of, group_of
+from .sequences import bounds_of_group, group_of
 
 
 @triton.jit
-def _target(j, first, rewards_ptr, eta, target, mask, TARGET: tl.constexpr):
+def _target(j, first, p, o, mask, FLAGS: tl.constexpr):
     """t_j of response j in the group that begins at first."""
-    if TARGET == REWARDS or TARGET == SOFTMAX:
-        return eta * tl.load(rewards_ptr + j, mask=mask, other=0.0)
+    if FLAGS.target == REWARDS or FLAGS.target == SOFTMAX:
+        return o.eta * tl.load(p.given + j, mask=mask, other=0.0)
     else:
-        return tl.where(j == first, 0.5 * target, -0.5 * target)
+        return tl.where(j == first, 0.5 * o.target, -0.5 * o.target)
 
 
 @triton.jit
@@ -42,60 +27,37 @@ def _hardened(t, top):
 
 
 @triton.jit
-def compare_responses(
-    cu_groups_ptr,
-    rewards_ptr,
-    sequence_ptr,
-    lengths_ptr,
-    scratch_ptr,
-    S,
-    G,
-    K,
-    group_steps,
-    eta,
-    margin,
-    scale,
-    target,
-    label_of_first,
-    DISTANCE: tl.constexpr,
-    COMPARISON: tl.constexpr,
-    TARGET: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    LEAVE_ONE_OUT: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
+def compare_responses(p, n, o, FLAGS: tl.constexpr):
     """Phase 2: responses i against their partners j: share of the loss, dL/ds_i, role.
 
     Returns how many groups are unusable.
     """
     broken = 0
-    if RAGGED:  # counted by group: no sequence may belong to a broken one
-        for g0 in range(0, G, BLOCK_I):
-            g = g0 + tl.arange(0, BLOCK_I)
-            first, last, bad = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, g < G)
+    if FLAGS.ragged:  # counted by group: no sequence may belong to a broken one
+        for g0 in range(0, n.G, FLAGS.block_i):
+            g = g0 + tl.arange(0, FLAGS.block_i)
+            first, last, bad = bounds_of_group(g, p, n, FLAGS, g < n.G)
             broken += tl.sum(bad.to(tl.int32), axis=0)
-    for i0 in range(0, S, BLOCK_I):
-        i = i0 + tl.arange(0, BLOCK_I)
-        live = i < S
-        g = group_of(i, cu_groups_ptr, G, K, group_steps, RAGGED)
-        first, last, _ = bounds_of(g, cu_groups_ptr, G, S, K, RAGGED, live & (g < G))
+    for i0 in range(0, n.S, FLAGS.block_i):
+        i = i0 + tl.arange(0, FLAGS.block_i)
+        live = i < n.S
+        g = group_of(i, p, n, FLAGS)
+        first, last, _ = bounds_of_group(g, p, n, FLAGS, live & (g < n.G))
         members = tl.max(last - first, axis=0)
-        ti = _target(i, first, rewards_ptr, eta, target, live, TARGET)
-        ni = tl.load(lengths_ptr + i, mask=live, other=0)
+        ti = _target(i, first, p, o, live, FLAGS)
+        ni = tl.load(p.lengths + i, mask=live, other=0)
 
-        count = tl.zeros([BLOCK_I], tl.int32)
-        top_t = tl.full([BLOCK_I], float("-inf"), tl.float32)
-        chosen = tl.full([BLOCK_I], 2147483647, tl.int32)
-        nans = tl.zeros([BLOCK_I], tl.int32)
-        for k0 in range(0, members, BLOCK_J):
-            j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
+        count = tl.zeros([FLAGS.block_i], tl.int32)
+        top_t = tl.full([FLAGS.block_i], float("-inf"), tl.float32)
+        chosen = tl.full([FLAGS.block_i], 2147483647, tl.int32)
+        nans = tl.zeros([FLAGS.block_i], tl.int32)
+        for k0 in range(0, members, FLAGS.block_j):
+            j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
             partner = j < last[:, None]
-            partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
+            partner = partner & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
             count += tl.sum(partner.to(tl.int32), axis=1)
-            if TARGET != LABEL:
-                t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
+            if FLAGS.target != LABEL:
+                t = _target(j, first[:, None], p, o, partner, FLAGS)
                 nans += tl.sum((partner & (t != t)).to(tl.int32), axis=1)
                 t = tl.where(t != t, float("inf"), t)  # the chosen one, so that the group counts
                 t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
@@ -105,39 +67,37 @@ def compare_responses(
                 chosen = tl.where((t_block > top_t) | (chosen == 2147483647), where_top, chosen)
                 top_t = tl.maximum(top_t, t_block)
         top_t = tl.where(nans > 0, float("nan"), top_t)
-        if TARGET == GAP or TARGET == LABEL:
+        if FLAGS.target == GAP or FLAGS.target == LABEL:
             chosen = first
-        chosen_length = tl.load(lengths_ptr + chosen, mask=live & (chosen < S), other=0)
-        if COMPARISON == POINTWISE:
+        chosen_length = tl.load(p.lengths + chosen, mask=live & (chosen < n.S), other=0)
+        if FLAGS.comparison == POINTWISE:
             counted = count >= 1
         else:
             counted = count >= 2
-        if TARGET == LABEL:
+        if FLAGS.target == LABEL:
             counted = counted & (count == 2)
         counted = live & counted & (chosen_length > 0) & (ni > 0)
         kf = tl.maximum(count, 2).to(tl.float32)
 
-        si = tl.load(sequence_ptr + i, mask=live, other=0.0)
-        si -= tl.where(i == chosen, margin, 0.0)
-        tl.store(sequence_ptr + 2 * S + i, tl.where(ni > 0, ti, 0.0), mask=live)
+        si = tl.load(p.rewards + i, mask=live, other=0.0)
+        si -= tl.where(i == chosen, o.margin, 0.0)
+        tl.store(p.targets + i, tl.where(ni > 0, ti, 0.0), mask=live)
 
         # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full
         # digits near 0.
-        top_s = tl.full([BLOCK_I], float("-inf"), tl.float32)
-        sum_s = tl.zeros([BLOCK_I], tl.float32)
-        sum_t = tl.zeros([BLOCK_I], tl.float32)
-        if (
-            COMPARISON == LISTWISE and DISTANCE != SQUARED and TARGET != LABEL
-        ) or TARGET == SOFTMAX:
+        top_s = tl.full([FLAGS.block_i], float("-inf"), tl.float32)
+        sum_s = tl.zeros([FLAGS.block_i], tl.float32)
+        sum_t = tl.zeros([FLAGS.block_i], tl.float32)
+        if FLAGS.lists or FLAGS.target == SOFTMAX:
             base_t = tl.where(tl.abs(top_t) == float("inf"), 0.0, top_t)
-            for k0 in range(0, members, BLOCK_J):
-                j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
+            for k0 in range(0, members, FLAGS.block_j):
+                j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
                 partner = j < last[:, None]
-                partner = partner & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
-                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(
-                    j == chosen[:, None], margin, 0.0
+                partner = partner & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
+                s = tl.load(p.rewards + j, mask=partner, other=0.0) - tl.where(
+                    j == chosen[:, None], o.margin, 0.0
                 )
-                t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
+                t = _target(j, first[:, None], p, o, partner, FLAGS)
                 t = _hardened(t, top_t[:, None])
                 other = partner & (j != i[:, None])
                 higher = tl.maximum(top_s, tl.max(tl.where(other, s, float("-inf")), axis=1))
@@ -157,71 +117,64 @@ def compare_responses(
             log_sum_t = tl.where(odds_t > 0.0, base_t + tl.log(sum_t), ti_hard)
             lse_t = log_sum_t + softplus(-tl.abs(odds_t))
 
-        share = tl.zeros([BLOCK_I], tl.float32)
-        slope = tl.zeros([BLOCK_I], tl.float32)
-        if COMPARISON == POINTWISE:
+        share = tl.zeros([FLAGS.block_i], tl.float32)
+        slope = tl.zeros([FLAGS.block_i], tl.float32)
+        if FLAGS.comparison == POINTWISE:
             kf = tl.maximum(count, 1).to(tl.float32)
-            weight = tl.full([BLOCK_I], 1.0, tl.float32)
-            if TARGET == SOFTMAX:
+            weight = tl.full([FLAGS.block_i], 1.0, tl.float32)
+            if FLAGS.target == SOFTMAX:
                 ti = tl.log(kf) + log_q
                 weight += kf * tl.exp(log_q)
-                tl.store(sequence_ptr + 2 * S + i, tl.where(ni > 0, ti, 0.0), mask=live)
-            value, derivative = bernoulli(si, ti, DISTANCE, CROSS_ENTROPY)
+                tl.store(p.targets + i, tl.where(ni > 0, ti, 0.0), mask=live)
+            value, derivative = distance_of_gap(si, ti, FLAGS)
             share = weight * value / kf
             slope = weight * derivative / kf
         else:
-            for k0 in range(0, members, BLOCK_J):
-                j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
+            for k0 in range(0, members, FLAGS.block_j):
+                j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
                 partner = j < last[:, None]
                 partner = (
                     partner
-                    & (tl.load(lengths_ptr + j, mask=partner, other=0) > 0)
+                    & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
                     & (j != i[:, None])
                 )
-                s = tl.load(sequence_ptr + j, mask=partner, other=0.0) - tl.where(
-                    j == chosen[:, None], margin, 0.0
+                s = tl.load(p.rewards + j, mask=partner, other=0.0) - tl.where(
+                    j == chosen[:, None], o.margin, 0.0
                 )
-                t = _target(j, first[:, None], rewards_ptr, eta, target, partner, TARGET)
+                t = _target(j, first[:, None], p, o, partner, FLAGS)
                 d = si[:, None] - s
                 tau = gap_of(ti[:, None] + tl.zeros_like(t), t)
-                if TARGET == LABEL:
+                if FLAGS.target == LABEL:
                     label = tl.where(
-                        i[:, None] == first[:, None], label_of_first, 1.0 - label_of_first
+                        i[:, None] == first[:, None], o.label_of_first, 1.0 - o.label_of_first
                     )
-                    value, pull = labelled(d, label, CROSS_ENTROPY)
-                elif COMPARISON == LISTWISE and DISTANCE == BACKWARD_KL:
-                    t = _hardened(t, top_t[:, None])
-                    a = log_p[:, None] + (t - lse_t[:, None])
-                    b = log_q[:, None] + (s - lse_s[:, None])
+                    value, pull = labelled(d, label, FLAGS.cross_entropy)
+                elif FLAGS.lists:
+                    log_p_j = s - lse_s[:, None]
+                    log_q_j = _hardened(t, top_t[:, None]) - lse_t[:, None]
                     value = tl.zeros_like(d)
-                    pull = exp_difference(a, b, d - tau)
-                elif COMPARISON == LISTWISE and DISTANCE == FORWARD_KL:
-                    value = tl.zeros_like(d)
-                    pull = tl.exp(log_p[:, None] + (s - lse_s[:, None])) * (d - tau)
+                    pull = distance_pull(
+                        log_p[:, None], log_q[:, None], log_p_j, log_q_j, d - tau, FLAGS
+                    )
                 else:
-                    value, pull = bernoulli(d, tau, DISTANCE, CROSS_ENTROPY)
+                    value, pull = distance_of_gap(d, tau, FLAGS)
                 share += tl.sum(tl.where(partner, value, 0.0), axis=1)
                 slope += tl.sum(tl.where(partner, pull, 0.0), axis=1)
-            if TARGET == LABEL:
+            if FLAGS.target == LABEL:
                 share *= 0.5
-            elif COMPARISON == LISTWISE and DISTANCE != SQUARED:
-                if DISTANCE == BACKWARD_KL:
-                    share = kl_term(log_q, log_p)
-                    if CROSS_ENTROPY:
-                        share += entropy_term(log_q)
-                else:
-                    share = kl_term(log_p, log_q)
-            elif COMPARISON == LISTWISE:
+            elif FLAGS.lists:
+                share = distance_of_outcome(log_p, log_q, FLAGS)
+            elif FLAGS.comparison == LISTWISE:
                 norm = 1.0 / ((kf - 1.0) * (kf - 1.0))
-                if not LEAVE_ONE_OUT:
+                if not FLAGS.leave_one_out:
                     norm *= (kf - 1.0) / kf
                 share *= 0.5 * norm
                 slope *= norm
             else:
                 share *= 1.0 / (kf * (kf - 1.0))
                 slope *= 2.0 / (kf * (kf - 1.0))
-        tl.store(scratch_ptr + i, tl.where(counted, scale * share, 0.0), mask=live)
-        tl.store(scratch_ptr + S + i, tl.where(counted, scale * slope, 0.0), mask=live)
+        tl.store(p.share + i, tl.where(counted, o.scale * share, 0.0), mask=live)
+        tl.store(p.slope + i, tl.where(counted, o.scale * slope, 0.0), mask=live)
         role = tl.where(counted, tl.where(i == chosen, 2.0, 1.0), 0.0)
-        tl.store(sequence_ptr + 4 * S + i, role, mask=live)
+        tl.store(p.roles + i, role, mask=live)
     return broken

@@ -3,27 +3,37 @@
 import triton
 import triton.language as tl
 
-from .distances import MEAN, SEQUENCE_REF, TOKEN_REF, TOKENS
+from .batch import MEAN, SEQUENCE_REF, TOKEN_REF, TOKENS
 
 
 @triton.jit
-def group_of(i, cu_groups_ptr, G, GROUP_SIZE, group_steps, RAGGED: tl.constexpr):
+def group_of(i, p, n, FLAGS: tl.constexpr):
     """Group of sequence i: the last g with cu_groups[g] <= i, by bisection."""
-    if RAGGED:
+    if FLAGS.ragged:
         low = tl.zeros_like(i)
-        high = tl.zeros_like(i) + G
-        for _ in range(group_steps):
+        high = tl.zeros_like(i) + n.G
+        for _ in range(n.group_steps):
             middle = (low + high) // 2
-            right = tl.load(cu_groups_ptr + middle, mask=middle < G, other=2147483647) <= i
+            right = tl.load(p.cu_groups + middle, mask=middle < n.G, other=2147483647) <= i
             low = tl.where(right & (high - low > 1), middle, low)
             high = tl.where(right | (high - low <= 1), high, middle)
         return low
     else:
-        return i // GROUP_SIZE
+        return i // n.K
 
 
 @triton.jit
-def bounds_of(i, cu_ptr, size, total, uniform, PACKED: tl.constexpr, mask):
+def bounds_of_group(g, p, n, FLAGS: tl.constexpr, mask):
+    return _bounds_of(g, p.cu_groups, n.G, n.S, n.K, FLAGS.ragged, mask)
+
+
+@triton.jit
+def bounds_of_sequence(s, p, n, FLAGS: tl.constexpr, mask):
+    return _bounds_of(s, p.cu_seqlens, n.S, n.N, n.T, FLAGS.packed, mask)
+
+
+@triton.jit
+def _bounds_of(i, cu_ptr, size, total, uniform, PACKED: tl.constexpr, mask):
     """[start, end) of segment i of a total, and whether its offsets are unusable."""
     if PACKED:
         start = tl.load(cu_ptr + i, mask=mask, other=0)
@@ -38,90 +48,61 @@ def bounds_of(i, cu_ptr, size, total, uniform, PACKED: tl.constexpr, mask):
 
 
 @triton.jit
-def sum_sequences(
-    logps_ptr,
-    labels_ptr,
-    lengths_in_ptr,
-    cu_seqlens_ptr,
-    cu_groups_ptr,
-    ref_logps_ptr,
-    ref_weights_ptr,
-    sequence_ptr,
-    lengths_ptr,
-    N,
-    S,
-    G,
-    T,
-    K,
-    R,
-    weight_stride_r,
-    weight_stride_g,
-    group_steps,
-    ignore_index,
-    beta,
-    AVERAGE: tl.constexpr,
-    REF: tl.constexpr,
-    HARMONIC: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
-    PACKED: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+def sum_sequences(p, n, o, FLAGS: tl.constexpr):
     """Phase 1: l_i, n_i and a_i (l_i - lref_i), summed in fp64.
 
     Returns how many offsets do not partition the tokens.
     """
     broken = 0
-    for s0 in range(0, S, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        live = s < S
-        if HAS_TOKENS:
-            start, end, bad = bounds_of(s, cu_seqlens_ptr, S, N, T, PACKED, live)
+    for s0 in range(0, n.S, FLAGS.block_s):
+        s = s0 + tl.arange(0, FLAGS.block_s)
+        live = s < n.S
+        if FLAGS.has_tokens:
+            start, end, bad = bounds_of_sequence(s, p, n, FLAGS, live)
             broken += tl.sum(bad.to(tl.int32), axis=0)
             longest = tl.max(end - start, axis=0)
-            count = tl.zeros([BLOCK_S], tl.int32)
-            logp = tl.zeros([BLOCK_S], tl.float64)
+            count = tl.zeros([FLAGS.block_s], tl.int32)
+            logp = tl.zeros([FLAGS.block_s], tl.float64)
         else:
             longest = 0
             start = s
             end = s
-            count = tl.full([BLOCK_S], 1, tl.int32)
-            if HAS_LENGTHS:
-                count = tl.load(lengths_in_ptr + s, mask=live, other=0).to(tl.int32)
-            logp = tl.load(logps_ptr + s, mask=live, other=0.0).to(tl.float64)
-        g = group_of(s, cu_groups_ptr, G, K, group_steps, RAGGED)
-        ratio = tl.zeros([BLOCK_S], tl.float64)
-        top = tl.full([BLOCK_S], float("-inf"), tl.float64)  # of the harmonic logsumexp
-        for r in range(R):
-            delta = tl.zeros([BLOCK_S], tl.float64)
-            if HAS_TOKENS:
-                for t0 in range(0, longest, BLOCK_T):
-                    token = (start[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]).to(tl.int64)
+            count = tl.full([FLAGS.block_s], 1, tl.int32)
+            if FLAGS.has_lengths:
+                count = tl.load(p.lengths_in + s, mask=live, other=0).to(tl.int32)
+            logp = tl.load(p.logps + s, mask=live, other=0.0).to(tl.float64)
+        g = group_of(s, p, n, FLAGS)
+        ratio = tl.zeros([FLAGS.block_s], tl.float64)
+        top = tl.full([FLAGS.block_s], float("-inf"), tl.float64)  # of the harmonic logsumexp
+        for r in range(n.R):
+            delta = tl.zeros([FLAGS.block_s], tl.float64)
+            if FLAGS.has_tokens:
+                for t0 in range(0, longest, FLAGS.block_t):
+                    token = (start[:, None] + t0 + tl.arange(0, FLAGS.block_t)[None, :]).to(
+                        tl.int64
+                    )
                     scored = token < end[:, None]
-                    label = tl.load(labels_ptr + token, mask=scored, other=0)
-                    scored = scored & (label != ignore_index)
-                    lp = tl.load(logps_ptr + token, mask=scored, other=0.0).to(tl.float64)
+                    label = tl.load(p.labels + token, mask=scored, other=0)
+                    scored = scored & (label != n.ignore_index)
+                    lp = tl.load(p.logps + token, mask=scored, other=0.0).to(tl.float64)
                     if r == 0:
                         count += tl.sum(scored.to(tl.int32), axis=1)
                         logp += tl.sum(lp, axis=1)
-                    if REF == TOKEN_REF:
-                        ref_ptr = ref_logps_ptr + tl.cast(r, tl.int64) * N
+                    if FLAGS.ref == TOKEN_REF:
+                        ref_ptr = p.ref_logps + tl.cast(r, tl.int64) * n.N
                         lp -= tl.load(ref_ptr + token, mask=scored, other=0.0).to(tl.float64)
                     delta += tl.sum(lp, axis=1)
             else:
                 delta += logp
-            if REF == SEQUENCE_REF:
+            if FLAGS.ref == SEQUENCE_REF:
                 delta -= tl.load(
-                    ref_logps_ptr + tl.cast(r, tl.int64) * S + s, mask=live, other=0.0
+                    p.ref_logps + tl.cast(r, tl.int64) * n.S + s, mask=live, other=0.0
                 ).to(tl.float64)
-            alpha = tl.full([BLOCK_S], 1.0, tl.float64)
-            if HAS_WEIGHTS:
-                weight_ptr = ref_weights_ptr + r * weight_stride_r + g * weight_stride_g
-                alpha = tl.load(weight_ptr, mask=live & (g < G), other=1.0).to(tl.float64)
-            if HARMONIC:
+            alpha = tl.full([FLAGS.block_s], 1.0, tl.float64)
+            if FLAGS.has_weights:
+                weight_ptr = p.ref_weights + r * n.weight_stride_r + g * n.weight_stride_g
+                alpha = tl.load(weight_ptr, mask=live & (g < n.G), other=1.0).to(tl.float64)
+            if FLAGS.harmonic:
                 term = tl.where(alpha > 0.0, tl.log(alpha) + delta, float("-inf"))
                 higher = tl.maximum(top, term)
                 base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -129,68 +110,45 @@ def sum_sequences(
                 top = higher
             else:
                 ratio += tl.where(alpha == 0.0, 0.0, alpha * delta)
-        if HARMONIC:
+        if FLAGS.harmonic:
             ratio = top + tl.log(ratio)
-        unit = tl.full([BLOCK_S], 1.0, tl.float64) * beta
-        if AVERAGE:
+        unit = tl.full([FLAGS.block_s], 1.0, tl.float64) * o.beta
+        if FLAGS.average:
             unit = unit / tl.maximum(count, 1)
-        tl.store(sequence_ptr + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
-        tl.store(sequence_ptr + S + s, logp.to(tl.float32), mask=live)
-        tl.store(lengths_ptr + s, count, mask=live)
+        tl.store(p.rewards + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
+        tl.store(p.sequence_logps + s, logp.to(tl.float32), mask=live)
+        tl.store(p.lengths + s, count, mask=live)
     return broken
 
 
 @triton.jit
-def spread_coefficients(
-    labels_ptr,
-    cu_seqlens_ptr,
-    sequence_ptr,
-    lengths_ptr,
-    coef_ptr,
-    scratch_ptr,
-    N,
-    S,
-    T,
-    ignore_index,
-    beta,
-    sft_weight,
-    per_token,
-    factor,
-    AVERAGE: tl.constexpr,
-    SFT: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+def spread_coefficients(p, n, o, per_token, factor, FLAGS: tl.constexpr):
     """Phase 5: dL/dl_i, and the same for each scored token."""
-    for s0 in range(0, S, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        live = s < S
-        count = tl.load(lengths_ptr + s, mask=live, other=1)
-        coef = tl.load(scratch_ptr + S + s, mask=live, other=0.0) * beta
-        if AVERAGE:
+    for s0 in range(0, n.S, FLAGS.block_s):
+        s = s0 + tl.arange(0, FLAGS.block_s)
+        live = s < n.S
+        count = tl.load(p.lengths + s, mask=live, other=1)
+        coef = tl.load(p.slope + s, mask=live, other=0.0) * o.beta
+        if FLAGS.average:
             coef = coef / tl.maximum(count, 1).to(tl.float32)
-        if SFT >= 0:
-            pull = tl.where(
-                tl.load(sequence_ptr + 4 * S + s, mask=live, other=0.0) == 2.0, sft_weight, 0.0
-            )
-            if SFT == MEAN:
+        if FLAGS.sft >= 0:
+            pull = tl.where(tl.load(p.roles + s, mask=live, other=0.0) == 2.0, o.sft_weight, 0.0)
+            if FLAGS.sft == MEAN:
                 pull = pull / tl.maximum(count, 1).to(tl.float32)
-            elif SFT == TOKENS:
+            elif FLAGS.sft == TOKENS:
                 pull = pull * per_token
             coef -= pull
         coef = coef * factor
-        tl.store(sequence_ptr + 3 * S + s, coef, mask=live)
-        if HAS_TOKENS:
-            start, end, _ = bounds_of(s, cu_seqlens_ptr, S, N, T, PACKED, live)
+        tl.store(p.dlogps + s, coef, mask=live)
+        if FLAGS.has_tokens:
+            start, end, _ = bounds_of_sequence(s, p, n, FLAGS, live)
             longest = tl.max(end - start, axis=0)
-            for t0 in range(0, longest, BLOCK_T):
-                token = (start[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]).to(tl.int64)
+            for t0 in range(0, longest, FLAGS.block_t):
+                token = (start[:, None] + t0 + tl.arange(0, FLAGS.block_t)[None, :]).to(tl.int64)
                 inside = token < end[:, None]
-                label = tl.load(labels_ptr + token, mask=inside, other=0)
+                label = tl.load(p.labels + token, mask=inside, other=0)
                 tl.store(
-                    coef_ptr + token,
-                    tl.where(label == ignore_index, 0.0, coef[:, None]),
+                    p.coef + token,
+                    tl.where(label == n.ignore_index, 0.0, coef[:, None]),
                     mask=inside,
                 )

@@ -77,8 +77,8 @@ def linear_rpo_loss(
     without the logits.
 
         z = hidden weight^T + lora_hidden lora_weight^T + bias
-        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i),   L = mean over groups of
-        D[s || t]
+        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i)
+        L = mean over groups of D[s || t]
 
     Costs, in GEMMs of the scored rows with the head: 3 with a trainable head, 2 with a frozen one,
     1 without gradients. Whole groups are processed together, as many as the workspace holds; of a

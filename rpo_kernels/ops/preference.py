@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..backend import engine
-from ..inputs import Groups, Sequences, groups_of
+from ..inputs import Groups, PerSequence, Sequences, groups_of
 from ..objectives import RPOObjective
 from .operator import Operator, once_differentiable
 from .output import RPOOutput
@@ -31,8 +31,9 @@ def preference_loss(
 ) -> RPOOutput:
     """RPO loss D[s || t] of groups of responses, from the log-probabilities of whole sequences.
 
-        s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]      (see
-        :class:`RPOObjective`)
+        s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]
+
+    (see :class:`RPOObjective`).
 
     Args:
         logps: ``[S]`` log-probabilities of the responses, in nats: sums over tokens, also for
@@ -178,7 +179,7 @@ def output(
     lengths: Tensor | None,
     cu_groups: Tensor | None,
 ) -> RPOOutput:
-    rewards, logps, targets = by_sequence.unbind()[:3]
+    rewards, logps, targets, *_ = PerSequence(*by_sequence.unbind())
     return RPOOutput(
         losses if reduction == "none" else loss,
         losses.detach(),
@@ -215,7 +216,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dloss, dlosses, _):
     logps, by_sequence, cu_groups = ctx.saved_tensors
-    coef = by_sequence[3]
+    coef = PerSequence(*by_sequence.unbind()).dlogps
     upstream = dloss
     if dlosses is not None:  # reduction "none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]

@@ -41,8 +41,9 @@ def rpo_loss(
 ) -> RPOOutput:
     """RPO loss of groups of responses, from their logits.
 
-        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i),   L = mean over groups of
-        D[s || t] dL/dz_it = dL/dl_i (onehot(y_it) - softmax(z_it))
+        l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i)
+        L = mean over groups of D[s || t]
+        dL/dz_it = dL/dl_i (onehot(y_it) - softmax(z_it))
 
     Equal to :func:`preference_loss` of :func:`sequence_logps` of :func:`token_logps`, in one
     vocabulary pass each way and one group pass, which leaves a single coefficient per token for the

@@ -95,8 +95,9 @@ def token_logps_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logps` and the entropy of each row, from the same pass; both differentiable.
 
-        H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t),   0 at ignored positions;
-        nats
+        H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t)
+
+    in nats; 0 at ignored positions.
 
     Arguments and errors as there.
     """

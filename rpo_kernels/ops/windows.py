@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from .. import distributed
 from ..backend import engine
-from ..inputs import Groups, Sequences
+from ..inputs import Groups, PerSequence, Sequences
 from .head import Options
 from .ranks import Context
 
@@ -193,10 +193,13 @@ class Layout:
                 normalizer=None,
             )
             zeros = torch.zeros(len(self.lengths), device=self.device)
-            *_, role = self._group_pass(zeros, None, self.lengths, Sequences(len(zeros)), alone)[2]
-            counted = (role == 2).sum()
+            by_sequence = self._group_pass(zeros, None, self.lengths, Sequences(len(zeros)), alone)[
+                2
+            ]
+            is_chosen = PerSequence(*by_sequence).roles == 2
+            counted = is_chosen.sum()
             if by_tokens:
-                share = counted / torch.where(role == 2, self.lengths, 0).sum().clamp(min=1)
+                share = counted / torch.where(is_chosen, self.lengths, 0).sum().clamp(min=1)
                 groups = groups._replace(sft_share=share.float())
             if groups.mean and groups.normalizer is None:
                 groups = groups._replace(normalizer=counted.clamp(min=1).float())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..inputs import Groups, Sequences
 from ..objectives import RPOObjective
+from .distances import distance_of_gap, distance_of_outcome, distance_pull, labelled
 
 
 def group_pass(
@@ -201,26 +202,8 @@ def _distance(
         if objective.target == "softmax":
             log_q = _log_softmax(t, present)
             t, weight = k.log() + log_q, 1 + k * log_q.exp()
-        value, slope = _bernoulli(s, t, objective)
+        value, slope = distance_of_gap(s, t, objective)
         return _total(weight * value / k, present), weight * slope / k, t
-
-    if (
-        objective.comparison == "listwise"
-        and objective.distance != "squared"
-        and objective.label is None
-    ):
-        log_p, log_q = _log_softmax(s, present), _log_softmax(t, present)
-        p, q = log_p.exp(), log_q.exp()
-        u = s - t
-        if objective.distance == "backward_kl":
-            cross = -torch.where(q == 0, 0, q * log_p)
-            entropy = _total(-torch.special.xlogy(q, q), present)
-            value = _total(cross, present)
-            if not objective.cross_entropy:
-                value = (value - entropy).clamp(min=0)
-            return value, p - q, t
-        value = _total(torch.where(p == 0, 0, p * (log_p - log_q)), present).clamp(min=0)
-        return value, p * (u - _total(p * u, present)[:, None]), t
 
     d = s[:, :, None] - s[:, None, :]
     tau = torch.where(t[:, :, None] == t[:, None, :], 0, t[:, :, None] - t[:, None, :])
@@ -229,52 +212,30 @@ def _distance(
         & present[:, None, :]
         & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
     )
+    is_listwise = objective.comparison == "listwise" and objective.label is None
+    if is_listwise and objective.rules.softmax:
+        log_p, log_q = _log_softmax(s, present), _log_softmax(t, present)
+        pull = distance_pull(log_p, log_q, d - tau, objective)
+        value = _total(distance_of_outcome(log_p, log_q, objective), present)
+        return value, torch.where(pair, pull, 0).sum(2), t
+
     if objective.label is not None:
         label = torch.full_like(d, 1 - objective.label)
         label[:, 0] = objective.label
-        value, slope = _cross_entropy(d, label), torch.sigmoid(d) - label
-        if not objective.cross_entropy:
-            value = (
-                value
-                + torch.special.xlogy(label, label)
-                + torch.special.xlogy(1 - label, 1 - label)
-            ).clamp(min=0)
+        value, slope = labelled(d, label, objective.cross_entropy)
     else:
-        value, slope = _bernoulli(d, tau, objective)
+        value, slope = distance_of_gap(d, tau, objective)
     value, slope = (
         _total(torch.where(pair, value, 0).sum(2), present),
         torch.where(pair, slope, 0).sum(2),
     )
-    pairs = (k * (k - 1)).clamp(min=1)
-    if objective.comparison == "pairwise" or objective.label is not None:
+    if not is_listwise:
+        pairs = (k * (k - 1)).clamp(min=1)
         return value / pairs[:, 0], slope * 2 / pairs, t
     norm = 1 / (k - 1).clamp(min=1) ** 2
     if not objective.leave_one_out:
         norm = norm * (k - 1) / k
     return value / 2 * norm[:, 0], slope * norm, t
-
-
-def _bernoulli(
-    d: torch.Tensor, tau: torch.Tensor, objective: RPOObjective
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """D[d || tau] and its derivative in d."""
-    if objective.distance == "squared":
-        return (d - tau) ** 2 / 2, d - tau
-    if objective.distance == "forward_kl":
-        p = torch.sigmoid(d)
-        value = _cross_entropy(tau, p) - _cross_entropy(d, p)
-        return value.clamp(min=0), p * torch.sigmoid(-d) * (d - tau)
-    q = torch.sigmoid(tau)
-    value = _cross_entropy(d, q)
-    if not objective.cross_entropy:
-        value = (value + torch.special.xlogy(q, q) + torch.special.xlogy(1 - q, 1 - q)).clamp(min=0)
-    return value, torch.sigmoid(d) - q
-
-
-def _cross_entropy(x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """-label log sigmoid(x) - (1 - label) log sigmoid(-x), with 0 inf = 0."""
-    yes = torch.where(label == 0, 0, -label * F.logsigmoid(x))
-    return yes + torch.where(label == 1, 0, -(1 - label) * F.logsigmoid(-x))
 
 
 def _log_softmax(x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

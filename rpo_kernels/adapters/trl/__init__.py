@@ -1,8 +1,9 @@
 """TRL: a trainer for every RPO objective, and faster log-probabilities under TRL's own trainers.
 
-from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer      # K >= 2 responses per prompt,
-explicit rewards from rpo_kernels.adapters.trl import accelerate_trl             # DPO, KTO, GRPO,
-RLOO, SFT: same losses, our kernels
+# K >= 2 responses per prompt, explicit rewards
+from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
+# DPO, KTO, GRPO, RLOO, SFT: same losses, our kernels
+from rpo_kernels.adapters.trl import accelerate_trl
 """
 
 from .version import check_version

@@ -83,9 +83,9 @@ def _check_rewards(rewards: object, K: int, objective: RPOObjective, where: str)
         if (
             not number
             or math.isnan(reward)
-            or (math.isinf(reward) and objective.distance != "backward_kl")
+            or (math.isinf(reward) and not objective.rules.infinite_targets)
         ):
-            legal = "numbers" if objective.distance == "backward_kl" else "finite numbers"
+            legal = "numbers" if objective.rules.infinite_targets else "finite numbers"
             raise ValueError(f"{where}: `rewards` must be {legal}, got {reward!r}")
 
 

@@ -33,7 +33,8 @@ class RPOTrainer(DPOTrainer):
     responses to a prompt.
 
         L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
-        (arXiv 2502.00203)
+
+    (arXiv 2502.00203).
 
     The policy's loss is :func:`rpo_kernels.linear_rpo_loss` inside the model's forward: 3 GEMMs
     with a trainable head, 2 with a frozen one, metrics included. Everything else is TRL's: models

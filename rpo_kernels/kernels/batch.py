@@ -1,0 +1,85 @@
+"""What the phases of the group pass share: pointers and sizes of a batch, numbers of an objective,
+and what the kernel is compiled for.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+# Codes of flags.
+LISTWISE, PAIRWISE, POINTWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+REWARDS, GAP, LABEL, SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SUM, MEAN, TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SEQUENCE_REF, TOKEN_REF = tl.constexpr(1), tl.constexpr(2)
+
+
+class Flags(NamedTuple):
+    distance: int  # code of the distance
+    lists: bool  # compared are softmaxes over the group
+    comparison: int
+    target: int
+    cross_entropy: bool
+    leave_one_out: bool
+    average: bool
+    ref: int  # 0: no reference
+    harmonic: bool
+    sft: int  # -1: none
+    has_tokens: bool
+    has_lengths: bool
+    packed: bool
+    ragged: bool
+    has_weights: bool
+    has_normalizer: bool
+    has_sft_share: bool
+    is_mean: bool
+    block_s: int  # tiles of sequences and their tokens
+    block_t: int
+    block_i: int  # tiles of responses and their partners
+    block_j: int
+
+
+class Pointers(NamedTuple):
+    """As the kernel documents them; the rows of ``[5, S]`` and ``[2, S]`` by name."""
+
+    logps: tl.tensor
+    labels: tl.tensor
+    lengths_in: tl.tensor
+    cu_seqlens: tl.tensor
+    cu_groups: tl.tensor
+    ref_logps: tl.tensor
+    ref_weights: tl.tensor
+    given: tl.tensor  # explicit rewards
+    lengths: tl.tensor
+    coef: tl.tensor
+    rewards: tl.tensor  # implicit rewards
+    sequence_logps: tl.tensor
+    targets: tl.tensor
+    dlogps: tl.tensor
+    roles: tl.tensor
+    share: tl.tensor  # of the loss
+    slope: tl.tensor  # dL/ds
+
+
+class Sizes(NamedTuple):
+    N: tl.tensor  # tokens
+    S: tl.tensor  # sequences
+    G: tl.tensor  # groups
+    T: tl.tensor  # tokens of each sequence, where these are rows
+    K: tl.tensor  # responses of each group, where all have as many
+    R: tl.tensor  # references
+    weight_stride_r: tl.tensor
+    weight_stride_g: tl.tensor
+    group_steps: tl.tensor  # of a bisection among the groups
+    ignore_index: tl.tensor
+
+
+class Numbers(NamedTuple):
+    """Of an objective."""
+
+    beta: tl.tensor
+    eta: tl.tensor
+    margin: tl.tensor
+    scale: tl.tensor
+    target: tl.tensor
+    label_of_first: tl.tensor
+    sft_weight: tl.tensor
