@@ -1,4 +1,4 @@
-"""Time and memory of the CPU engine against naive PyTorch, each in a fresh process.
+"""Time and memory of the CPU backend against naive PyTorch, each in a fresh process.
 
     python benchmarks/cpu.py [--threads 2] [--repeat 5] [--scale 1.0] [--json FILE] [CASE ...]
 

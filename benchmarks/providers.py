@@ -28,7 +28,7 @@ class Provider:
 
     name: str
     package = "torch"  # whose version counts
-    triton = False  # whether it has no engine but Triton's, on a GPU
+    triton = False  # whether it has no backend but Triton's, on a GPU
     overwrites = False  # whether the backward overwrites the logits
 
     def from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:

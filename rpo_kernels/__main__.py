@@ -16,7 +16,7 @@ COMMANDS = {
     "naive PyTorch",
     "tune": "choose launch settings for your vocabularies: on a GPU by the clock, without by "
     "machine code",
-    "info": "versions, devices, engines, launch settings",
+    "info": "versions, devices, backends, launch settings",
 }
 
 

@@ -1,4 +1,4 @@
-"""Which engine runs a row function: Triton kernels or their PyTorch counterparts."""
+"""Which backend runs a row function: Triton kernels or their PyTorch counterparts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ON_CPU = "RPO_KERNELS_ON_CPU"
 
 
 @functools.cache
-def engine(op: str, backend: str, device: torch.device, module: str) -> ModuleType:
-    """``kernels.<module>`` or ``torch_engine.<module>``; an explicit choice that cannot run
+def module_of(op: str, backend: str, device: torch.device, module: str) -> ModuleType:
+    """``kernels.<module>`` or ``torch_backend.<module>``; an explicit choice that cannot run
     raises.
     """
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
-        return importlib.import_module(f".torch_engine.{module}", __package__)
+        return importlib.import_module(f".torch_backend.{module}", __package__)
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
             f"{op}: backend {backend!r} on a {device.type} tensor needs the package triton, which "

@@ -69,7 +69,7 @@ class Shard(NamedTuple):
 
     def forward(
         self,
-        engine: Callable[[str], Any],
+        module_of: Callable[[str], Any],
         rows: Tensor,
         labels: Tensor,
         transform: LogitTransform,
@@ -79,8 +79,12 @@ class Shard(NamedTuple):
         columns]`` and shard labels ``[N]``.
         """
         transform = transform._replace(ignore_index=IGNORED)
-        statistics = engine("vocabulary_forward").shard_statistics(rows, labels, transform, entropy)
-        return engine("shards").combine(gather(statistics, self.group), labels, transform, entropy)
+        statistics = module_of("vocabulary_forward").shard_statistics(
+            rows, labels, transform, entropy
+        )
+        return module_of("shards").combine(
+            gather(statistics, self.group), labels, transform, entropy
+        )
 
 
 def start_sum(x: Tensor, name: str) -> Callable[[], object]:

@@ -25,7 +25,7 @@ def compiling(**more: str) -> dict[str, str]:
 
 
 def kernel_dtypes(backend: str) -> list[torch.dtype]:
-    """Dtypes whose outputs this engine rounds: Triton's interpreter truncates to bf16, so that is
+    """Dtypes whose outputs this backend rounds: Triton's interpreter truncates to bf16, so that is
     tested on a GPU.
     """
     interpreted = backend == "triton" and not HAS_GPU

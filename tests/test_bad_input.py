@@ -1,7 +1,7 @@
 """Arguments that do not fit raise before anything is launched, and the message names the operation,
 the argument in backticks, what was expected and what came.
 
-No engine can run in this file: whoever asks for one fails the test. Values are looked at on a CPU
+No backend can run in this file: whoever asks for one fails the test. Values are looked at on a CPU
 only, so all tensors here live on one; what a GPU makes of bad values is for the tests of the
 kernels.
 """
@@ -71,8 +71,8 @@ def _no_engine(monkeypatch):
         raise AssertionError("something was launched")
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("rpo_kernels.ops.") and hasattr(module, "engine"):
-            monkeypatch.setattr(module, "engine", launched)
+        if name.startswith("rpo_kernels.ops.") and hasattr(module, "module_of"):
+            monkeypatch.setattr(module, "module_of", launched)
 
 
 def call(op, changes):
@@ -367,7 +367,7 @@ def test_triton_that_is_not_installed_is_asked_for(monkeypatch):
         "installed; install it or pass"
     )
     with pytest.raises(RuntimeError, match=re.escape(f"{message} backend='torch'")):
-        backend.engine("rpo_loss", "auto", torch.device("cuda"), "vocabulary")
+        backend.module_of("rpo_loss", "auto", torch.device("cuda"), "vocabulary")
 
 
 # ---- sequences -----------------------------------------------------------------------------------

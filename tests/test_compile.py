@@ -23,6 +23,7 @@ from rpo_kernels.commands.audit import GROUP_PASS_BYTES, audited
 from rpo_kernels.commands.chips import CHIPS
 from rpo_kernels.commands.variants import Variant, meta, variants
 from rpo_kernels.kernels.launch import assumed_arch
+from rpo_kernels.objectives import COMPARISONS, DISTANCES
 
 from .helpers import compiling
 
@@ -88,6 +89,7 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     *rows, starved, control = json.loads(done.stdout.splitlines()[-1])
+    group_passes = len(DISTANCES) * len(COMPARISONS) + 6
     assert len(rows) == (
         (12 + 2) * 2 + 2 + 1 + group_passes if name == IN_FULL else (4 + 1 + 2) * 2 + 2 + 1 + 2
     )

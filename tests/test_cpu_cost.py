@@ -1,5 +1,5 @@
-"""The CPU engine against naive PyTorch: memory, and processor time on one thread (wall time depends
-on the neighbours).
+"""The CPU backend against naive PyTorch: memory, and processor time on one thread (wall time
+depends on the neighbours).
 """
 
 import json

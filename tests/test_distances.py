@@ -8,7 +8,7 @@ import torch
 from rpo_kernels import RPOObjective, preference_loss, reference
 from rpo_kernels.kernels import distances as triton_distances
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
-from rpo_kernels.torch_engine import distances as torch_distances
+from rpo_kernels.torch_backend import distances as torch_distances
 
 from .helpers import worst
 

@@ -51,7 +51,7 @@ def test_every_objective_equals_the_reference_whatever_the_workspace(
 ):
     if backend == "triton" and workspace == "all" and not HAS_GPU:
         pytest.skip(
-            "the plan with everything in one chunk runs on the torch engine and in "
+            "the plan with everything in one chunk runs on the torch backend and in "
             "test_rows_and_packed"
         )
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
@@ -395,7 +395,7 @@ def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
 def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(
     beta, pairs, upstream, size, options, workspace
 ):
-    """The plan does not depend on the engine. Gradients wait for their upstream factor in fp32."""
+    """The plan does not depend on the backend. Gradients wait for their upstream factor in fp32."""
     hidden = (size * torch.randn(2 * pairs, 3, 32)).half().requires_grad_()
     weight, bias = (
         (0.05 * torch.randn(50, 32)).half().requires_grad_(),
@@ -801,7 +801,7 @@ def test_the_operators_keep_the_promises_of_torch_library(frozen, workspace, dev
 def test_a_low_rank_term_is_a_wider_head(workspace, backend, device):
     """x W^T + x' W'^T is [x x'] [W W']^T, whose reference knows nothing of a low rank."""
     if backend == "triton" and workspace != "groups" and not HAS_GPU:
-        pytest.skip("the plans do not depend on the engine, and the interpreter is slow")
+        pytest.skip("the plans do not depend on the backend, and the interpreter is slow")
     objective = RPOObjective("squared", 0.3)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     (hidden, weight, bias), (lora_hidden, lora_weight, _) = (
@@ -882,7 +882,7 @@ def test_a_buffer_takes_in_the_weight_gradient(free, dtype, workspace, backend, 
     if dtype not in kernel_dtypes(backend) or (
         backend == "triton" and workspace != "groups" and not HAS_GPU
     ):
-        pytest.skip("the plans do not depend on the engine, and the interpreter is slow")
+        pytest.skip("the plans do not depend on the backend, and the interpreter is slow")
     objective = RPOObjective("backward_kl", 0.3)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     hidden, weight, _ = (x.to(dtype).requires_grad_() for x in head(logits, device))

@@ -1,4 +1,4 @@
-"""The group pass against float64 truth on both engines: every objective, every layout."""
+"""The group pass against float64 truth on both backends: every objective, every layout."""
 
 import itertools
 import math
@@ -202,7 +202,7 @@ def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
     if backend == "triton":
         from rpo_kernels.kernels.group_pass import group_pass
     else:
-        from rpo_kernels.torch_engine.group_pass import group_pass
+        from rpo_kernels.torch_backend.group_pass import group_pass
     rewards = torch.zeros(2, device=device)
     groups = Groups(
         RPOObjective("squared", 1.0),

@@ -1,8 +1,8 @@
 """Every preset is the published loss: each formula is written out here as its paper or its authors'
 code has it.
 
-Three engines are held to it, value and gradient: the reference in float64, and the public function
-with both of its backends in float32.
+Three implementations are held to it, value and gradient: the reference in float64, and the public
+function with both of its backends in float32.
 """
 
 from __future__ import annotations
@@ -206,25 +206,25 @@ CASES = {
 }
 
 
-# ---- the engines ---------------------------------------------------------------------------------
+# ---- the implementations -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Engine:
+class Implementation:
     preference_loss: Callable[..., Any]
     dtype: torch.dtype
     options: dict[str, str]
 
 
 @pytest.fixture(params=["reference", "torch", "triton"])
-def engine(request: pytest.FixtureRequest) -> Engine:
+def module_of(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "reference":
         from rpo_kernels.reference import preference_loss
 
-        return Engine(preference_loss, torch.float64, {})
+        return Implementation(preference_loss, torch.float64, {})
     from rpo_kernels import preference_loss
 
-    return Engine(preference_loss, torch.float32, {"backend": request.param})
+    return Implementation(preference_loss, torch.float32, {"backend": request.param})
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
@@ -254,19 +254,19 @@ def published(case: Case, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Ten
     return loss.detach().double(), grad.double()
 
 
-def ours(case: Case, batch: Batch, engine: Engine) -> tuple[Tensor, Tensor]:
-    batch = Batch(*(x.to("cuda" if engine.options and HAS_GPU else "cpu") for x in batch))
-    logps = batch.logps.flatten().to(engine.dtype).requires_grad_()
-    out = engine.preference_loss(
+def ours(case: Case, batch: Batch, implementation: Implementation) -> tuple[Tensor, Tensor]:
+    batch = Batch(*(x.to("cuda" if implementation.options and HAS_GPU else "cpu") for x in batch))
+    logps = batch.logps.flatten().to(implementation.dtype).requires_grad_()
+    out = implementation.preference_loss(
         logps,
-        batch.rewards.flatten().to(engine.dtype) if case.objective.uses_rewards else None,
+        batch.rewards.flatten().to(implementation.dtype) if case.objective.uses_rewards else None,
         case.objective,
         ref_logps=None
         if case.objective.reference == "none"
-        else batch.ref_logps.flatten().to(engine.dtype),
+        else batch.ref_logps.flatten().to(implementation.dtype),
         lengths=batch.lengths.flatten(),
         group_size=case.K,
-        **engine.options,
+        **implementation.options,
     )
     (grad,) = torch.autograd.grad(out.loss, logps)
     return out.loss.detach().double().cpu(), grad.view(GROUPS, case.K).double().cpu()
@@ -292,23 +292,23 @@ def assert_as_accurate(actual: Tensor, truth: Tensor, formula: Tensor, dtype: to
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_value])
-def test_a_preset_has_the_value_of_the_published_loss(engine: Engine, name: str):
+def test_a_preset_has_the_value_of_the_published_loss(implementation: Implementation, name: str):
     case = CASES[name]
     batch = make_batch(case)
-    value, _ = ours(case, batch, engine)
+    value, _ = ours(case, batch, implementation)
     truth, _ = published(case, batch, torch.float64)
     formula, _ = published(case, batch, torch.float32)
-    assert_as_accurate(value, truth, formula, engine.dtype)
+    assert_as_accurate(value, truth, formula, implementation.dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_preset_has_the_gradient_of_the_published_loss(engine: Engine, name: str):
+def test_a_preset_has_the_gradient_of_the_published_loss(implementation: Implementation, name: str):
     case = CASES[name]
     batch = make_batch(case)
-    _, grad = ours(case, batch, engine)
+    _, grad = ours(case, batch, implementation)
     _, truth = published(case, batch, torch.float64)
     _, formula = published(case, batch, torch.float32)
-    assert_as_accurate(grad, truth, formula, engine.dtype)
+    assert_as_accurate(grad, truth, formula, implementation.dtype)
 
 
 def test_no_preset_is_left_out_of_this_file():

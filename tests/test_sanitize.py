@@ -50,8 +50,8 @@ def test_sanitize_finds_what_is_planted(fault):
 def test_compiled_kernels_run_on_a_cpu_only_where_something_executes_them(executed, error):
     code = """
 import torch
-from rpo_kernels.backend import engine
-print(engine("scale", "triton", torch.device("cpu"), "scaling").__name__)
+from rpo_kernels.backend import module_of
+print(module_of("scale", "triton", torch.device("cpu"), "scaling").__name__)
 """
     environment = compiling(RPO_KERNELS_ON_CPU=executed)
     command = [sys.executable, "-c", code]

@@ -2,7 +2,7 @@
 and autograd's rules.
 
 What is compiled here is the graph around the operators (they are opaque), so small shapes and one
-engine say it all.
+backend say it all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Versions, devices, engines and the launch settings that this machine would use."""
+"""Versions, devices, backends and the launch settings that this machine would use."""
 
 from __future__ import annotations
 

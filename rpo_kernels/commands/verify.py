@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=("triton", "torch"),
         default="triton",
-        help="the kernels (default), or the PyTorch engine that serves CPUs",
+        help="the kernels (default), or the PyTorch backend that serves CPUs",
     )
     parser.add_argument(
         "--quick", action="store_true", help="some of the cases, under a minute on two cores"
@@ -99,7 +99,7 @@ def verified(case: Case, at: Machine, seed: int) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     at = machine(args.backend)
-    how = {"torch": "the PyTorch engine"}.get(
+    how = {"torch": "the PyTorch backend"}.get(
         at.backend, "compiled kernels" if at.device == "cuda" else "Triton's interpreter"
     )
     start, seeds = (

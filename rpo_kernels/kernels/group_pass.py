@@ -91,6 +91,10 @@ def _group_pass_kernel(
     """Cost: logps and each reference read once (logps again per further reference), labels once
     more than that.
     """
+    BLOCK_S: tl.constexpr = FLAGS.block_s
+    BLOCK_T: tl.constexpr = FLAGS.block_t
+    BLOCK_I: tl.constexpr = FLAGS.block_i
+    BLOCK_J: tl.constexpr = FLAGS.block_j
     p = Pointers(
         logps_ptr,
         labels_ptr,
@@ -120,8 +124,8 @@ def _group_pass_kernel(
     # Groups that count, and the scored tokens of their chosen responses.
     groups = 0
     tokens = 0
-    for i0 in range(0, S, FLAGS.block_i * FLAGS.block_j):
-        i = i0 + tl.arange(0, FLAGS.block_i * FLAGS.block_j)
+    for i0 in range(0, S, BLOCK_I * BLOCK_J):
+        i = i0 + tl.arange(0, BLOCK_I * BLOCK_J)
         is_chosen = tl.load(p.roles + i, mask=i < S, other=0.0) == 2.0
         groups += tl.sum(is_chosen.to(tl.int32), axis=0)
         tokens += tl.sum(tl.load(p.lengths + i, mask=is_chosen, other=0), axis=0)
@@ -139,14 +143,14 @@ def _group_pass_kernel(
 
     # Group losses and their sum.
     loss = 0.0
-    for g0 in range(0, G, FLAGS.block_i):
-        g = g0 + tl.arange(0, FLAGS.block_i)
+    for g0 in range(0, G, BLOCK_I):
+        g = g0 + tl.arange(0, BLOCK_I)
         live = g < G
         first, last, _ = bounds_of_group(g, p, n, FLAGS, live)
         members = tl.max(last - first, axis=0)
-        group_loss = tl.zeros([FLAGS.block_i], tl.float32)
-        for k0 in range(0, members, FLAGS.block_j):
-            j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
+        group_loss = tl.zeros([BLOCK_I], tl.float32)
+        for k0 in range(0, members, BLOCK_J):
+            j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             member = j < last[:, None]
             share = tl.load(p.share + j, mask=member, other=0.0)
             if FLAGS.sft >= 0:
@@ -165,8 +169,8 @@ def _group_pass_kernel(
     tl.store(loss_ptr, loss * factor)
     # no sequence covers the tokens: no coefficient may pass for a number
     if FLAGS.has_tokens and broken > 0:
-        for t0 in range(0, N, FLAGS.block_s * FLAGS.block_t):
-            token = t0 + tl.arange(0, FLAGS.block_s * FLAGS.block_t)
+        for t0 in range(0, N, BLOCK_S * BLOCK_T):
+            token = t0 + tl.arange(0, BLOCK_S * BLOCK_T)
             tl.store(coef_ptr + token, float("nan"), mask=token < N)
         tl.debug_barrier()
 

@@ -32,14 +32,16 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
 
     Returns how many groups are unusable.
     """
+    BLOCK_I: tl.constexpr = FLAGS.block_i
+    BLOCK_J: tl.constexpr = FLAGS.block_j
     broken = 0
     if FLAGS.ragged:  # counted by group: no sequence may belong to a broken one
-        for g0 in range(0, n.G, FLAGS.block_i):
-            g = g0 + tl.arange(0, FLAGS.block_i)
+        for g0 in range(0, n.G, BLOCK_I):
+            g = g0 + tl.arange(0, BLOCK_I)
             first, last, bad = bounds_of_group(g, p, n, FLAGS, g < n.G)
             broken += tl.sum(bad.to(tl.int32), axis=0)
-    for i0 in range(0, n.S, FLAGS.block_i):
-        i = i0 + tl.arange(0, FLAGS.block_i)
+    for i0 in range(0, n.S, BLOCK_I):
+        i = i0 + tl.arange(0, BLOCK_I)
         live = i < n.S
         g = group_of(i, p, n, FLAGS)
         first, last, _ = bounds_of_group(g, p, n, FLAGS, live & (g < n.G))
@@ -47,12 +49,12 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
         ti = _target(i, first, p, o, live, FLAGS)
         ni = tl.load(p.lengths + i, mask=live, other=0)
 
-        count = tl.zeros([FLAGS.block_i], tl.int32)
-        top_t = tl.full([FLAGS.block_i], float("-inf"), tl.float32)
-        chosen = tl.full([FLAGS.block_i], 2147483647, tl.int32)
-        nans = tl.zeros([FLAGS.block_i], tl.int32)
-        for k0 in range(0, members, FLAGS.block_j):
-            j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
+        count = tl.zeros([BLOCK_I], tl.int32)
+        top_t = tl.full([BLOCK_I], float("-inf"), tl.float32)
+        chosen = tl.full([BLOCK_I], 2147483647, tl.int32)
+        nans = tl.zeros([BLOCK_I], tl.int32)
+        for k0 in range(0, members, BLOCK_J):
+            j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             partner = j < last[:, None]
             partner = partner & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
             count += tl.sum(partner.to(tl.int32), axis=1)
@@ -85,13 +87,13 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
 
         # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full
         # digits near 0.
-        top_s = tl.full([FLAGS.block_i], float("-inf"), tl.float32)
-        sum_s = tl.zeros([FLAGS.block_i], tl.float32)
-        sum_t = tl.zeros([FLAGS.block_i], tl.float32)
+        top_s = tl.full([BLOCK_I], float("-inf"), tl.float32)
+        sum_s = tl.zeros([BLOCK_I], tl.float32)
+        sum_t = tl.zeros([BLOCK_I], tl.float32)
         if FLAGS.lists or FLAGS.target == SOFTMAX:
             base_t = tl.where(tl.abs(top_t) == float("inf"), 0.0, top_t)
-            for k0 in range(0, members, FLAGS.block_j):
-                j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
+            for k0 in range(0, members, BLOCK_J):
+                j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = partner & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
                 s = tl.load(p.rewards + j, mask=partner, other=0.0) - tl.where(
@@ -117,11 +119,11 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
             log_sum_t = tl.where(odds_t > 0.0, base_t + tl.log(sum_t), ti_hard)
             lse_t = log_sum_t + softplus(-tl.abs(odds_t))
 
-        share = tl.zeros([FLAGS.block_i], tl.float32)
-        slope = tl.zeros([FLAGS.block_i], tl.float32)
+        share = tl.zeros([BLOCK_I], tl.float32)
+        slope = tl.zeros([BLOCK_I], tl.float32)
         if FLAGS.comparison == POINTWISE:
             kf = tl.maximum(count, 1).to(tl.float32)
-            weight = tl.full([FLAGS.block_i], 1.0, tl.float32)
+            weight = tl.full([BLOCK_I], 1.0, tl.float32)
             if FLAGS.target == SOFTMAX:
                 ti = tl.log(kf) + log_q
                 weight += kf * tl.exp(log_q)
@@ -130,8 +132,8 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
             share = weight * value / kf
             slope = weight * derivative / kf
         else:
-            for k0 in range(0, members, FLAGS.block_j):
-                j = first[:, None] + k0 + tl.arange(0, FLAGS.block_j)[None, :]
+            for k0 in range(0, members, BLOCK_J):
+                j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = (
                     partner

@@ -53,34 +53,34 @@ def sum_sequences(p, n, o, FLAGS: tl.constexpr):
 
     Returns how many offsets do not partition the tokens.
     """
+    BLOCK_S: tl.constexpr = FLAGS.block_s
+    BLOCK_T: tl.constexpr = FLAGS.block_t
     broken = 0
-    for s0 in range(0, n.S, FLAGS.block_s):
-        s = s0 + tl.arange(0, FLAGS.block_s)
+    for s0 in range(0, n.S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
         live = s < n.S
         if FLAGS.has_tokens:
             start, end, bad = bounds_of_sequence(s, p, n, FLAGS, live)
             broken += tl.sum(bad.to(tl.int32), axis=0)
             longest = tl.max(end - start, axis=0)
-            count = tl.zeros([FLAGS.block_s], tl.int32)
-            logp = tl.zeros([FLAGS.block_s], tl.float64)
+            count = tl.zeros([BLOCK_S], tl.int32)
+            logp = tl.zeros([BLOCK_S], tl.float64)
         else:
             longest = 0
             start = s
             end = s
-            count = tl.full([FLAGS.block_s], 1, tl.int32)
+            count = tl.full([BLOCK_S], 1, tl.int32)
             if FLAGS.has_lengths:
                 count = tl.load(p.lengths_in + s, mask=live, other=0).to(tl.int32)
             logp = tl.load(p.logps + s, mask=live, other=0.0).to(tl.float64)
         g = group_of(s, p, n, FLAGS)
-        ratio = tl.zeros([FLAGS.block_s], tl.float64)
-        top = tl.full([FLAGS.block_s], float("-inf"), tl.float64)  # of the harmonic logsumexp
+        ratio = tl.zeros([BLOCK_S], tl.float64)
+        top = tl.full([BLOCK_S], float("-inf"), tl.float64)  # of the harmonic logsumexp
         for r in range(n.R):
-            delta = tl.zeros([FLAGS.block_s], tl.float64)
+            delta = tl.zeros([BLOCK_S], tl.float64)
             if FLAGS.has_tokens:
-                for t0 in range(0, longest, FLAGS.block_t):
-                    token = (start[:, None] + t0 + tl.arange(0, FLAGS.block_t)[None, :]).to(
-                        tl.int64
-                    )
+                for t0 in range(0, longest, BLOCK_T):
+                    token = (start[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]).to(tl.int64)
                     scored = token < end[:, None]
                     label = tl.load(p.labels + token, mask=scored, other=0)
                     scored = scored & (label != n.ignore_index)
@@ -98,7 +98,7 @@ def sum_sequences(p, n, o, FLAGS: tl.constexpr):
                 delta -= tl.load(
                     p.ref_logps + tl.cast(r, tl.int64) * n.S + s, mask=live, other=0.0
                 ).to(tl.float64)
-            alpha = tl.full([FLAGS.block_s], 1.0, tl.float64)
+            alpha = tl.full([BLOCK_S], 1.0, tl.float64)
             if FLAGS.has_weights:
                 weight_ptr = p.ref_weights + r * n.weight_stride_r + g * n.weight_stride_g
                 alpha = tl.load(weight_ptr, mask=live & (g < n.G), other=1.0).to(tl.float64)
@@ -112,7 +112,7 @@ def sum_sequences(p, n, o, FLAGS: tl.constexpr):
                 ratio += tl.where(alpha == 0.0, 0.0, alpha * delta)
         if FLAGS.harmonic:
             ratio = top + tl.log(ratio)
-        unit = tl.full([FLAGS.block_s], 1.0, tl.float64) * o.beta
+        unit = tl.full([BLOCK_S], 1.0, tl.float64) * o.beta
         if FLAGS.average:
             unit = unit / tl.maximum(count, 1)
         tl.store(p.rewards + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
@@ -124,8 +124,10 @@ def sum_sequences(p, n, o, FLAGS: tl.constexpr):
 @triton.jit
 def spread_coefficients(p, n, o, per_token, factor, FLAGS: tl.constexpr):
     """Phase 5: dL/dl_i, and the same for each scored token."""
-    for s0 in range(0, n.S, FLAGS.block_s):
-        s = s0 + tl.arange(0, FLAGS.block_s)
+    BLOCK_S: tl.constexpr = FLAGS.block_s
+    BLOCK_T: tl.constexpr = FLAGS.block_t
+    for s0 in range(0, n.S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
         live = s < n.S
         count = tl.load(p.lengths + s, mask=live, other=1)
         coef = tl.load(p.slope + s, mask=live, other=0.0) * o.beta
@@ -143,8 +145,8 @@ def spread_coefficients(p, n, o, per_token, factor, FLAGS: tl.constexpr):
         if FLAGS.has_tokens:
             start, end, _ = bounds_of_sequence(s, p, n, FLAGS, live)
             longest = tl.max(end - start, axis=0)
-            for t0 in range(0, longest, FLAGS.block_t):
-                token = (start[:, None] + t0 + tl.arange(0, FLAGS.block_t)[None, :]).to(tl.int64)
+            for t0 in range(0, longest, BLOCK_T):
+                token = (start[:, None] + t0 + tl.arange(0, BLOCK_T)[None, :]).to(tl.int64)
                 inside = token < end[:, None]
                 label = tl.load(p.labels + token, mask=inside, other=0)
                 tl.store(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed, gemm
-from ..backend import engine
+from ..backend import module_of
 from ..inputs import LogitTransform
 
 GPU_WORKSPACE = 2 << 30
@@ -119,7 +119,7 @@ class Head:
         # dlogits are written over the logits where both have one dtype
         self.in_place = options.logits_dtype == options.compute_dtype
         self.transform = options.transform
-        choose = functools.partial(engine, op, options.backend, self.device)
+        choose = functools.partial(module_of, op, options.backend, self.device)
         self.vocabulary_forward = choose("vocabulary_forward").vocabulary_forward
         self.vocabulary_backward = choose("vocabulary_backward").vocabulary_backward
         if shard is not None:

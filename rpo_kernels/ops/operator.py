@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import engine
+from ..backend import module_of
 from ..objectives import RPOObjective
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -229,7 +229,7 @@ class _OnceDifferentiable(torch.autograd.Function):
 
 
 def _scale(x: Tensor, factor: Tensor, backend: str) -> None:
-    engine("scale", backend, x.device, "scaling").scale(x, factor.detach().float())
+    module_of("scale", backend, x.device, "scaling").scale(x, factor.detach().float())
     torch.autograd.graph.increment_version(x)
 
 

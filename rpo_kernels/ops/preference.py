@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
-from ..backend import engine
+from ..backend import module_of
 from ..inputs import Groups, PerSequence, Sequences, groups_of
 from ..objectives import RPOObjective
 from .operator import Operator, once_differentiable
@@ -197,7 +197,7 @@ def _forward(
     op, sequences = "preference_loss", Sequences(logps.shape[0])
     checks.check_length_values(op, lengths)
     groups.check_values(op, logps.device, sequences, 0)
-    group_pass = engine(op, backend, logps.device, "group_pass").group_pass
+    group_pass = module_of(op, backend, logps.device, "group_pass").group_pass
     return group_pass(logps.contiguous(), None, lengths, sequences, groups, 0)[:3]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
-from ..backend import engine
+from ..backend import module_of
 from ..inputs import Groups, LogitTransform, Sequences, groups_of
 from ..objectives import RPOObjective
 from .operator import Operator, only_once
@@ -119,7 +119,7 @@ def _forward(
         op, logits, labels, transform, backend, vocab_ranks, check, objective=groups.objective.spec
     )
     logps, lse, _ = read.forward(read.rows, read.labels, transform, False)
-    group_pass = engine(op, backend, logits.device, "group_pass").group_pass
+    group_pass = module_of(op, backend, logits.device, "group_pass").group_pass
     results = group_pass(logps, flat(labels), None, sequences, groups, transform.ignore_index)
     return (*results, logps, lse, read.labels if vocab_ranks else labels.new_empty(0))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
-from ..backend import engine
+from ..backend import module_of
 from ..inputs import LogitTransform
 from .operator import Operator, once_differentiable, only_once
 
@@ -212,7 +212,7 @@ def row_pass(
     **facts: object,
 ) -> RowPass:
     """Checks of values, agreed on by all ranks, and what reads the rows after them."""
-    choose = functools.partial(engine, op, backend, logits.device)
+    choose = functools.partial(module_of, op, backend, logits.device)
     if not vocab_ranks:
         rows = rows_of(op, logits)
         check()
@@ -368,7 +368,7 @@ def _write_dlogits(
     if entropy_coef is not None:
         entropies, entropy_coef = flat(entropies), flat(entropy_coef)
     rows = rows_of(op, logits)
-    engine(op, backend, logits.device, "vocabulary_backward").vocabulary_backward(
+    module_of(op, backend, logits.device, "vocabulary_backward").vocabulary_backward(
         rows,
         flat(labels),
         flat(logps),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import distributed
-from ..backend import engine
+from ..backend import module_of
 from ..inputs import Groups, PerSequence, Sequences
 from .head import Options
 from .ranks import Context
@@ -238,5 +238,5 @@ class Layout:
         return loss, losses, by_sequence, coef if merged is None else coef[merged.mine]
 
     def _group_pass(self, logps, labels, lengths, sequences, groups):
-        function = engine(self.op, self.backend, self.device, "group_pass").group_pass
+        function = module_of(self.op, self.backend, self.device, "group_pass").group_pass
         return function(logps, labels, lengths, sequences, groups, -1)

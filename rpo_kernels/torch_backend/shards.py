@@ -24,8 +24,5 @@ def combine(
     z_label = torch.where(owners == 0, -torch.inf, z_label)
     h_others = entropy_of_parts(statistics[:, 3].t().double(), lse, others) if entropy else None
     scored = labels != transform.ignore_index
-    results = row_results(peak.amax(1), others, z_label, h_others)
-    logps, peak, rest, entropies = (
-        None if x is None else torch.where(scored, x, 0) for x in results
-    )
-    return logps, torch.stack([peak, rest]), entropies
+    results = row_results(others, z_label, h_others)
+    return tuple(None if x is None else torch.where(scored, x, 0) for x in results)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,15 +16,13 @@ from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, 
 def vocabulary_forward(
     logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See ``kernels.vocabulary_forward``; the logsumexp is a peak and the rest."""
+    """See ``kernels.vocabulary_forward``."""
     N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
-    for rows, z_label, peak, others, h_others in _read(
-        logits, labels, transform, entropy, torch.nan
-    ):
-        logps[rows], lse[0, rows], lse[1, rows], h = row_results(peak, others, z_label, h_others)
+    for rows, z_label, _, others, h_others in _read(logits, labels, transform, entropy, torch.nan):
+        logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
         if entropy:
             entropies[rows] = h
     return logps, lse, entropies
@@ -93,21 +92,24 @@ def _read(
 
 
 def row_results(
-    peak: torch.Tensor, others: torch.Tensor, z_label: torch.Tensor, h_others: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(log p, peak, rest, entropy) of rows from the label's z and the other columns' maximum,
-    logsumexp and entropy.
+    others: torch.Tensor, z_label: torch.Tensor, h_others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(log p, lse, entropy) of rows from the label's z and the others' logsumexp and entropy.
+
+    lse ``[2, rows]`` is log2 of the sum of e^z, an integer and a fraction: with both of them large
+    logits cost the backward no digits.
     """
     odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
     logp = -_softplus(odds)
-    peak = torch.maximum(z_label, peak)
-    rest = torch.logaddexp(others, z_label.double()) - peak
+    log2 = torch.logaddexp(others, z_label.double()) / math.log(2)
+    whole = log2.round().float()
+    lse = torch.stack([whole, torch.where(log2.isinf(), 0, log2 - whole).float()])
     if h_others is None:
-        return logp.float(), peak, rest.float(), None
+        return logp.float(), lse, None
     h_label = torch.where(logp == -torch.inf, 0, -logp.exp() * logp)
     p_not = -torch.expm1(logp)
     entropy = h_label + torch.where(p_not == 0, 0, p_not * (h_others + _softplus(-odds)))
-    return logp.float(), peak, rest.float(), entropy.float()
+    return logp.float(), lse, entropy.float()
 
 
 def entropy_of_parts(h: torch.Tensor, lse: torch.Tensor, lse_of_all: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The group pass in PyTorch: the engine for CPUs, same signature and results as
+"""The group pass in PyTorch: the backend for CPUs, same signature and results as
 ``kernels.group_pass``.
 
 It works on ``[G, K, K]`` pairs in float64, where the textbook forms of the distances keep enough

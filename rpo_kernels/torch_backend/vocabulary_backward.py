@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..inputs import LogitTransform
@@ -49,7 +51,7 @@ def vocabulary_backward(
         column = label.clamp(0, V - 1).long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
         factor = c if slope is not None else c * chain
-        total = lse[0, rows, None].double() + lse[1, rows, None]
+        total = (lse[0, rows, None].double() + lse[1, rows, None]) * math.log(2)
         at_label = -factor * torch.expm1(logp)
         if entropy_coef is None:
             blocks, block_lse = log_softmax_blocks(z, exponentiate=True)
