@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo bench gpu lint clean
+.PHONY: test test-slow demo bench gpu lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Commands as the pages print them; minutes each.
+test-slow: .venv/test.stamp .venv/demo.stamp
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)
