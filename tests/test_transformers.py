@@ -787,6 +787,44 @@ def test_log_probabilities_that_are_not_the_models_own_are_both_named(monkeypatc
         attach(text_model("Phi"))
 
 
+BERT_SIZE = {name: x for name, x in SIZE.items() if name != "num_key_value_heads"}
+BERT_SIZE["max_position_embeddings"] = 32
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert", "Electra"])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_attach_refuses_masked_language_models_and_says_what_to_load(family, wrap):
+    config = getattr(transformers, f"{family}Config")(**BERT_SIZE | {"cls_token_id": 1})
+    model = getattr(transformers, f"{family}ForMaskedLM")(config)
+    if wrap:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(
+        TypeError, match=f"attach: {family}ForMaskedLM cannot generate, .*AutoModelForCausalLM"
+    ):
+        attach(model)
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"])
+def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name):
+    model = getattr(transformers, name)
+    config = model.config_class(**BERT_SIZE)
+    with pytest.raises(ValueError, match=rf"attach: .* {name} see .*config.is_decoder = True"):
+        attach(model(config))
+    config.is_decoder = True
+    assert_attached_equals_own_logits(attach(filled(model(config))))
+
+
+def assert_attached_equals_own_logits(model):
+    batch = text_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    own = model(**inputs).logits[:, :-1].log_softmax(-1)
+    own = own.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    scored = batch["labels"][:, 1:] != -100
+    ours = model_token_logps(model, batch).logps[:, :-1]
+    torch.testing.assert_close(ours[scored], own[scored], atol=1e-4, rtol=1e-4)
+
+
 def test_models_that_are_none_are_refused():
     with pytest.raises(
         TypeError, match="expected a model of transformers, or a PEFT model of one, got Linear"
