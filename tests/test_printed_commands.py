@@ -78,6 +78,12 @@ def test_commands_print_one_to_a_line():
         assert len(words) <= 1, f"{where}: {command}"
 
 
+def test_make_tests_the_oldest_transformers_that_the_package_takes():
+    oldest = re.search(r"transformers>=([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+    releases = re.search(r"^test-transformers:(.*)", (ROOT / "Makefile").read_text(), re.M)[1]
+    assert releases.split()[0] == f".venv/transformers-{oldest}.0"
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """A copy of the sources, in which commands may write; downloads are kept where they always
