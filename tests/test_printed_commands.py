@@ -26,6 +26,8 @@ NOT_RUN = {
     "make test": "this suite",
     "make bench": f"{LONG}; tests/test_benchmarks.py runs it with --smoke",
     "make gpu": "needs a GPU",
+    "python -m rpo_kernels verify": f"{LONG}; tests/test_verify.py runs it with --quick",
+    "python -m rpo_kernels audit": f"{LONG}; tests/test_compile.py audits every chip",
     "python examples/align.py": f"{LONG}; what `make demo` runs",
     "python examples/align.py --model DIR --data FILE.jsonl": OWN,
     "python examples/transformers_loop.py --model DIR --data FILE.jsonl": OWN,
@@ -103,11 +105,10 @@ def test_commands_run_as_printed(command, checkout):
     if command in NOT_RUN:
         pytest.skip(NOT_RUN[command])
     if command in GPU_ONLY and not torch.cuda.is_available():
-        command += " --audit sm_90 --op forward"  # as the remark beside it says
+        command += " --audit sm_90"  # as the remark beside it says
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment["PYTHONPATH"] = str(checkout)  # this checkout, wherever the package is installed
-    done = subprocess.run(
-        command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True
-    )
+    options = {"shell": True, "cwd": checkout, "env": environment, "timeout": 1800}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, textwrap.indent(done.stdout[-2000:] + done.stderr[-4000:], "    ")
