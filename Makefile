@@ -2,10 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo bench gpu sanitize lint clean
+.PHONY: test test-slow test-transformers demo bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Commands as the pages print them; minutes each.
+test-slow: .venv/test.stamp .venv/demo.stamp
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The adapter on the oldest and the newest release of transformers that it is known to work with.
+test-transformers: .venv/transformers-5.0.0 .venv/transformers-5.24.0
+	for release in $^; do PYTHONPATH=$$release $(BIN)/python -m pytest tests/test_transformers.py || exit 1; done
+
+.venv/transformers-%: .venv/test.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)

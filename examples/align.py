@@ -1,9 +1,7 @@
 """Align a language model with Reward-aware Preference Optimization, and show that it worked.
 
-    # SmolLM2-135M learns instructions that code can check
-    python examples/align.py
-    # your model, your preferences
-    python examples/align.py --model DIR --data FILE.jsonl
+    python examples/align.py                                  # SmolLM2-135M learns instructions
+    python examples/align.py --model DIR --data FILE.jsonl    # your model, your preferences
 
 Without --data, training is online: each step samples responses to its prompts from the policy
 itself, a judge in code rewards them, and one RPO step follows. With --data, responses and rewards

@@ -1,8 +1,7 @@
 """RPO with an lm_head whose vocabulary is sharded over ranks: each holds some of its rows, none
 ever holds its logits.
 
-    # on CPUs (gloo) and GPUs (NCCL) alike
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py    # on CPUs (gloo) and GPUs (NCCL)
 
 The backbone is small and replicated, so that the example is about the head: the gradient of the
 hidden states comes back summed over the ranks, the same on each, and the replicas stay equal

@@ -1,9 +1,7 @@
 """A bare loop: a causal language model learns preferences, with the loss inside its own forward.
 
-    # SmolLM2-135M, and the rows below
-    python examples/transformers_loop.py
-    # your model, your preferences
-    python examples/transformers_loop.py --model DIR --data FILE.jsonl
+    python examples/transformers_loop.py                                  # SmolLM2-135M, rows below
+    python examples/transformers_loop.py --model DIR --data FILE.jsonl    # yours
 
 With --lora it trains an adapter, and the model without it is the reference.
 """

@@ -1,11 +1,8 @@
 """Reward-aware Preference Optimization in TRL: a model, scored preferences, one trainer.
 
-    # SmolLM2-135M on the few pairs that ship with this file
-    python examples/trl_rpo.py
-    # ... on yours: JSON Lines of prompt, chosen, rejected and scores
-    python examples/trl_rpo.py --data ultrafeedback.jsonl
-    python examples/trl_rpo.py --model DIR --lora --beta 0.05 --max_steps 100 \\
-        --objective '{"distance": "squared", "eta": 0.5}'
+    python examples/trl_rpo.py    # SmolLM2-135M on the few pairs that ship with this file
+    python examples/trl_rpo.py --model DIR --data FILE.jsonl    # your model, your preferences
+    python examples/trl_rpo.py --lora --objective '{"distance": "squared", "eta": 0.5}' --beta 0.05
 
 Rows are `prompt, chosen, rejected` with `chosen_reward, rejected_reward` or `score_chosen,
 score_rejected`, or `prompt, responses, rewards` for K responses. Every argument of trl.DPOConfig
@@ -21,6 +18,7 @@ import models
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, HfArgumentParser
+from transformers.utils import is_torch_bf16_gpu_available
 
 from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
 
@@ -60,6 +58,8 @@ def parse(arguments: list[str] | None) -> tuple[Arguments, RPOConfig]:
         save_strategy="no",
         report_to="none",
         max_length=512,
+        # TRL's own choice, None, is bf16 whatever the device
+        bf16=None if is_torch_bf16_gpu_available() else False,
     )
     return parser.parse_args_into_dataclasses(arguments)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backend import BACKENDS
 from .objectives import DISTANCES, RPOObjective
+from .tangents import check_tangents
 
 REDUCTIONS = ("mean", "sum", "none")
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,6 +60,7 @@ def check_constant(op: str, name: str, x: Tensor) -> None:
     """No gradient flows into this argument, so none may be expected."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: `{name}` gets no gradient, but requires one; pass {name}.detach()")
+    check_tangents(op, x)
 
 
 def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index: int) -> None:
@@ -99,6 +101,7 @@ def check_logits(
         )
     check_labels(op, labels, logits, "logits", ignore_index)
     check_device(op, "labels", labels, logits.device)
+    check_tangents(op, logits)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{op}: the last dimension of `logits` must be contiguous, got strides "

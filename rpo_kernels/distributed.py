@@ -22,6 +22,8 @@ learn of each other's errors when its collectives time out.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import pickle
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -200,11 +202,9 @@ def digest(*tensors: Tensor | None) -> int:
     total = 0
     for x in tensors:
         if x is not None:
-            data = (
-                x.detach().contiguous().view(torch.uint8).numpy().tobytes()
-                if x.device.type == "cpu"
-                else b""
-            )
+            x, data = x.detach().contiguous(), b""
+            if x.device.type == "cpu":
+                data = ctypes.string_at(x.data_ptr(), x.nbytes)
             total = zlib.crc32(data, zlib.crc32(repr((tuple(x.shape), x.dtype)).encode(), total))
     return total
 
@@ -214,6 +214,14 @@ def tell(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
     on_cpu = "cpu" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_cpu else group._device_types[0]
     return gather(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
+
+
+def _tell_words(word: object, group: dist.ProcessGroup) -> list[Any]:
+    """What all ranks say; ``all_gather_object`` needs numpy."""
+    own = pickle.dumps(word)
+    sizes = [size for (size,) in tell([len(own)], group)]
+    told = tell([*own, *[0] * (max(sizes) - len(own))], group)
+    return [pickle.loads(bytes(word[:size])) for word, size in zip(told, sizes)]
 
 
 def _exchange(
@@ -232,10 +240,7 @@ def _exchange(
     if not failed and len({told for *_, told in headers}) == 1:
         return [share for _, share, _ in headers]
     # Every rank sees the same headers, so every rank comes here.
-    words: list[Any] = [None] * group.size()
-    dist.all_gather_object(
-        words, (type(error).__name__, str(error)) if error is not None else facts, group=group
-    )
+    words = _tell_words((type(error).__name__, str(error)) if error is not None else facts, group)
     if error is not None:
         raise error
     for rank, word in enumerate(words):

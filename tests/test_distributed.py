@@ -939,6 +939,21 @@ def a_rank_without_a_scored_token_of_a_sequence_does_not_hang(group):
 
 
 @case()
+def what_ranks_gather_has_no_forward_mode_derivatives(group):
+    cu_groups = torch.tensor([0, 1, 4], dtype=torch.int32)
+    x = torch.randn(4, 3)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for op, call, argument, layout in (
+            ("sequence_logps", sequence_logps, x, {}),
+            ("gather_responses", gather_responses, x[:, 0], {}),
+            ("gather_responses", gather_responses, x[:, 0], {"cu_groups": cu_groups}),
+        ):
+            message = f"{op}: forward-mode derivatives are not implemented"
+            raises(NotImplementedError, message, call, argument, process_group=group, **layout)
+
+
+@case()
 def groups_whose_responses_lie_on_several_ranks_give_the_loss_and_gradients_of_one_process(group):
     R, G, k = group.size(), 3, 2  # each rank holds k responses of each of G groups
     objective = RPOObjective("forward_kl", 0.3)

@@ -78,6 +78,10 @@ def keywords_of(host: nn.Module) -> frozenset[str]:
                 parameter.annotation
             ):  # Unpack[a TypedDict], of the model's own maybe
                 known |= getattr(annotation, "__annotations__", {}).keys()
+        while hasattr(forward, "__wrapped__"):  # a decorator that takes an argument's old name
+            old_name = inspect.getclosurevars(forward).nonlocals.get("old_name")
+            known |= {old_name} if isinstance(old_name, str) else set()
+            forward = forward.__wrapped__
     return frozenset(known)
 
 

@@ -41,6 +41,13 @@ def head_layers(host: nn.Module) -> list[nn.Module]:
     head = host.get_output_embeddings()
     if head is None or host.config.is_encoder_decoder:
         raise TypeError(f"attach: expected a causal language model, got {type(host).__name__}")
+    can_generate = getattr(host, "can_generate", None)
+    if can_generate is not None and not can_generate():
+        raise TypeError(
+            f"attach: {type(host).__name__} cannot generate, so that its logits are no "
+            "next-token predictions (a masked language model's see the label itself); load the "
+            "weights as a causal language model, such as AutoModelForCausalLM makes"
+        )
     if "peft" in sys.modules:
         from peft.utils.other import ModulesToSaveWrapper
 

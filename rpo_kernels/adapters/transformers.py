@@ -2,9 +2,8 @@
 without PEFT.
 
     attach(model)
-    out = model(
-        **inputs, labels=labels, rewards=rewards, objective=RPOObjective(), ref_logps=ref_logps
-    )
+    objective = RPOObjective()
+    out = model(**inputs, labels=labels, rewards=rewards, objective=objective, ref_logps=ref_logps)
     out.loss.backward()
 
 The model's own forward runs, up to its head. There the loss takes the place of ``head(hidden)``, so
@@ -71,6 +70,9 @@ def attach(model: nn.Module) -> nn.Module:
         ids = ordinary_tokens(host, 9)
         logits_of = lambda: _own_logits(model, host, ids)
         own = logits_of()
+        if getattr(host.config, "is_decoder", None) is False:  # BERT's kin see all tokens then
+            other_end = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+            _check_causal(type(host).__name__, own, _own_logits(model, host, other_end))
         vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
         vars(host)["forward"] = MethodType(fused(type(host).forward, keywords_of(host)), host)
         with torch.no_grad():
@@ -118,6 +120,16 @@ def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
     finally:
         vars(host)["forward"] = forward
     return seen[0]
+
+
+def _check_causal(name: str, logits: Tensor, of_another_end: Tensor) -> None:
+    """Logits before the last token, which are to know nothing of it."""
+    change = (logits - of_another_end)[0, :-1].abs().max()
+    if change > 16 * torch.finfo(logits.dtype).eps * logits.abs().max():
+        raise ValueError(
+            f"attach: the tokens of this {name} see those that follow, so that its logits are no "
+            "next-token predictions; make it with config.is_decoder = True"
+        )
 
 
 def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:

@@ -26,6 +26,7 @@ from ..disassembly import Loop
 from ..kernels.launch import assumed_arch
 from ..offline import Launch, MachineCode
 from .chips import CHIPS, Chip
+from .needs import require
 from .table import show
 from .variants import Variant, variants
 
@@ -173,6 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("audit", "triton")
     # read when a kernel is imported, which has not happened yet
     os.environ.pop("TRITON_INTERPRET", None)
     names = {}  # of each launch

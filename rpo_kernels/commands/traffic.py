@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..objectives import RPOObjective
+from .needs import require
 from .table import show
 
 COLUMNS = {
@@ -184,6 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    require("traffic", "triton", "numpy")
     os.environ["TRITON_INTERPRET"] = (
         "1"  # read when a kernel is imported, which has not happened yet
     )

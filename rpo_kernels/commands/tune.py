@@ -1,8 +1,8 @@
 """Choose launch settings of the row passes for vocabularies of yours, and write them into a table.
 
-    # on a GPU: by the clock
+    # on a GPU, by the clock
     python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json
-    # without: by machine code
+    # without one, by machine code
     python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json --audit sm_100
     RPO_KERNELS_LAUNCH_TABLE=table.json python train.py
 
@@ -36,6 +36,7 @@ from .. import __version__, reference
 from ..inputs import LogitTransform
 from ..kernels.launch import LaunchSettings, arch_of, assumed_arch, read_table
 from .chips import CHIPS
+from .needs import require
 from .table import show
 from .timing import flush_cache, is_device_lost, seconds
 
@@ -370,6 +371,7 @@ def run(args: argparse.Namespace) -> int:
     if refusal := _refusal(args):
         print(f"tune: {refusal}", file=sys.stderr)
         return 2
+    require("tune", "triton")
     arch = args.audit or arch_of(torch.device("cuda"))
     ends, copy = time.monotonic() + args.seconds, 0.0 if args.audit else copy_rate("cuda")
     rows, table, without = [], [], []

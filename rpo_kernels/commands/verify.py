@@ -13,7 +13,6 @@ case fails.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from .cases import Case, Machine, Quantity, cases
+from .needs import require
 from .table import show
 
 COLUMNS = {
@@ -69,10 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def machine(backend: str) -> Machine:
     """This one. Without a GPU kernels are interpreted, which is settled when they are imported."""
     gpu = torch.cuda.is_available()
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        raise SystemExit(
-            "verify: the package triton is not installed; install it, or pass --backend torch"
-        )
+    if backend == "triton":  # whose interpreter is made of numpy
+        needed = ("triton",) if gpu else ("triton", "numpy")
+        require("verify", *needed, otherwise=", or pass --backend torch")
     if backend == "triton" and not gpu:
         os.environ["TRITON_INTERPRET"] = "1"
     return Machine("cuda" if gpu else "cpu", backend, gpu or backend == "torch")

@@ -99,6 +99,7 @@ def check_leaves(
         checks.check_tensor(op, name, x)
         checks.check_float(op, name, x)
         checks.check_device(op, name, x, hidden.device)
+        checks.check_tangents(op, x)
     if lora_hidden is None:
         return
     V = weight.shape[0]
@@ -189,6 +190,7 @@ def check_linear(
             f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got "
             f"{weight.dtype}"
         )
+    checks.check_tangents(op, hidden, weight, bias)
 
 
 def options_of(

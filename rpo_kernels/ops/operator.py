@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backend import module_of
 from ..objectives import RPOObjective
 
@@ -89,6 +90,7 @@ class Operator:
                 setup_context(ctx, self._unpacked(inputs), output)
 
             def differentiate(ctx, *gradients):
+                checks.check_tangents(name, *gradients)
                 return (*backward(ctx, *gradients), *ctx.no_gradients, None)
 
             operator.register_autograd(differentiate, setup_context=setup)
@@ -128,6 +130,7 @@ def _function(
     others = len(inspect.signature(forward).parameters) - tensors
 
     def differentiate(ctx, *gradients):
+        checks.check_tangents(name, *gradients)
         return (*backward(ctx, *gradients), *(None,) * others)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": differentiate}

@@ -64,6 +64,7 @@ def preference_loss(
     op = "preference_loss"
     checks.check_tensor(op, "logps", logps)
     checks.check_float(op, "logps", logps)
+    checks.check_tangents(op, logps)
     if logps.dim() != 1:
         raise ValueError(
             f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}"

@@ -86,6 +86,7 @@ def _gather_responses(
                 f"{group_size} and offsets"
             )
         checks.check_offsets(op, "cu_groups", cu_groups, x.device)
+        checks.check_tangents(op, x)
         return _gather_ragged_op(x, cu_groups, process_group.group_name)[:2]
     if group_size < 1 or x.shape[0] % group_size:
         raise ValueError(
@@ -101,6 +102,7 @@ def _gather_responses(
 
 def gather(op: str, x: Tensor, process_group: ProcessGroup) -> Tensor:
     """``[R, ...]``, equal on all ranks; differentiable in this rank's part."""
+    checks.check_tangents(op, x)
     return _gather_op(x, process_group.group_name, process_group.size(), op)
 
 

@@ -1,0 +1,35 @@
+"""Forward-mode derivatives, which there are none of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_tangents(op: str, *tensors: Tensor | None) -> None:
+    """No forward-mode derivatives: a tangent that nobody refuses would be left out in silence."""
+    if forward_ad._current_level >= 0:  # of `dual_level`, which torch.func.jvp enters too
+        if torch.compiler.is_compiling():  # where functions lose their jvp
+            raise NotImplementedError(f"{op}: forward-mode derivatives are not implemented")
+        for x in tensors:
+            if x is not None and x.is_floating_point():
+                _Tangentless.apply(x, op)
+
+
+class _Tangentless(torch.autograd.Function):
+    """A function, which sees tangents below the other transforms of torch.func too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, op: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def jvp(ctx, *_: Tensor) -> None:
+        raise NotImplementedError(f"{ctx.op}: forward-mode derivatives are not implemented")
