@@ -58,13 +58,13 @@ PLANTED = {
     "backward: off-by-one tail": (
         "vocabulary",
         "vocabulary_backward",
-        "tl.minimum(head, width), width))",
-        "tl.minimum(head, width), width - 1))",
+        "tl.minimum(head, width), width)",
+        "tl.minimum(head, width), width - 1)",
     ),
     "sums: dropped mask": (
         "objectives",
         "sequences",
-        "scored = scored & (label != ignore_index)",
+        "scored = scored & (label != n.ignore_index)",
         "scored = scored & (label != -101)",
     ),
     "sums: off-by-one tail": (
