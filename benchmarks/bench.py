@@ -17,7 +17,7 @@ import torch
 from measure import Step, check, peak_bytes, quartiles
 from providers import Ours
 
-from rpo_kernels.commands.timing import clock, is_device_lost, seconds
+from rpo_kernels.tools.timing import clock, is_device_lost, seconds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS, ROUNDS = (1.0, (5, 30)) if DEVICE == "cuda" else (0.1, (3, 10))

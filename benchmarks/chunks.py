@@ -25,8 +25,8 @@ from providers import Ours
 from results import ROOT, about
 from truth import truth_of
 
-from rpo_kernels.commands.timing import seconds
 from rpo_kernels.ops import head
+from rpo_kernels.tools.timing import seconds
 
 ROWS, WORKSPACES = (512, 2048, 4096), (1 << 30, 1 << 29, 1 << 31, 1 << 32)
 FULL = {

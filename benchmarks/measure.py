@@ -20,7 +20,7 @@ from providers import Provider
 from torch import Tensor
 from truth import Truth
 
-from rpo_kernels.commands.timing import flush_cache, seconds
+from rpo_kernels.tools.timing import flush_cache, seconds
 
 
 class Step:

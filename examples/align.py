@@ -22,15 +22,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 
-import data
-import memory
-import models
-import options
-import prompts
 import torch
-from data import Batch, Group
-from judge import judge
-from report import Report, win_rate
+from demo import data, memory, models, options, prompts
+from demo.data import Batch, Group
+from demo.judge import judge
+from demo.report import Report, win_rate
 from torch import Tensor
 from tqdm import tqdm
 

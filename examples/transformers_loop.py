@@ -12,9 +12,8 @@ import argparse
 import copy
 import random
 
-import data
-import models
 import torch
+from demo import data, models
 
 from rpo_kernels import RPOObjective
 from rpo_kernels.adapters.transformers import attach, model_rpo_loss

@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import models
 from datasets import Dataset
+from demo import models
 from peft import LoraConfig
 from transformers import AutoTokenizer, HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available

@@ -27,22 +27,10 @@ PACKAGE = ROOT / "rpo_kernels"
 # __init__.py.
 BACKEND = {"backend", "inputs", "checks", "objectives"}
 MAY_IMPORT = {
-    "__main__": {"commands"},
-    "commands": {
-        "face",
-        "ops",
-        "offline",
-        "disassembly",
-        "traffic",
-        "kernels",
-        "torch_backend",
-        "reference",
-        *BACKEND,
-    },
+    "__main__": {"tools"},
+    "tools": {"face", "ops", "kernels", "torch_backend", "reference", *BACKEND},
     "adapters": {"face", "objectives"},  # like any user; of objectives the names on command lines
     "face": {"ops", "objectives"},
-    "offline": {"kernels", "disassembly", *BACKEND},
-    "traffic": {"kernels", *BACKEND},
     "ops": {"distributed", "gemm", *BACKEND},  # the backend is chosen by backend, at run time
     "kernels": BACKEND,
     "torch_backend": BACKEND,
@@ -54,7 +42,6 @@ MAY_IMPORT = {
     "backend": {"objectives"},
     "reference": {"objectives"},  # the truth shares no code with what it is the truth of
     "objectives": set(),
-    "disassembly": set(),
 }
 # Exceptions, inside functions only. Choosing a backend is importing it.
 MAY_IMPORT_LAZILY = {"backend": {"kernels", "torch_backend"}}
@@ -126,11 +113,11 @@ def test_imports_only_go_down(path):
 
 
 def test_the_table_of_imports_has_no_way_up():
-    """Nobody imports the adapters, and the truth nobody but the commands."""
+    """Nobody imports the adapters, and the truth nobody but the tools."""
     order = list(MAY_IMPORT)
     for room, others in MAY_IMPORT.items():
         assert all(order.index(room) < order.index(other) for other in others), room
-        assert "adapters" not in others and ("reference" not in others or room == "commands")
+        assert "adapters" not in others and ("reference" not in others or room == "tools")
     assert (
         "torch_backend" not in MAY_IMPORT["kernels"]
         and "kernels" not in MAY_IMPORT["torch_backend"]

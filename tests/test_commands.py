@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from rpo_kernels.__main__ import COMMANDS
-from rpo_kernels.commands.traffic import OperatorTraffic
-from rpo_kernels.disassembly import loops
+from rpo_kernels.tools.disassembly import loops
+from rpo_kernels.tools.traffic import OperatorTraffic
 
 from .helpers import HAS_GPU, compiling
 

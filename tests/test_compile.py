@@ -19,11 +19,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from rpo_kernels.commands.audit import GROUP_PASS_BYTES, audited
-from rpo_kernels.commands.chips import CHIPS
-from rpo_kernels.commands.variants import Variant, meta, variants
 from rpo_kernels.kernels.launch import assumed_arch
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
+from rpo_kernels.tools.audit import GROUP_PASS_BYTES, audited
+from rpo_kernels.tools.chips import CHIPS
+from rpo_kernels.tools.variants import Variant, meta, variants
 
 from .helpers import compiling
 

@@ -17,13 +17,15 @@ for library in ("tqdm", "matplotlib", "tabulate"):
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import align  # noqa: E402
-import data  # noqa: E402
-import judge  # noqa: E402
-import models  # noqa: E402
-import options  # noqa: E402
-import prompts  # noqa: E402
-import report  # noqa: E402
 import transformers_loop  # noqa: E402
+from demo import (  # noqa: E402
+    data,
+    judge,
+    models,
+    options,
+    prompts,
+    report,
+)
 
 from rpo_kernels import RPOObjective  # noqa: E402
 from rpo_kernels.adapters.transformers import attach  # noqa: E402
@@ -199,7 +201,8 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
         (["--data", "missing.jsonl"], "missing.jsonl: No such file"),
         (
             ["--objective", "dpoo"],
-            "'dpoo': expected a distance (squared, backward_kl, forward_kl) or preset (dpo, ",
+            "'dpoo': expected a distance (squared, backward_kl, forward_kl, hellinger) or preset "
+            "(dpo, ",
         ),
         (["--objective", "ipo", "--beta", "1"], "--beta: the preset 'ipo' takes tau, average"),
         (["--beta", "-1"], "`beta` must be a finite number > 0"),

@@ -40,6 +40,11 @@ def made_of(rewards, targets, *, logps=None, lengths=None, cu_groups=None, group
     return RPOOutput(torch.zeros(()), torch.zeros(G), rewards, logps, lengths, targets, cu_groups)
 
 
+def test_rpo_output_names_implicit_rewards_apart_from_explicit_ones():
+    out = made_of([1.0, 2.0], [0.0, 1.0])
+    assert out.implicit_rewards is out.rewards
+
+
 # ---- metrics of pairs ----------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpo_kernels import RPOObjective, preference_loss, reference, rpo_loss, token_logps_and_entropy
-from rpo_kernels.commands.cases import (
+from rpo_kernels.objectives import COMPARISONS
+from rpo_kernels.tools.cases import (
     EPS,
     FAMILY,
     OPTIONS,
@@ -24,7 +25,6 @@ from rpo_kernels.commands.cases import (
     size,
     worst,
 )
-from rpo_kernels.objectives import COMPARISONS
 
 INF = float("inf")
 # what float64 rounds away of logits of 1e4: ours may be nearer to 0 than that

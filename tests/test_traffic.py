@@ -42,7 +42,7 @@ from rpo_kernels.kernels.shards import combine
 from rpo_kernels.kernels.vocabulary_backward import vocabulary_backward
 from rpo_kernels.kernels.vocabulary_forward import shard_statistics, vocabulary_forward
 from rpo_kernels.objectives import PRESETS
-from rpo_kernels.traffic import ledger
+from rpo_kernels.tools.ledger import ledger
 
 PLAIN = LogitTransform()
 # An odd vocabulary below a tile, and one past the fp32 tile of eight warps.

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from rpo_kernels.commands import tune
 from rpo_kernels.kernels import launch
+from rpo_kernels.tools import tune
 
 from .helpers import HAS_GPU
 from .test_commands import ROOT, run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo_kernels.commands.cases import Quantity, judged, worst
+from rpo_kernels.tools.cases import Quantity, judged, worst
 
 pytest.importorskip("triton")
 

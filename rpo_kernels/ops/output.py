@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import groups_of
+
 
 class RPOOutput(NamedTuple):
     """A preference loss and what it was made of. Only ``loss`` carries a gradient.
@@ -30,6 +32,11 @@ class RPOOutput(NamedTuple):
     targets: Tensor
     cu_groups: Tensor | None = None
 
+    @property
+    def implicit_rewards(self) -> Tensor:
+        """``rewards``, by the name that tells them from the explicit rewards a loss is given."""
+        return self.rewards
+
     def metrics(self) -> dict[str, Tensor]:
         """Scalar tensors on the device, without a sync.
 
@@ -49,15 +56,11 @@ class RPOOutput(NamedTuple):
         )
         if self.cu_groups is None and S == 2 * G:
             return self._pair_metrics(present.view(G, 2).all(1))
-        group = torch.arange(S, device=self.rewards.device)
-        if self.cu_groups is None:
-            group = group // (S // G)
-        else:
-            group = torch.searchsorted(self.cu_groups[1:], group.int(), right=True)
+        group = groups_of(S, max(S // max(G, 1), 1), self.cu_groups, self.rewards.device)
         s = torch.where(present, self.rewards, 0)
         count = _by_group(present.float(), group, G)
         mean = _by_group(s, group, G) / count
-        deviation = torch.where(present, s - mean[group.clamp(max=G - 1)], 0) ** 2
+        deviation = torch.where(present, s - mean[group], 0) ** 2
         spread = (_by_group(deviation, group, G) / (count - 1)).sqrt()
         together = (group[:, None] == group) & present[:, None] & present
         ordered = together & (self.targets[:, None] > self.targets)

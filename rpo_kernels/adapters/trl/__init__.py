@@ -11,7 +11,7 @@ from .version import check_version
 check_version()  # before anything imports names that another release of TRL may lack
 
 from .config import RPOConfig  # noqa: E402
-from .head import Acceleration, accelerate_trl  # noqa: E402
+from .patch import Acceleration, accelerate_trl  # noqa: E402
 from .trainer import RPOTrainer  # noqa: E402
 
 __all__ = ["Acceleration", "RPOConfig", "RPOTrainer", "accelerate_trl"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpo_kernels import RPOOutput
 
-from .head import RowStatistics
+from .patch import RowStatistics
 
 Metric = tuple[Tensor, Tensor]  # sum, count
 

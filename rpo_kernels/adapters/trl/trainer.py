@@ -22,8 +22,8 @@ from rpo_kernels import RPOOutput, preference_loss, sequence_logps
 from ..transformers import attach
 from .config import RPOConfig
 from .data import COLUMNS, DataCollatorForGroups, encode
-from .head import RowStatistics, accelerate_trl
 from .metrics import group_metrics, token_metrics
+from .patch import RowStatistics, accelerate_trl
 
 NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "ref_logps")
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import RPOObjective, RPOOutput
-from .fused_forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
-from .lm_head import head_layers, host_of, measure_transform, ordinary_tokens
+from ... import RPOObjective, RPOOutput
+from .forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
+from .head import head_layers, host_of, measure_transform, ordinary_tokens
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
 

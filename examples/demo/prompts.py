@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from judge import RULES
+from demo.judge import RULES
 
 TRAINING_QUESTIONS = """
     Why is the sky blue? | What is a volcano? | How do bees make honey? | What does a dentist do? | Why do cats purr?

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
-from .. import (
+from ... import (
     RPOOutput,
     linear_rpo_loss,
     linear_token_logps,
     linear_token_logps_and_entropy,
     shift_labels,
 )
-from .lm_head import head_as, head_weights
+from .head import head_as, head_weights
 
 # Keywords by the function that they belong to. What the model itself knows is read from it.
 READ = {

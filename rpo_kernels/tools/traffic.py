@@ -95,7 +95,7 @@ def counted_naive(steps: Callable[[], Any]) -> tuple[int, int]:
 def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
     """Rows for a batch of 4 sequences of 8 tokens of which a share is scored."""
     from .. import rpo_loss
-    from ..traffic import ledger
+    from .ledger import ledger
 
     g = torch.Generator().manual_seed(0)
     S, T = 4, 8

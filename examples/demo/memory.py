@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import models
 import torch
 import torch.nn.functional as F
-from data import Batch
+from demo import models
+from demo.data import Batch
 
 from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss
 

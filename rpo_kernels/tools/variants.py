@@ -15,7 +15,7 @@ import torch
 
 from ..inputs import Groups, LogitTransform, Sequences
 from ..objectives import COMPARISONS, DISTANCES, RPOObjective
-from ..offline import Launch, recorded_launches
+from .offline import Launch, recorded_launches
 
 # How rows of logits lie in memory. A row is aligned if each begins at a multiple of 16 bytes;
 # triton sees that in a stride that is a multiple of 16 elements.

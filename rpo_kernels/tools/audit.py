@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
-from ..disassembly import Loop
 from ..kernels.launch import assumed_arch
-from ..offline import Launch, MachineCode
 from .chips import CHIPS, Chip
+from .disassembly import Loop
 from .needs import require
+from .offline import Launch, MachineCode
 from .table import show
 from .variants import Variant, variants
 

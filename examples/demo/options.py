@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 
 import torch
-from data import read_preferences
+from demo.data import read_preferences
 
 from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import DISTANCES, PRESETS

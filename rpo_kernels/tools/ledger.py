@@ -145,7 +145,7 @@ def ledger() -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: where kernels are compiled, not interpreted.
     """
-    from .backend import interpreted
+    from ..backend import interpreted
 
     if not interpreted():
         raise RuntimeError(
