@@ -45,6 +45,7 @@ sanitize: .venv-sanitize/stamp
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check rpo_kernels tests examples benchmarks
+	$(BIN)/mypy
 
 .venv/%.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

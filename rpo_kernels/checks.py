@@ -10,6 +10,7 @@ of bounds.
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def shape_of(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
 
 
-def check_tensor(op: str, name: str, x: object) -> None:
+def check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
     if x.is_nested:
@@ -63,7 +64,7 @@ def check_constant(op: str, name: str, x: Tensor) -> None:
     check_tangents(op, x)
 
 
-def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index: int) -> None:
+def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index: int) -> None:
     """Integer labels in the shape of the leading dimensions of logits (or hidden states)."""
     check_tensor(op, "labels", labels)
     if labels.dtype not in _INTEGERS:
@@ -85,8 +86,8 @@ def check_labels(op: str, labels: object, like: Tensor, name: str, ignore_index:
 
 def check_logits(
     op: str,
-    logits: object,
-    labels: object,
+    logits: Tensor,
+    labels: Tensor,
     ignore_index: int,
     inplace_backward: bool,
     is_shard: bool = False,
@@ -158,7 +159,7 @@ def check_backend(op: str, backend: object) -> None:
     check_choice(op, "backend", backend, BACKENDS)
 
 
-def check_offsets(op: str, name: str, offsets: object, device: torch.device) -> None:
+def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> None:
     check_tensor(op, name, offsets)
     if offsets.dtype != torch.int32:
         raise TypeError(
@@ -182,7 +183,7 @@ def check_objective(op: str, objective: object) -> None:
 
 
 def check_rewards(
-    op: str, rewards: object, objective: RPOObjective, S: int, device: torch.device
+    op: str, rewards: Tensor | None, objective: RPOObjective, S: int, device: torch.device
 ) -> None:
     if rewards is None:
         if objective.uses_rewards:
@@ -344,7 +345,7 @@ def _may_look(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _readable(x: Tensor | None) -> bool:
+def _readable(x: Tensor | None) -> TypeGuard[Tensor]:
     return x is not None and _may_look(x.device)
 
 

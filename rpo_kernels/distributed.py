@@ -27,13 +27,18 @@ import pickle
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .inputs import LogitTransform
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+_Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
 
 ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
 _agreements: Counter[str] = Counter()  # made so far in this process, by group
@@ -123,7 +128,7 @@ def group_name(op: str, process_group: object, argument: str = "process_group") 
 
 
 def resolve(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a NewType
 
 
 # ---- agreement -----------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class raising_together:
         )
 
     def __enter__(self) -> None:
-        self.before = _agreements.copy() if self.groups else None
+        self.before = _agreements.copy() if self.groups else Counter()
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if not isinstance(error, Exception):
@@ -264,7 +269,7 @@ def _exchange(
 # ---- DTensor -------------------------------------------------------------------------------------
 
 
-def is_dtensor(x: object) -> bool:
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
     return getattr(x, "device_mesh", None) is not None  # importing DTensor to ask takes seconds
 
 
@@ -326,10 +331,10 @@ def local_hidden(
 def local_parameter(
     op: str,
     name: str,
-    x: Tensor | None,
+    x: _Parameter,
     process_group: dist.ProcessGroup | None,
     dtype: torch.dtype | None = None,
-) -> Tensor | None:
+) -> _Parameter:
     """A parameter of the head as a plain tensor: this rank's shard along the process group, whole
     along all other dimensions of its mesh. Those are data-parallel (FSDP2): the gradient is the
     mean over their ranks, reduced in float32, once.
@@ -352,5 +357,5 @@ def local_parameter(
                 )
         else:
             here[i], grads[i] = Replicate(), Partial("avg")
-    x = x.redistribute(placements=here, forward_dtype=dtype, backward_dtype=torch.float32)
-    return x.to_local(grad_placements=grads)
+    moved = x.redistribute(placements=here, forward_dtype=dtype, backward_dtype=torch.float32)
+    return moved.to_local(grad_placements=grads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +20,17 @@ from torch import Tensor
 _BLOCK_BYTES = 16 << 20
 
 
-def _as_given(function: Callable) -> Callable:
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _as_given(
+    function: Callable[Concatenate[Tensor, _P], _R],
+) -> Callable[Concatenate[Tensor, _P], _R]:
     """Decorator: autocast, which would cast inputs once more, is off."""
 
     @functools.wraps(function)
-    def call(first: Tensor, *args, **kwargs):
+    def call(first: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 

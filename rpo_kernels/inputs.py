@@ -110,14 +110,14 @@ class Groups(NamedTuple):
         tokens: tuple[int, ...] | None,
         device: torch.device,
         *,
-        rewards,
-        ref_logps,
-        ref_weights,
-        group_size,
-        cu_groups,
-        reduction,
-        normalizer,
-        is_live=False,
+        rewards: Tensor | None,
+        ref_logps: Tensor | None,
+        ref_weights: Tensor | None,
+        group_size: int | None,
+        cu_groups: Tensor | None,
+        reduction: str,
+        normalizer: Tensor | float | None,
+        is_live: bool = False,
     ) -> Groups:
         """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they
         are still to be computed.
@@ -126,7 +126,7 @@ class Groups(NamedTuple):
         group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
         G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
         checks.check_rewards(op, rewards, objective, S, device)
-        shapes = [(S,)] if tokens is None else [(S,), tokens]
+        shapes: list[tuple[int, ...]] = [(S,)] if tokens is None else [(S,), tokens]
         checks.check_reference(op, objective, ref_logps, ref_weights, shapes, G, device, is_live)
         checks.check_normalizer(op, reduction, normalizer, device)
         per_token = False

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 
 class Distance(NamedTuple):
@@ -112,9 +112,10 @@ class RPOObjective:
     scale: float = field(default=1.0, kw_only=True)
     leave_one_out: bool = field(default=True, kw_only=True)
     reference: str = field(default="single", kw_only=True)
+    spec: ClassVar[str]  # no field: made of them, for each object
 
     def __post_init__(self) -> None:
-        _one_of("distance", self.distance, DISTANCES)
+        _one_of("distance", self.distance, tuple(DISTANCES))
         _one_of("comparison", self.comparison, COMPARISONS)
         _one_of("sft_normalizer", self.sft_normalizer, SFT_NORMALIZERS)
         _one_of("reference", self.reference, REFERENCES)

@@ -16,8 +16,10 @@ KL(target || policy).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -306,30 +308,30 @@ def _loss(
     if lengths is None and needs_lengths:
         raise ValueError("reference: this objective needs `lengths`")
 
-    n = None if lengths is None else lengths.tolist()
+    n = [1] * len(logps) if lengths is None else lengths.tolist()
     r = None if rewards is None or has_own_target else rewards.to(logps)
     zero = logps[
         :0
     ].sum()  # 0, in the graph: a batch in which nothing counts can still call backward
 
     # Implicit rewards and targets, response by response.
-    implicit = [zero] * len(logps)
+    implicit_rewards = [zero] * len(logps)
     targets = [zero.detach()] * len(logps)
     weights = [1.0] * len(logps)
     margins = [0.0] * len(logps)
     chosen: list[int | None] = []
     kept: list[list[int]] = []
     for group in groups:
-        members = [i for i in group if n is None or n[i] > 0]
+        members = [i for i in group if n[i] > 0]
         kept.append(members)
         for i, t, w in zip(members, *_targets(objective, r, group, members, logps), strict=True):
             targets[i], weights[i] = t, w
         chosen.append(_chosen(targets, group, members, has_own_target))
         for i in members:
             a = objective.beta / n[i] if objective.average else objective.beta
-            implicit[i] = a * ratios[i]
+            implicit_rewards[i] = a * ratios[i]
             margins[i] = objective.margin if i == chosen[-1] else 0.0
-    implicit, t = _stack(implicit, logps), _stack(targets, logps)
+    implicit, t = _stack(implicit_rewards, logps), _stack(targets, logps)
     s = implicit - logps.new_tensor(margins)
 
     # A group counts if enough of its responses remain to be compared.
@@ -341,15 +343,13 @@ def _loss(
             enough = len(members) >= (1 if objective.comparison == "pointwise" else 2)
         counted.append(enough and best is not None)
 
-    chosen_tokens = (
-        None
-        if n is None
-        else sum(n[best] for best, counts in zip(chosen, counted, strict=True) if counts)
+    chosen_tokens = sum(
+        n[best] for best, counts in zip(chosen, counted, strict=True) if counts and best is not None
     )
-    losses = []
+    by_group = []
     for members, best, counts in zip(kept, chosen, counted, strict=True):
-        if not counts:
-            losses.append(zero)
+        if not counts or best is None:
+            by_group.append(zero)
             continue
         loss = objective.scale * _distance(
             objective, s[members], t[members], [weights[i] for i in members]
@@ -363,8 +363,8 @@ def _loss(
                 # the batch.
                 nll = nll * sum(counted) / chosen_tokens
             loss = loss + objective.sft_weight * nll
-        losses.append(loss)
-    losses = _stack(losses, logps)
+        by_group.append(loss)
+    losses = _stack(by_group, logps)
 
     if reduction == "none":
         loss = losses
@@ -385,11 +385,11 @@ def _targets(
 ) -> tuple[list[Tensor], list[float]]:
     """The targets t_i and the pointwise weights w_i of the remaining responses of a group."""
     if objective.label is not None or not isinstance(objective.target, str):
-        gap = objective.target if objective.label is None else _log_odds(objective.label)
+        gap = float(objective.target) if objective.label is None else _log_odds(objective.label)
         return [like.new_tensor(gap / 2 if i == group[0] else -gap / 2) for i in members], [
             1.0
         ] * len(members)
-    if not members:
+    if not members or rewards is None:
         return [], []
     t = objective.eta * rewards[members]
     if objective.target == "rewards":
@@ -424,6 +424,10 @@ def _chosen(
     return best
 
 
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, terms)
+
+
 def _softmax(t: Tensor) -> Tensor:
     """softmax where equal infinities tie: several +inf share the mass equally. [K] -> [K]."""
     e = torch.stack([_gap(x, t.max()).exp() for x in t])
@@ -453,10 +457,10 @@ def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float
         return _listwise_distance(objective, s, t)
     if objective.comparison == "pairwise":
         pairs = [(i, j) for j in range(len(s)) for i in range(j)]
-        return sum(
+        return _sum(
             _scalar_distance(objective, s[i] - s[j], _gap(t[i], t[j])) for i, j in pairs
         ) / len(pairs)
-    return sum(
+    return _sum(
         w * _scalar_distance(objective, x, y) for w, x, y in zip(weights, s, t, strict=True)
     ) / len(s)
 
@@ -477,7 +481,7 @@ def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
         return _bernoulli_backward_kl(objective, d, q, not_q, entropy)
     if objective.distance == "hellinger":
         log_p, log_q = [(-_softplus(-x), -_softplus(x)) for x in (d, tau)]
-        return _at_least_zero(4 - 4 * sum(((a + b) / 2).exp() for a, b in zip(log_p, log_q)))
+        return _at_least_zero(4 - 4 * _sum(((a + b) / 2).exp() for a, b in zip(log_p, log_q)))
     p, not_p = torch.sigmoid(d), torch.sigmoid(-d)
     return _at_least_zero(
         p * (_softplus(-tau) - _softplus(-d)) + not_p * (_softplus(tau) - _softplus(d))
@@ -507,7 +511,7 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
     """
     K = len(s)
     if objective.distance == "squared":
-        total = 0.0
+        total = s.new_zeros(())
         for i in range(K):
             others = [j for j in range(K) if j != i]
             total = total + ((s[i] - s[others].mean()) - (t[i] - t[others].mean())) ** 2 / 2

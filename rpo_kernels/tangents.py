@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -27,9 +29,9 @@ class _Tangentless(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.op = inputs[1]
 
     @staticmethod
-    def jvp(ctx, *_: Tensor) -> None:
+    def jvp(ctx: Any, *_: Tensor) -> None:
         raise NotImplementedError(f"{ctx.op}: forward-mode derivatives are not implemented")

@@ -139,7 +139,8 @@ def _group_pass_kernel(
     if FLAGS.has_sft_share:
         per_token = tl.load(sft_share_ptr)
     else:
-        per_token = groups.to(tl.float32) / tl.maximum(tokens, 1).to(tl.float32)
+        counted = groups.to(tl.float32)  # type: ignore[attr-defined]  # a tensor of the language
+        per_token = counted / tl.maximum(tokens, 1).to(tl.float32)
 
     # Group losses and their sum.
     loss = 0.0

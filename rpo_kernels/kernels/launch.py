@@ -58,11 +58,10 @@ class LaunchSettings:
     @cached_property
     def compiler(self) -> tuple[dict[str, int], dict[str, int]]:
         """Options of a launch with softcap or entropy, and of one without."""
-        limits = (128, self.max_registers) if self.max_registers else (0, 0)
-        return tuple(
-            {"num_warps": self.num_warps} | ({"maxnreg": limit} if limit else {})
-            for limit in limits
-        )
+        warps = {"num_warps": self.num_warps}
+        if not self.max_registers:
+            return warps, warps
+        return warps | {"maxnreg": 128}, warps | {"maxnreg": self.max_registers}
 
 
 @lru_cache

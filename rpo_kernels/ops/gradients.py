@@ -9,21 +9,20 @@ dL / dlogp enter when they are known, on the small side of both GEMMs:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from .. import distributed, gemm
-from .head import Chunks, Head, Leaves, Options, Rows, buffer
+from .head import Chunks, Head, Leaves, Needs, Options, Rows, buffer
 
 
 def over_tokens(needs: list[bool]) -> bool:
     """Whether a gradient is asked for that sums over tokens, for which P is kept."""
-    needs = Leaves(*needs)
-    return bool(needs.weight or needs.bias or needs.lora_weight)
+    wanted = Needs(*needs)
+    return wanted.weight or wanted.bias or wanted.lora_weight
 
 
 def spared_bytes(
@@ -46,7 +45,7 @@ class Kept(NamedTuple):
     Buffers may have more rows than are in use.
     """
 
-    index: Tensor  # [n] int64: flat positions of the rows
+    index: Tensor  # type: ignore[assignment]  # [n] int64: flat positions of the rows
     labels: Tensor  # [n] int64
     logps: Tensor  # [n] fp32
     lse: Tensor  # [2, n] fp32
@@ -55,6 +54,10 @@ class Kept(NamedTuple):
     u: Tensor  # [n, H] fp32: P weight
     u_lora: Tensor  # [n, r] fp32: P lora_weight
     sizes: Tensor  # [2] int64 on the CPU: n, and how many of the rows have no P
+
+
+# of the leaves, in their order
+FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class LiveReference(NamedTuple):
@@ -97,9 +100,7 @@ class Store:
         )
         self.held, self.is_saved, self.differentiable = held, is_saved, any(needs)
         self.ones = torch.ones(chunks.logits, dtype=torch.float32, device=head.device)
-        self.scratch: Tensor | None = (
-            None if is_saved else self._scratch(head.in_place and self.differentiable)
-        )
+        self.scratch: Tensor | None = None
 
     @staticmethod
     def new(
@@ -114,7 +115,7 @@ class Store:
         rows.
         """
         n = rows.size if size is None else size
-        floats = {"dtype": torch.float32, "device": head.device}
+        floats: dict[str, Any] = {"dtype": torch.float32, "device": head.device}
         p = head.buffer(min(n, max(chunks)) if any(needs) else 0, head.options.compute_dtype)
         index, labels = (
             torch.nn.functional.pad(x, (0, n - rows.size)) for x in (rows.index, rows.labels.long())
@@ -145,10 +146,12 @@ class Store:
     def logps(self) -> Tensor:
         return self.tensors.logps
 
-    def _scratch(self, in_place: bool) -> Tensor:
-        """For a chunk of logits; of no rows where these lie in P's place."""
-        rows = 0 if in_place else min(len(self.logps), self.chunks.logits)
-        return self.head.buffer(rows, self.head.options.logits_dtype)
+    def _chunk(self, size: int) -> Tensor:
+        """Memory for a chunk of logits that do not lie in P's place."""
+        if self.scratch is None:
+            rows = min(len(self.logps), self.chunks.logits)
+            self.scratch = self.head.buffer(rows, self.head.options.logits_dtype)
+        return self.scratch[:size]
 
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
         """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside
@@ -160,7 +163,7 @@ class Store:
             for chunk in _split(batch, self.chunks.logits):
                 size, offset = chunk.stop - chunk.start, chunk.start - batch.start
                 slot = p[offset : offset + size]
-                out = slot if head.in_place and self.differentiable else self.scratch[:size]
+                out = slot if head.in_place and self.differentiable else self._chunk(size)
                 labels = self.rows.labels[chunk]
                 if reference is not None:
                     logits = reference.head.logits(reference.rows, chunk, out)
@@ -235,7 +238,7 @@ class Store:
                 torch.stack([coef, coef if entropy_coef is None else entropy_coef]).abs().max()
             )
         unscale = (1 / scale).expand(n)
-        coef, entropy_coef = (None if x is None else x * scale for x in (coef, entropy_coef))
+        coef, entropy_coef = coef * scale, None if entropy_coef is None else entropy_coef * scale
         us = _empty_u(self.rows, self.needs, n)
         for batch in _split(slice(0, n), len(p)):
             dlogits = self._dlogits(batch, p, coef, entropy_coef)
@@ -255,12 +258,10 @@ class Store:
         are ``[n]`` of all rows.
         """
         head, (_, _, logps, lse, entropies, *_) = self.head, self.tensors
-        if self.scratch is None:
-            self.scratch = self._scratch(head.in_place)
         for at in _split(batch, self.chunks.logits):
             size, offset = at.stop - at.start, at.start - batch.start
             slot = p[offset : offset + size]
-            logits = head.logits(self.rows, at, slot if head.in_place else self.scratch[:size])
+            logits = head.logits(self.rows, at, slot if head.in_place else self._chunk(size))
             head.vocabulary_backward(
                 logits[None],
                 self.rows.labels[at],
@@ -293,7 +294,7 @@ class Store:
         entropy: bool,
     ) -> Kept:
         """Empty tensors of the shapes of :meth:`kept`."""
-        x, needs = leaves.hidden, Leaves(*needs)
+        x, lora_hidden, wanted = leaves.hidden, leaves.lora_hidden, Needs(*needs)
         floats, ints = x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int64)
         waits = over_tokens(needs) and chunks.waiting > 0
         p = buffer(
@@ -302,10 +303,8 @@ class Store:
             options.compute_dtype,
             x.device,
         )
-        widths = (
-            x.shape[-1] if needs.hidden else 0,
-            leaves.lora_hidden.shape[-1] if needs.lora_hidden else 0,
-        )
+        width = x.shape[-1] if wanted.hidden else 0
+        rank = lora_hidden.shape[-1] if lora_hidden is not None and wanted.lora_hidden else 0
         return Kept(
             ints,
             torch.empty_like(ints),
@@ -313,21 +312,23 @@ class Store:
             floats.new_empty((2, size)),
             floats.new_empty(size if entropy else 0),
             p,
-            *(floats.new_empty((size, width)) for width in widths),
+            floats.new_empty((size, width)),
+            floats.new_empty((size, rank)),
             torch.empty(2, dtype=torch.int64, device="cpu"),
         )
 
 
-def _empty_u(rows: Rows, needs: list[bool], n: int) -> list[Tensor]:
+def _empty_u(rows: Rows, needs: list[bool], n: int) -> tuple[Tensor, Tensor]:
     """Memory for P weight ``[n, H]`` and P lora_weight ``[n, r]`` in fp32; of no columns where they
     are not needed.
     """
-    needs = Leaves(*needs)
-    wanted = (rows.hidden, needs.hidden), (rows.lora_hidden, needs.lora_hidden)
-    widths = [x.shape[1] if want else 0 for x, want in wanted]
-    return [
-        torch.empty((n, width), dtype=torch.float32, device=rows.index.device) for width in widths
-    ]
+    wanted = Needs(*needs)
+
+    def empty(x: Tensor | None, want: bool) -> Tensor:
+        width = x.shape[1] if x is not None and want else 0
+        return torch.empty((n, width), dtype=torch.float32, device=rows.index.device)
+
+    return empty(rows.hidden, wanted.hidden), empty(rows.lora_hidden, wanted.lora_hidden)
 
 
 def _near_one(largest: Tensor) -> Tensor:
@@ -362,34 +363,30 @@ class Gradients:
         fp32.
         """
         self.leaves, self.rows, self.weight_grad, self.early = leaves, rows, weight_grad, early
-        needs = Leaves(*needs)
+        wanted = Needs(*needs)
         group = options.vocab_ranks if options.reduce_dhidden else ""
-        dtype = functools.partial(dtype_of, early=early)
-        self.dhidden = (
-            _HiddenGradient(leaves.hidden, rows, dtype(leaves.hidden), group)
-            if needs.hidden
-            else None
-        )
-        self.dlora_hidden = (
-            _HiddenGradient(leaves.lora_hidden, rows, dtype(leaves.lora_hidden), group)
-            if needs.lora_hidden
-            else None
-        )
-        self.dweight = (
-            _WeightGradient(leaves.weight, dtype(leaves.weight), once, weight_grad)
-            if needs.weight
-            else None
-        )
-        self.dlora_weight = (
-            _WeightGradient(leaves.lora_weight, dtype(leaves.lora_weight), once, None)
-            if needs.lora_weight
-            else None
-        )
-        self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32) if needs.bias else None
 
-    def add_hidden(
-        self, part: slice, u: Tensor | None, u_lora: Tensor | None, coef: Tensor
-    ) -> None:
+        def of_hidden(x: Tensor | None, wanted: bool) -> _HiddenGradient | None:
+            if x is None or not wanted:
+                return None
+            return _HiddenGradient(x, rows, dtype_of(x, early), group)
+
+        def of_weight(
+            x: Tensor | None, wanted: bool, into: Tensor | None
+        ) -> _WeightGradient | None:
+            if x is None or not wanted:
+                return None
+            return _WeightGradient(x, dtype_of(x, early), once, into)
+
+        self.dhidden = of_hidden(leaves.hidden, wanted.hidden)
+        self.dlora_hidden = of_hidden(leaves.lora_hidden, wanted.lora_hidden)
+        self.dweight = of_weight(leaves.weight, wanted.weight, weight_grad)
+        self.dlora_weight = of_weight(leaves.lora_weight, wanted.lora_weight, None)
+        self.dbias: Tensor | None = None
+        if leaves.bias is not None and wanted.bias:
+            self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32)
+
+    def add_hidden(self, part: slice, u: Tensor, u_lora: Tensor, coef: Tensor) -> None:
         """dhidden = coef * U of these rows, coef ``[n]``."""
         for gradient, x in ((self.dhidden, u), (self.dlora_hidden, u_lora)):
             if gradient is not None:
@@ -404,40 +401,42 @@ class Gradients:
             (self.dweight, self.rows.hidden),
             (self.dlora_weight, self.rows.lora_hidden),
         ):
-            if gradient is not None:
+            if gradient is not None and x is not None:
                 gradient.add(p, x[part], coef)
         if self.dbias is not None:
             gemm.bias_gradient(p, coef, self.dbias)
 
-    def finish(self) -> tuple[Tensor, ...]:
+    def finish(self) -> FiveTensors:
         """In the order, shapes and dtypes of the leaves; empty where none is asked for or
         ``weight_grad`` has it.
         """
         gradients = [
-            self.dhidden and self.dhidden.finish(),
-            self.dweight and self.dweight.finish(),
+            None if self.dhidden is None else self.dhidden.finish(),
+            None if self.dweight is None else self.dweight.finish(),
             self.dbias,
-            self.dlora_hidden and self.dlora_hidden.finish(),
-            self.dlora_weight and self.dlora_weight.finish(),
+            None if self.dlora_hidden is None else self.dlora_hidden.finish(),
+            None if self.dlora_weight is None else self.dlora_weight.finish(),
         ]
         empty = empty_gradients(self.leaves, [False] * 5, None, self.early)
-        return tuple(
-            none if x is None else x.to(dtype_of(leaf, self.early)).view(leaf.shape)
+        finished = (
+            none if leaf is None or x is None else x.to(dtype_of(leaf, self.early)).view(leaf.shape)
             for leaf, x, none in zip(self.leaves, gradients, empty)
         )
+        return cast(FiveTensors, tuple(finished))
 
 
 def empty_gradients(
     leaves: Leaves, needs: list[bool], weight_grad: Tensor | None, early: bool = False
-) -> tuple[Tensor, ...]:
+) -> FiveTensors:
     """Of the shapes and dtypes of :meth:`Gradients.finish`."""
-    wanted = Leaves(*needs)._replace(weight=needs[1] and weight_grad is None)
-    return tuple(
+    wanted = Needs(*needs)._replace(weight=needs[1] and weight_grad is None)
+    empty = (
         leaf.new_empty(leaf.shape, dtype=dtype_of(leaf, early))
-        if want
+        if leaf is not None and want
         else leaves.hidden.new_empty(0)
         for leaf, want in zip(leaves, wanted)
     )
+    return cast(FiveTensors, tuple(empty))
 
 
 def dtype_of(leaf: Tensor, early: bool) -> torch.dtype:
@@ -492,31 +491,27 @@ class _WeightGradient:
             scale = _near_one(coef.abs().max())  # taken out of the fp32 sum
             coef = coef * scale
         x = torch.where(coef[:, None] == 0, 0, coef[:, None] * x).to(x.dtype)
-        accumulate = self.total is not None
-        if scale is not None and accumulate:
+        if self.total is not None and self.scale is not None and scale is not None:
             self.total *= scale / self.scale
         self.scale = scale
-        if not accumulate and self._adds_to_buffer(x):
-            self.total, accumulate = self.into, True
-        elif not accumulate:
+        total = self._buffer(x) if self.total is None else self.total
+        accumulate = total is not None
+        if total is None:
             exact = (
                 not self.once or scale is not None or self.dtype != x.dtype or self.into is not None
             )
-            self.total = torch.empty_like(self.weight, dtype=torch.float32 if exact else self.dtype)
-        gemm.weight_gradient(p, x, self.total, accumulate)
+            total = torch.empty_like(self.weight, dtype=torch.float32 if exact else self.dtype)
+        self.total = total
+        gemm.weight_gradient(p, x, total, accumulate)
 
-    def _adds_to_buffer(self, x: Tensor) -> bool:
-        """Whether the products can go straight into the caller's buffer: into fp32, or all at
-        once.
-        """
-        return (
-            self.into is not None
-            and x.dtype != torch.float16
-            and (self.once or self.into.dtype == torch.float32)
-        )
+    def _buffer(self, x: Tensor) -> Tensor | None:
+        """The caller's, where the products can go straight into it: into fp32, or all at once."""
+        if self.into is None or x.dtype == torch.float16:
+            return None
+        return self.into if self.once or self.into.dtype == torch.float32 else None
 
     def finish(self) -> Tensor | None:
-        if self.scale is not None:
+        if self.total is not None and self.scale is not None:
             self.total /= self.scale
         if self.into is None:
             return (

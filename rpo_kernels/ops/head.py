@@ -86,10 +86,20 @@ class Leaves(NamedTuple):
         return [grad and x is not None and x.requires_grad for x in self]
 
 
+class Needs(NamedTuple):
+    """Of which leaves a gradient is asked for, by name."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_hidden: bool
+    lora_weight: bool
+
+
 class Rows(NamedTuple):
     """The scored rows of a batch, gathered."""
 
-    index: Tensor  # [n] int64, flat positions
+    index: Tensor  # type: ignore[assignment]  # [n] int64, flat positions; not tuple.index
     hidden: Tensor  # [n, H] in the compute dtype
     lora_hidden: Tensor | None  # [n, r] in the compute dtype
     labels: Tensor  # [n] int64; of a shard, counted from its first column
@@ -129,8 +139,8 @@ class Head:
     @functools.cached_property
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """weight and lora_weight in the GEMMs' dtype: a copy only where a GEMM needs one."""
-        pair = self.leaves.weight, self.leaves.lora_weight
-        return tuple(None if x is None else x.to(self.options.compute_dtype) for x in pair)
+        dtype, lora_weight = self.options.compute_dtype, self.leaves.lora_weight
+        return self.leaves.weight.to(dtype), None if lora_weight is None else lora_weight.to(dtype)
 
     @property
     def widest(self) -> int:
@@ -156,7 +166,7 @@ class Head:
     def logits(self, rows: Rows, part: slice, out: Tensor) -> Tensor:
         weight, lora_weight = self.weights
         gemm.project(rows.hidden[part], weight, out)
-        if rows.lora_hidden is not None:
+        if rows.lora_hidden is not None and lora_weight is not None:
             gemm.project(rows.lora_hidden[part], lora_weight, out, accumulate=True)
         return out if self.leaves.bias is None else out.add_(self.leaves.bias)
 
@@ -165,7 +175,7 @@ class Head:
         these have columns.
         """
         for u, weight in zip(us, self.weights):
-            if u.shape[1]:
+            if u.shape[1] and weight is not None:
                 gemm.backproject(p, weight, u)
 
     def show(self, logits: Tensor, labels: Tensor) -> None:
@@ -183,13 +193,12 @@ class Head:
 def gathered(leaves: Leaves, dtype: torch.dtype, index: Tensor, labels: Tensor) -> Rows:
     """Rows of these positions, in the GEMMs' dtype, with their labels ``[n]``."""
 
-    def gather(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def gather(x: Tensor) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
         return (x if index.shape[0] == len(x) else x[index]).to(dtype)
 
-    return Rows(index, gather(leaves.hidden), gather(leaves.lora_hidden), labels)
+    lora_hidden = None if leaves.lora_hidden is None else gather(leaves.lora_hidden)
+    return Rows(index, gather(leaves.hidden), lora_hidden, labels)
 
 
 def buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import LogitTransform
@@ -19,9 +20,9 @@ def local_leaves(
     op: str,
     leaves: Leaves,
     weight_grad: Tensor | None,
-    process_group: object,
-    reduce_dhidden: object,
-) -> tuple[Leaves, object, bool]:
+    process_group: ProcessGroup | None,
+    reduce_dhidden: bool,
+) -> tuple[Leaves, ProcessGroup | None, bool]:
     """Leaves without DTensors, the process group they bring or was given, and whether gradients of
     hidden are to be summed.
     """
@@ -49,13 +50,15 @@ def local_leaves(
             f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this "
             "rank's alone"
         )
-    local = {
-        name: distributed.local_parameter(
-            op, name, getattr(leaves, name), process_group, compute_dtype(hidden)
-        )
-        for name in ("weight", "bias", "lora_weight")
-    }
-    return Leaves(hidden=hidden, lora_hidden=lora_hidden, **local), process_group, reduce_dhidden
+    local, dtype = distributed.local_parameter, compute_dtype(hidden)
+    local_leaves = Leaves(
+        hidden,
+        local(op, "weight", leaves.weight, process_group, dtype),
+        local(op, "bias", leaves.bias, process_group, dtype),
+        lora_hidden,
+        local(op, "lora_weight", leaves.lora_weight, process_group, dtype),
+    )
+    return local_leaves, process_group, reduce_dhidden
 
 
 def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
@@ -100,7 +103,7 @@ def check_leaves(
         checks.check_float(op, name, x)
         checks.check_device(op, name, x, hidden.device)
         checks.check_tangents(op, x)
-    if lora_hidden is None:
+    if lora_hidden is None or lora_weight is None:
         return
     V = weight.shape[0]
     if lora_weight.dim() != 2 or lora_weight.shape[0] != V or not lora_weight.shape[1]:
@@ -142,14 +145,14 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
 
 
 def check_linear(
-    op,
-    hidden,
-    weight,
-    bias,
-    labels,
-    ignore_index,
-    names=("hidden", "weight", "bias"),
-    is_shard=False,
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    is_shard: bool = False,
 ) -> None:
     """Shapes, dtypes and devices of a linear head, or a shard of one; dtypes may differ under
     autocast alone.
@@ -287,7 +290,7 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
 
 @torch.no_grad()
 def local_reference(
-    op: str, hidden: Tensor, reference: Reference, process_group: object
+    op: str, hidden: Tensor, reference: Reference, process_group: ProcessGroup | None
 ) -> Reference:
     """The reference's tensors without DTensors."""
     ref_hidden, ref_weight, ref_bias = reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -236,8 +237,8 @@ def _begin(
     layout = Layout(op, data, options, needs, head.widest)
     index, _ = scored_index(op, labels, options.transform.ignore_index, sum(layout.counts))
     rows, reference = head.rows(leaves, labels, index), None
-    if data.reference.hidden is not None:
-        hidden, weight, bias = data.reference
+    hidden, weight, bias = data.reference
+    if hidden is not None:
         ref_leaves = Leaves(
             hidden,
             *((leaves.weight, leaves.bias) if weight is None else (weight, bias)),
@@ -296,7 +297,7 @@ def _forward(
             store.settle(window.rows, coef, gradients)
     loss, losses, by_sequence = (list(x) for x in zip(*results))
     lengths = layout.lengths
-    store = None  # the workspace is free before gradients are rounded
+    del store  # the workspace is free before gradients are rounded
     return (
         torch.stack(loss).sum(),
         torch.cat(losses),
@@ -310,11 +311,10 @@ def _forward(
     )
 
 
-def _fake_forward(
-    hidden, weight, bias, lora_hidden, lora_weight, weight_grad, data, needs, options
-):
-    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
-    x, S = hidden.new_empty((), dtype=torch.float32), data.sequences.number
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, weight_grad, data, needs, _ = inputs
+    leaves = Leaves(*tensors)
+    x, S = leaves.hidden.new_empty((), dtype=torch.float32), data.sequences.number
     losses, lengths = x.new_empty(data.groups.number(S)), x.new_empty(S, dtype=torch.int32)
     return (
         x,
@@ -348,15 +348,16 @@ def _ready_forward(
     return loss.clone()
 
 
-def _ready_setup(ctx, inputs, output):
+def _ready_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *leaves, _, gradients, ctx.needs, ctx.weight_grad, ctx.backend = inputs
     ctx.save_for_backward(*leaves, *gradients)
 
 
-def _ready_backward(ctx, dloss):
+def _ready_backward(ctx: Any, dloss: Tensor) -> tuple:
     only_once("linear_rpo_loss", ctx)
     saved = ctx.saved_tensors  # once: checkpoints refuse a second look
-    leaves, gradients, results = saved[:5], saved[5:], []
+    leaves, gradients = saved[:5], saved[5:]
+    results: list[Tensor | None] = []
     with torch.no_grad():
         if ctx.weight_grad and ctx.needs[1]:
             dloss = require_one.on(dloss)(dloss)
@@ -429,14 +430,13 @@ def _forward_per_group(
     return (losses, by_sequence, layout.lengths, coef, group, *store.kept())
 
 
-def _fake_per_group(
-    hidden, weight, bias, lora_hidden, lora_weight, weight_grad, data, needs, size, options
-):
-    leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
+def _fake_per_group(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, weight_grad, data, needs, size, options = inputs
+    leaves = Leaves(*tensors)
     chunks = late_chunks(
-        "linear_rpo_loss", leaves, needs, options, weight.shape[0], size, weight_grad
+        "linear_rpo_loss", leaves, needs, options, leaves.weight.shape[0], size, weight_grad
     )
-    x, S = hidden.new_empty(size, dtype=torch.float32), data.sequences.number
+    x, S = leaves.hidden.new_empty(size, dtype=torch.float32), data.sequences.number
     per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
     kept = Store.fake_kept(leaves, needs, options, chunks, size, False)
     return (
@@ -448,14 +448,14 @@ def _fake_per_group(
     )
 
 
-def _setup_per_group(ctx, inputs, output):
+def _setup_per_group(ctx: Any, inputs: tuple, output: tuple) -> None:
     *leaves, ctx.weight_grad, _, _, _, ctx.options = inputs
     ctx.save_for_backward(*leaves, *output[3:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward_per_group(ctx, dlosses, *_):
+def _backward_per_group(ctx: Any, dlosses: Tensor | None, *_: Tensor | None) -> tuple:
     if dlosses is None:
         return (None,) * 6
     saved = ctx.saved_tensors

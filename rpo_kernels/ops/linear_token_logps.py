@@ -4,12 +4,22 @@ than a chunk of logits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import distributed
-from .gradients import Gradients, Kept, Store, empty_gradients, over_tokens, spared_bytes
+from .gradients import (
+    FiveTensors,
+    Gradients,
+    Kept,
+    Store,
+    empty_gradients,
+    over_tokens,
+    spared_bytes,
+)
 from .head import Chunks, Head, Leaves, OnLogits, Options, gathered, plan, shown_to
 from .linear_checks import (
     check_count,
@@ -189,7 +199,7 @@ def _linear_token_logps(
     on_logits: OnLogits,
     process_group: ProcessGroup | None,
     reduce_dhidden: bool,
-    **settings: object,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     with distributed.raising_together(op, process_group=process_group):
         leaves, process_group, reduce_dhidden = local_leaves(
@@ -317,37 +327,27 @@ def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
     return [False] * 5 if entropy == DIFFERENTIABLE else needs
 
 
-def _fake_forward(
-    hidden,
-    weight,
-    bias,
-    lora_hidden,
-    lora_weight,
-    labels,
-    weight_grad,
-    count,
-    entropy,
-    needs,
-    size,
-    options,
-):
-    leaves, now = Leaves(hidden, weight, bias, lora_hidden, lora_weight), _needs_now(needs, entropy)
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, labels, weight_grad, _, entropy, needs, size, options = inputs
+    leaves, now = Leaves(*tensors), _needs_now(needs, entropy)
     chunks = late_chunks(
-        "linear_token_logps", leaves, now, options, weight.shape[0], size, weight_grad
+        "linear_token_logps", leaves, now, options, leaves.weight.shape[0], size, weight_grad
     )
-    logps = hidden.new_empty(labels.shape, dtype=torch.float32)
+    logps = leaves.hidden.new_empty(labels.shape, dtype=torch.float32)
     entropies = torch.empty_like(logps) if entropy != NONE else logps.new_empty(0)
     return (logps, entropies, *Store.fake_kept(leaves, now, options, chunks, size, entropy != NONE))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *leaves, _, ctx.weight_grad, _, ctx.entropy, _, _, ctx.options = inputs
     ctx.save_for_backward(*leaves, *output[2:])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2 if ctx.entropy >= UNDECIDED else 1 :])
 
 
-def _backward(ctx, dlogps, dentropies, *_):
+def _backward(
+    ctx: Any, dlogps: Tensor | None, dentropies: Tensor | None, *_: Tensor | None
+) -> tuple:
     saved = ctx.saved_tensors  # once: checkpoints refuse a second look
     leaves, kept = saved[:5], Kept(*saved[5:])
     needs = list(ctx.needs_input_grad[:5])
@@ -395,7 +395,7 @@ def _settle(
     from_logits: bool,  # coefficients of entropies go into dlogits: what was kept is of no use
     needs: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> FiveTensors:
     """Gradients of the leaves."""
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     n, dropped = kept.sizes.tolist()
@@ -419,23 +419,10 @@ def _settle(
     return gradients.finish()
 
 
-def _fake_settle(
-    weight_grad,
-    hidden,
-    weight,
-    bias,
-    lora_hidden,
-    lora_weight,
-    kept,
-    coef,
-    entropy_coef,
-    from_logits,
-    needs,
-    _,
-):
-    return empty_gradients(
-        Leaves(hidden, weight, bias, lora_hidden, lora_weight), needs, weight_grad
-    )
+def _fake_settle(*inputs: Any) -> FiveTensors:
+    weight_grad, *leaves = inputs[:6]
+    *_, needs, _ = inputs
+    return empty_gradients(Leaves(*leaves), needs, weight_grad)
 
 
 settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",))

@@ -57,7 +57,7 @@ class Operator:
         self._tensors, self._layouts = tensors, [_layout(hints[x]) for x in names[tensors:]]
         self.eager = (
             forward
-            if backward is None
+            if setup_context is None or backward is None
             else _function(name, tensors, forward, setup_context, backward)
         )
         marks = [f"(a{i}!)" if x in mutates else "" for i, x in enumerate(names[:tensors])]
@@ -78,9 +78,9 @@ class Operator:
             schema=schema,
         )
         operator.register_fake(lambda *args: fake(*self._unpacked(args)))
-        if backward is not None:
+        if setup_context is not None and backward is not None:
 
-            def setup(ctx, inputs, output):
+            def setup(ctx: Any, inputs: tuple, output: Any) -> None:
                 # as torch.library has it: a list of tensors alone has a list of gradients, and
                 # everything else one
                 alone = [all(isinstance(y, Tensor) for y in x) for x in inputs[tensors:-1]]
@@ -89,7 +89,7 @@ class Operator:
                 ]
                 setup_context(ctx, self._unpacked(inputs), output)
 
-            def differentiate(ctx, *gradients):
+            def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
                 checks.check_tangents(name, *gradients)
                 return (*backward(ctx, *gradients), *ctx.no_gradients, None)
 
@@ -129,13 +129,14 @@ def _function(
 ) -> Callable:
     others = len(inspect.signature(forward).parameters) - tensors
 
-    def differentiate(ctx, *gradients):
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
         checks.check_tangents(name, *gradients)
         return (*backward(ctx, *gradients), *(None,) * others)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": differentiate}
-    methods = {name: staticmethod(x) for name, x in methods.items()}
-    return type(name, (torch.autograd.Function,), methods).apply
+    static = {name: staticmethod(x) for name, x in methods.items()}
+    function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), static)
+    return function.apply
 
 
 # ---- values as plain types -----------------------------------------------------------------------
@@ -223,11 +224,11 @@ class _OnceDifferentiable(torch.autograd.Function):
         return gradient.view_as(gradient)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, *_: Tensor) -> None:
+    def backward(ctx: Any, *_: Tensor) -> None:
         raise NotImplementedError("rpo_kernels: second derivatives are not implemented")
 
 

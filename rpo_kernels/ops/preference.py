@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -161,12 +163,13 @@ def _sequence_logps(
             f"{op}: `labels` are missing: average=True divides by the number of scored tokens"
         )
     x = token_logps.double()
-    if labels is not None:
-        x = torch.where(labels != ignore_index, x, 0)
+    scored = None if labels is None else labels.ne(ignore_index)
+    if scored is not None:
+        x = torch.where(scored, x, 0)
     sequences = Sequences.of(op, "token_logps", token_logps, cu_seqlens)
     sums = sequences.sum(x)[None]
-    if average:
-        sums = torch.cat([sums, sequences.sum((labels != ignore_index).double())[None]])
+    if average and scored is not None:
+        sums = torch.cat([sums, sequences.sum(scored.double())[None]])
     if process_group is not None:
         sums = gather(op, sums, process_group).sum(0)
     return (sums[0] / sums[1].clamp(min=1) if average else sums[0]).float()
@@ -202,12 +205,14 @@ def _forward(
     return group_pass(logps.contiguous(), None, lengths, sequences, groups, 0)[:3]
 
 
-def _fake_forward(logps, lengths, groups, backend):
+def _fake_forward(
+    logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     S = logps.shape[0]
     return logps.new_empty(()), logps.new_empty(groups.number(S)), logps.new_empty(5, S)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logps, _, groups, _ = inputs
     ctx.save_for_backward(logps, output[2], groups.cu_groups)
     ctx.group_size = groups.group_size
@@ -215,7 +220,9 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx, dloss, dlosses, _):
+def _backward(
+    ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, _: None
+) -> tuple[Tensor | None]:
     logps, by_sequence, cu_groups = ctx.saved_tensors
     coef = PerSequence(*by_sequence.unbind()).dlogps
     upstream = dloss

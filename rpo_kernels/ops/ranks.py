@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,15 +114,15 @@ def _gather_op(x: Tensor, group: str, ranks: int, op: str) -> Tensor:
 
 
 @_gather_op.register_fake
-def _(x, group, ranks, op):
+def _(x: Tensor, group: str, ranks: int, op: str) -> Tensor:
     return x.new_empty((ranks, *x.shape))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.group = inputs[1]
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     rank = distributed.resolve(ctx.group).rank()
     return once_differentiable(grad[rank].clone(), grad), None, None, None
 
@@ -144,7 +144,7 @@ def _gather_ragged_op(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor,
 
 
 @_gather_ragged_op.register_fake
-def _(x, cu_groups, group):
+def _(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size(min=1)
     return (
         x.new_empty(total),
@@ -153,14 +153,14 @@ def _(x, cu_groups, group):
     )
 
 
-def _setup_ragged(ctx, inputs, output):
+def _setup_ragged(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, offsets, mine = output
     ctx.save_for_backward(mine)
     ctx.mark_non_differentiable(offsets, mine)
     ctx.set_materialize_grads(False)
 
 
-def _backward_ragged(ctx, grad, *_):
+def _backward_ragged(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
     (mine,) = ctx.saved_tensors
     return None if grad is None else once_differentiable(grad[mine], grad), None, None
 

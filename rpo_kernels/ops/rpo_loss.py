@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ def _forward(
     return (*results, logps, lse, read.labels if vocab_ranks else labels.new_empty(0))
 
 
-def _fake_forward(logits, labels, sequences, groups, transform, inplace, backend, vocab_ranks):
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    logits, labels, sequences, groups, *_, vocab_ranks = inputs
     S, N = sequences.number, labels.numel()
     x = torch.empty((), dtype=torch.float32, device=logits.device)
     per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
@@ -137,7 +139,7 @@ def _fake_forward(logits, labels, sequences, groups, transform, inplace, backend
     return (x, x.new_empty(groups.number(S)), *per_sequence, *per_token)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, sequences, groups, ctx.transform, ctx.inplace, ctx.backend, vocab_ranks = inputs
     loss, losses, by_sequence, lengths, coef, logps, lse, shard_labels = output
     if vocab_ranks:
@@ -151,7 +153,9 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(by_sequence, lengths, coef, logps, lse, shard_labels)
 
 
-def _backward(ctx, dloss, dlosses, *_):
+def _backward(
+    ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *_: None
+) -> tuple[Tensor | None]:
     if ctx.inplace:
         only_once("rpo_loss", ctx)
     logits, labels, logps, lse, coef, cu_seqlens, cu_groups = ctx.saved_tensors

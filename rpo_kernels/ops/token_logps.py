@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -227,6 +227,7 @@ def row_pass(
     shard = shard_of(
         op, vocab_ranks, logits.shape[-1], labels, transform.ignore_index, check_all, **facts
     )
+    assert shard is not None  # there are ranks
     labels, forward = (
         shard.labels(labels, transform.ignore_index),
         functools.partial(shard.forward, choose),
@@ -256,7 +257,8 @@ def _forward(
     )
 
 
-def _fake_forward(logits, labels, transform, entropy, inplace, backend, vocab_ranks):
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    logits, labels, _, entropy, *_, vocab_ranks = inputs
     logps = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     entropies, shard_labels = (
         labels.shape if entropy else (0,),
@@ -270,7 +272,7 @@ def _fake_forward(logits, labels, transform, entropy, inplace, backend, vocab_ra
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, ctx.transform, ctx.entropy, ctx.inplace, ctx.backend, vocab_ranks = inputs
     logps, lse, entropies, shard_labels = output
     if vocab_ranks:
@@ -283,7 +285,9 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(lse, shard_labels, *(() if ctx.entropy else (entropies,)))
 
 
-def _backward(ctx, dlogps, _, dentropies, __):
+def _backward(
+    ctx: Any, dlogps: Tensor | None, _: None, dentropies: Tensor | None, __: None
+) -> tuple[Tensor | None]:
     if ctx.inplace:
         only_once("token_logps", ctx)
     logits, labels, logps, lse, entropies = ctx.saved_tensors
@@ -362,10 +366,20 @@ def _dlogits_inplace(
 
 
 def _write_dlogits(
-    out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    upstream: Tensor | None,
+    entropies: Tensor | None,
+    entropy_coef: Tensor | None,
+    transform: LogitTransform,
+    backend: str,
 ) -> None:
     op = "vocabulary_backward"
-    if entropy_coef is not None:
+    if entropies is not None and entropy_coef is not None:
         entropies, entropy_coef = flat(entropies), flat(entropy_coef)
     rows = rows_of(op, logits)
     module_of(op, backend, logits.device, "vocabulary_backward").vocabulary_backward(

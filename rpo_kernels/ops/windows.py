@@ -93,12 +93,16 @@ class Layout:
         self.op, self.groups, self.backend = op, groups, options.backend
         S, self.device = sequences.number, labels.device
         own = sequences.sum((labels != options.transform.ignore_index).double()).int()
-        bounds = None if groups.cu_groups is not None else list(range(0, S + 1, groups.group_size))
+        offsets = groups.cu_groups
+        bounds = list(range(0, S + 1, groups.group_size)) if offsets is None else []
         if data.counts is None:
-            known = (own if bounds else torch.cat([own, groups.cu_groups])).tolist()
+            known = (own if offsets is None else torch.cat([own, offsets])).tolist()
             self.counts, self.bounds = known[:S], bounds or known[S:]
         else:
-            self.counts, self.bounds = list(data.counts), bounds or groups.cu_groups.tolist()
+            self.counts, self.bounds = (
+                list(data.counts),
+                bounds if offsets is None else offsets.tolist(),
+            )
             # Elsewhere wrong counts leave offsets that do not partition the rows: the group pass
             # makes NaN of those.
             if self.device.type == "cpu" and self.counts != (true := own.tolist()):
@@ -122,7 +126,8 @@ class Layout:
                 "the number of tokens"
             )
         self.offsets = pad(own.cumsum(0, dtype=torch.int32), (1, 0))  # [S+1], of this rank's rows
-        self.most, self.lengths, self.context = self.counts, own, None
+        self.most, self.lengths = self.counts, own
+        self.context: Context | None = None
         if data.context_ranks:
             values = groups.cu_groups, groups.rewards, groups.normalizer, groups.ref_weights
             facts = {
@@ -163,11 +168,11 @@ class Layout:
         Where there are several, what divides their losses is settled first.
         """
         windows = list(split_into_windows(self.counts, self.bounds, rows, self.most))
-        told = self.context is not None and self.device.type != "cpu"
-        if len(windows) > 1 or told:
+        context = None if self.device.type == "cpu" else self.context
+        if len(windows) > 1 or context is not None:
             self._normalize()
-        if told:  # a rank that told the others wrong counts gives NaN
-            own = self.context.by_rank[self.context.group.rank()] == self.offsets.diff()
+        if context is not None:  # a rank that told the others wrong counts gives NaN
+            own = context.by_rank[context.group.rank()] == self.offsets.diff()
             one = (
                 torch.ones((), device=self.device)
                 if self.groups.normalizer is None
@@ -237,6 +242,13 @@ class Layout:
         )
         return loss, losses, by_sequence, coef if merged is None else coef[merged.mine]
 
-    def _group_pass(self, logps, labels, lengths, sequences, groups):
+    def _group_pass(
+        self,
+        logps: Tensor,
+        labels: Tensor | None,
+        lengths: Tensor | None,
+        sequences: Sequences,
+        groups: Groups,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         function = module_of(self.op, self.backend, self.device, "group_pass").group_pass
         return function(logps, labels, lengths, sequences, groups, -1)

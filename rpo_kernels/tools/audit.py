@@ -177,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     require("audit", "triton")
     # read when a kernel is imported, which has not happened yet
     os.environ.pop("TRITON_INTERPRET", None)
-    names = {}  # of each launch
+    names: dict[tuple[int, int], str] = {}  # of each launch
     for i, variant in enumerate(variants(args.full)):
         names |= {(i, j): launch.kernel.__name__ for j, launch in enumerate(variant.launches())}
     wanted = [place for place, name in names.items() if args.kernel in name]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import (
+    RPOOutput,
     linear_rpo_loss,
     preference_loss,
     reference,
@@ -26,12 +27,12 @@ from .. import (
 from ..objectives import COMPARISONS, DISTANCES, PRESETS, RPOObjective
 
 FAMILY = list(itertools.product(DISTANCES, COMPARISONS))
-TRANSFORMS = {
+TRANSFORMS: dict[str, dict[str, float]] = {
     "plain": {},
     "scaled": {"temperature": 0.7, "logit_scale": 1.3},
     "softcap": {"softcap": 30.0, "logit_scale": 0.5, "temperature": 1.5},
 }
-OPTIONS = {  # that meet in the group pass, one of each kind per set
+OPTIONS: dict[str, dict[str, Any]] = {  # that meet in the group pass, one of each kind per set
     "plain": {},
     "average, margin, sft mean": {
         "average": True,
@@ -165,7 +166,14 @@ def rows_among_nans(
 
 
 def vocabulary(
-    V, dtype, transform, layout, entropy, inplace, at: Machine, g: torch.Generator
+    V: int,
+    dtype: torch.dtype,
+    transform: dict[str, Any],
+    layout: str,
+    entropy: bool,
+    inplace: bool,
+    at: Machine,
+    g: torch.Generator,
 ) -> list[Quantity]:
     logits, labels, outside = rows_among_nans(V, dtype, layout, at, g)
     weights = torch.randn(2, *labels.shape, generator=g).to(at.device)
@@ -185,10 +193,10 @@ def vocabulary(
     call = token_logps_and_entropy if entropy else token_logps
     leaf = logits.detach().requires_grad_()
     with poisoned_memory():
-        outputs = call(
+        results = call(
             leaf.view_as(leaf), labels, inplace_backward=inplace, backend=at.backend, **transform
         )
-        outputs = list(outputs) if entropy else [outputs]
+        outputs = [results] if isinstance(results, Tensor) else list(results)
         ours = [
             *outputs,
             torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights)), leaf)[0],
@@ -202,7 +210,10 @@ def vocabulary(
         4 * EPS * 8.3 if entropy else 0
     )
     rounding = {"logps": 2 * EPS * size(truth[0]), "entropy": 4 * EPS * 8.3, "dlogits": of_gradient}
-    found = [judged(name, *each, rounding[name]) for name, *each in zip(names, ours, theirs, truth)]
+    found = [
+        judged(name, mine, its, true, rounding[name])
+        for name, mine, its, true in zip(names, ours, theirs, truth)
+    ]
     found.append(Quantity("elements written around the logits", spoilt, 0, 0))
     lost_in_bf16 = dtype == torch.bfloat16 and not at.keeps_bf16
     return [x for x in found if not (lost_in_bf16 and x.name == "dlogits")]
@@ -252,7 +263,14 @@ def in_float64(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def losses(names, ours, theirs, truth, objective, gradients) -> list[Quantity]:
+def losses(
+    names: tuple[str, ...],
+    ours: RPOOutput,
+    theirs: reference.ReferenceOutput,
+    truth: reference.ReferenceOutput,
+    objective: RPOObjective,
+    gradients: Iterable[tuple[str, Tensor, Tensor, Tensor]],
+) -> list[Quantity]:
     """Losses and rewards pass through s = a (l - lref), whose own rounding is that of sums of some
     ten nats.
     """
@@ -275,7 +293,9 @@ def losses(names, ours, theirs, truth, objective, gradients) -> list[Quantity]:
     return found
 
 
-def objectives(objective, packed, ragged, at: Machine, g: torch.Generator) -> list[Quantity]:
+def objectives(
+    objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: torch.Generator
+) -> list[Quantity]:
     logits, labels, rewards, options = batch(objective, packed, ragged, at, g)
 
     def pytorch(x: Tensor) -> tuple:
@@ -295,7 +315,7 @@ def objectives(objective, packed, ragged, at: Machine, g: torch.Generator) -> li
     return losses(names, ours, theirs, truth, objective, [("dlogits", grad, their_grad, true_grad)])
 
 
-def groups(objective, K, at: Machine, g: torch.Generator) -> list[Quantity]:
+def groups(objective: RPOObjective, K: int, at: Machine, g: torch.Generator) -> list[Quantity]:
     logps, ref, rewards = (x.to(at.device) for x in torch.randn(3, 2 * K, generator=g))
 
     def pytorch(x: Tensor) -> tuple:
@@ -336,7 +356,13 @@ def groups(objective, K, at: Machine, g: torch.Generator) -> list[Quantity]:
 # ---- linear path ---------------------------------------------------------------------------------
 
 
-def linear(objective, dtype, workspace, at: Machine, g: torch.Generator) -> list[Quantity]:
+def linear(
+    objective: RPOObjective,
+    dtype: torch.dtype,
+    workspace: int | None,
+    at: Machine,
+    g: torch.Generator,
+) -> list[Quantity]:
     """With an upstream gradient of 3, so that gradients that are ready before the backward are
     scaled.
     """
@@ -346,13 +372,13 @@ def linear(objective, dtype, workspace, at: Machine, g: torch.Generator) -> list
     leaves = [torch.randn(shape, generator=g).to(at.device, dtype) for shape in shapes]
 
     def pytorch(*inputs: Tensor) -> tuple:
-        h, w, b = inputs = [x.detach().clone().requires_grad_() for x in inputs]
+        h, w, b = leaves = [x.detach().clone().requires_grad_() for x in inputs]
         wide = in_float64(options) if h.dtype == torch.float64 else options
         z = torch.nn.functional.linear(h, w, b)
         out = reference.rpo_loss(
             z, labels, rewards.double() if h.dtype == torch.float64 else rewards, objective, **wide
         )
-        return out, torch.autograd.grad(3 * out.loss, inputs)
+        return out, torch.autograd.grad(3 * out.loss, leaves)
 
     (truth, true_grads), (theirs, their_grads) = (
         pytorch(*(x.double() for x in leaves)),

@@ -47,7 +47,7 @@ class Chip:
             cycles = {"issue": issued / self.lanes, "special": special / self.special}
         else:
             cycles = {"issue": (issued - special) / self.lanes + special / self.special}
-        limit = max(cycles, key=cycles.get)
+        limit = max(cycles, key=cycles.__getitem__)
         return 1 / cycles[limit], limit
 
 

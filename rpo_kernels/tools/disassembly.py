@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 # Operation and operands, behind an address and a predicate: "/*0100*/ @!P0 BRA `(.L_x_0) ;",
 # "s_cbranch_scc0 .LBB0_9".
@@ -96,7 +97,9 @@ def loops(code: str) -> list[Loop]:
     ]
 
 
-def _bodies(graph, nodes: set[int], components) -> Iterator[tuple[set[int], bool]]:
+def _bodies(
+    graph: Any, nodes: set[int], components: Callable[[Any], Iterable[set[int]]]
+) -> Iterator[tuple[set[int], bool]]:
     """Blocks of each loop among the nodes, less those of loops inside it, and whether there are
     none.
     """
@@ -126,7 +129,7 @@ def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
         elif found := instruction.match(line):
             operation, block = found["operation"], blocks[-1]
             block.operations.append(operation)
-            ends = re.match(r"EXIT|RET|s_endpgm", operation)
+            ends = bool(re.match(r"EXIT|RET|s_endpgm", operation))
             if re.match(r"BRA|s_c?branch", operation):
                 block.targets += re.findall(r"\.L\w+", found["operands"])
                 # `BRA.U UP0, ...`, `BRA P0, ...` and s_cbranch_* may fall through as well as a

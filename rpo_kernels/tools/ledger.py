@@ -164,10 +164,10 @@ def ledger() -> Iterator[list[Launch]]:
             lambda *args, **kwargs: (action(*args, **kwargs), original(*args, **kwargs))[1],
         )
 
-    def launch(fn, *args, grid, warmup, **kwargs):
+    def launch(fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(fn.__name__, dict(zip(fn.arg_names, args)) | kwargs))
 
-    def refuse(*_):
+    def refuse(*_: Any) -> None:
         raise NotImplementedError("ledger: atomics are not counted")
 
     with contextlib.ExitStack() as patches:

@@ -39,7 +39,7 @@ class MachineCode:
         shared_bytes: per program.
     """
 
-    asm: Mapping[str, str | bytes]
+    asm: Mapping[str, Any]  # str; of "cubin" bytes
     registers: int
     local_bytes: int
     shared_bytes: int
@@ -75,7 +75,7 @@ class Launch:
     def compile(self, target: Any, **options: Any) -> MachineCode:
         """See :func:`compile_kernel`."""
         return compile_kernel(
-            self.kernel, self.arguments, target, self.num_warps, **(self.options | options)
+            self.kernel, self.arguments, target, self.num_warps, **{**self.options, **options}
         )
 
 
@@ -85,7 +85,14 @@ def recorded_launches() -> Iterator[list[Launch]]:
     triton = _triton()
     launches: list[Launch] = []
 
-    def record(kernel, *args, grid, warmup=False, num_warps=4, **kwargs):
+    def record(
+        kernel: Any,
+        *args: Any,
+        grid: Any,
+        warmup: bool = False,
+        num_warps: int = 4,
+        **kwargs: Any,
+    ) -> None:
         names = [p.name for p in kernel.params]
         options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
         launches.append(Launch(kernel, dict(zip(names, args)) | kwargs, num_warps, options))
@@ -130,14 +137,19 @@ def compile_kernel(
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
     asm, shared = compiled.asm, compiled.metadata.shared
     if target.backend == "hip":
-        read = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", asm["amdgcn"])[1])
+        read = lambda field: _number(rf"\.{field}:\s+(\d+)", asm["amdgcn"])
         local = max(read("private_segment_fixed_size"), 4 * read("vgpr_spill_count"))
         return MachineCode(asm, read("vgpr_count"), local, shared)
     usage = _nvidia_tool("cuobjdump", asm["cubin"], "-res-usage")
     registers, stack, local = (
-        int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
+        _number(rf"\b{field}:(\d+)", usage) for field in ("REG", "STACK", "LOCAL")
     )
     return MachineCode(asm, registers, stack + local, shared)
+
+
+def _number(pattern: str, text: str) -> int:
+    """The one that the pattern's group finds."""
+    return int(re.findall(pattern, text)[0])
 
 
 def _nvidia_tool(name: str, cubin: bytes, option: str) -> str:
@@ -167,7 +179,7 @@ def _specialise(param: Any, value: Any) -> tuple[str, Any, bool]:
     if param.is_constexpr or value is None:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):
-        family, bits = re.fullmatch(r"torch\.([a-z]+)(\d+)", str(value.dtype)).groups()
+        ((family, bits),) = re.findall(r"^torch\.([a-z]+)(\d+)$", str(value.dtype))
         aligned = value.data_ptr() % 16 == 0 and not param.do_not_specialize_on_alignment
         return f"*{_DTYPES[family]}{bits}", None, aligned
     if isinstance(value, float):

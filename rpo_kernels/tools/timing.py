@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ import torch
 class Tick:
     """A moment on a GPU's clock; ``b - a`` are seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
@@ -20,7 +21,8 @@ class Tick:
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
-def clock(device: str) -> Callable[[], Tick | float]:
+def clock(device: str) -> Callable[[], Any]:
+    """What tells the time: moments of which ``b - a`` are seconds."""
     return Tick if device == "cuda" else time.perf_counter
 
 

@@ -54,7 +54,9 @@ class OperatorTraffic(TorchDispatchMode):
         super().__init__()
         self.read = self.written = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         if func.is_view or name in ("detach", "empty", "empty_like", "empty_strided", "new_empty"):
@@ -148,7 +150,8 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
         _row(
             call,
             "rpo_kernels, all",
-            *(sum(row[x] for row in rows) for x in ("read", "written")),
+            sum(row["read"] for row in rows),
+            sum(row["written"] for row in rows),
             "logit",
             N * V,
             "",
@@ -161,7 +164,16 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(call, what, read, written, unit, units, model, ok) -> dict[str, Any]:
+def _row(
+    call: str,
+    what: str,
+    read: int,
+    written: int,
+    unit: str,
+    units: int,
+    model: str,
+    ok: bool | None,
+) -> dict[str, Any]:
     verdict = None if ok is None else "ok" if ok else "FAIL"
     return {
         "call": call,

@@ -85,10 +85,10 @@ def launching_with(settings: LaunchSettings) -> Iterator[None]:
     """
     from ..kernels import vocabulary_backward, vocabulary_forward
 
-    given = {"launch_settings": lambda *_: settings}
+    given = lambda *_: settings
     with (
-        mock.patch.multiple(vocabulary_forward, **given),
-        mock.patch.multiple(vocabulary_backward, **given),
+        mock.patch.object(vocabulary_forward, "launch_settings", given),
+        mock.patch.object(vocabulary_backward, "launch_settings", given),
     ):
         yield
 

@@ -25,7 +25,12 @@ VOCABULARIES = {
     "multiple of 8": 50_280,
     "unaligned": 50_257,  # GPT-2
 }
-EVERYTHING = {"average": True, "margin": 0.3, "sft_weight": 0.2, "sft_normalizer": "tokens"}
+EVERYTHING: dict[str, Any] = {
+    "average": True,
+    "margin": 0.3,
+    "sft_weight": 0.2,
+    "sft_normalizer": "tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Variant:
 
     name: str
     run: Any
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
     V: int = 0
 
     def launches(self) -> list[Launch]:
@@ -77,9 +82,14 @@ def variants(full: bool = False) -> Iterator[Variant]:
     )
     yield Variant("bfloat16, aligned", partial(launch_scale, torch.bfloat16), torch.bfloat16, 4096)
     harmonic = RPOObjective("backward_kl", reference="harmonic", **EVERYTHING)
-    passes = {"pairs": (RPOObjective(), {}), "harmonic": (harmonic, {})}
+    passes: dict[str, tuple[RPOObjective, dict[str, Any]]] = {
+        "pairs": (RPOObjective(), {}),
+        "harmonic": (harmonic, {}),
+    }
     if full:
-        layouts = itertools.cycle([{}, {"packed": True, "K": 0}, {"K": 8, "tokens": 16}])
+        layouts: Iterator[dict[str, Any]] = itertools.cycle(
+            [{}, {"packed": True, "K": 0}, {"K": 8, "tokens": 16}]
+        )
         for (distance, comparison), layout in zip(
             itertools.product(DISTANCES, COMPARISONS), layouts
         ):

@@ -5,6 +5,7 @@ digits: the functions of ``kernels.distances``, under their names.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def distance_pull(log_p: Tensor, log_q: Tensor, gap: Tensor, objective: RPOObjec
     return _function(objective, "pull")(log_p[i], log_q[i], log_p[j], log_q[j], gap)
 
 
-def _function(objective: RPOObjective, suffix: str):
+def _function(objective: RPOObjective, suffix: str) -> Callable:
     return getattr(sys.modules[__name__], f"{objective.distance}_{suffix}")
 
 
@@ -50,7 +51,9 @@ def backward_kl_of_outcome(log_p: Tensor, log_q: Tensor, cross_entropy: bool) ->
     return kl_term(log_q, log_p)
 
 
-def backward_kl_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap) -> Tensor:
+def backward_kl_pull(
+    log_p_i: Tensor, log_q_i: Tensor, log_p_j: Tensor, log_q_j: Tensor, gap: Tensor
+) -> Tensor:
     return (log_p_i + log_q_j).exp() - (log_q_i + log_p_j).exp()
 
 
@@ -63,7 +66,9 @@ def forward_kl_of_outcome(log_p: Tensor, log_q: Tensor, _: bool = False) -> Tens
     return kl_term(log_p, log_q)
 
 
-def forward_kl_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap) -> Tensor:
+def forward_kl_pull(
+    log_p_i: Tensor, log_q_i: Tensor, log_p_j: Tensor, log_q_j: Tensor, gap: Tensor
+) -> Tensor:
     return (log_p_i + log_p_j).exp() * gap
 
 
@@ -77,7 +82,9 @@ def hellinger_of_outcome(log_p: Tensor, log_q: Tensor, _: bool = False) -> Tenso
     return 2 * ((log_p / 2).exp() - (log_q / 2).exp()) ** 2
 
 
-def hellinger_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap) -> Tensor:
+def hellinger_pull(
+    log_p_i: Tensor, log_q_i: Tensor, log_p_j: Tensor, log_q_j: Tensor, gap: Tensor | None
+) -> Tensor:
     a, b = log_p_i + (log_p_j + log_q_j) / 2, log_p_j + (log_p_i + log_q_i) / 2
     return 2 * (a.exp() - b.exp())
 
@@ -98,8 +105,11 @@ def labelled(d: Tensor, label: Tensor, cross_entropy: bool) -> tuple[Tensor, Ten
     return value, torch.sigmoid(d) - label
 
 
-def _both_outcomes(of_outcome, d: Tensor, tau: Tensor, *options: bool) -> Tensor:
+def _both_outcomes(
+    of_outcome: Callable[..., Tensor], d: Tensor, tau: Tensor, *options: bool
+) -> Tensor:
     """D between the Bernoulli distributions sigmoid(d) and sigmoid(tau)."""
-    return sum(
+    yes, no = (
         of_outcome(F.logsigmoid(sign * d), F.logsigmoid(sign * tau), *options) for sign in (1, -1)
     )
+    return yes + no

@@ -171,7 +171,7 @@ def _targets(
 ) -> torch.Tensor:
     if rewards is not None:
         return objective.eta * rewards.double()
-    gap = objective.label_gap if objective.label is not None else objective.target
+    gap = objective.label_gap if objective.label is not None else float(objective.target)
     t = torch.full((S,), -gap / 2, dtype=torch.float64, device=device)
     first = members[:, 0]
     t[first[first >= 0]] = gap / 2

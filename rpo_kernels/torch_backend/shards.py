@@ -24,5 +24,7 @@ def combine(
     z_label = torch.where(owners == 0, -torch.inf, z_label)
     h_others = entropy_of_parts(statistics[:, 3].t().double(), lse, others) if entropy else None
     scored = labels != transform.ignore_index
-    results = row_results(others, z_label, h_others)
-    return tuple(None if x is None else torch.where(scored, x, 0) for x in results)
+    where_scored = lambda x: torch.where(scored, x, 0)
+    logps, lse, entropies = row_results(others, z_label, h_others)
+    entropies = None if entropies is None else where_scored(entropies)
+    return where_scored(logps), where_scored(lse), entropies

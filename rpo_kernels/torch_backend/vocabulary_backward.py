@@ -53,7 +53,7 @@ def vocabulary_backward(
         factor = c if slope is not None else c * chain
         total = (lse[0, rows, None].double() + lse[1, rows, None]) * math.log(2)
         at_label = -factor * torch.expm1(logp)
-        if entropy_coef is None:
+        if entropies is None or entropy_coef is None:
             blocks, block_lse = log_softmax_blocks(z, exponentiate=True)
             blocks.mul_((-factor * (block_lse - total).exp()).float()[..., None])
         else:

@@ -23,7 +23,7 @@ def vocabulary_forward(
     entropies = torch.zeros_like(logps) if entropy else None
     for rows, z_label, _, others, h_others in _read(logits, labels, transform, entropy, torch.nan):
         logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
-        if entropy:
+        if entropies is not None and h is not None:
             entropies[rows] = h
     return logps, lse, entropies
 

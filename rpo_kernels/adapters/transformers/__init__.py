@@ -109,7 +109,7 @@ def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
     """``[1, T, V]`` as the host returns them, before anything around it may round them."""
     forward, seen = host.forward, []
 
-    def remember(*args, **kwargs):
+    def remember(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         seen.append(output.logits)
         return output
@@ -211,7 +211,9 @@ def model_rpo_loss(
     return model(**inputs, objective=objective)
 
 
-def _references(objective: RPOObjective, reference) -> list[nn.Module]:
+def _references(
+    objective: RPOObjective, reference: nn.Module | Sequence[nn.Module] | None
+) -> list[nn.Module]:
     """The models that were given, as many as the objective has references."""
     if reference is None:
         return []
@@ -235,7 +237,9 @@ def _references(objective: RPOObjective, reference) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def _reference_logps(model, inputs, objective, models) -> Tensor:
+def _reference_logps(
+    model: nn.Module, inputs: Mapping[str, Any], objective: RPOObjective, models: list[nn.Module]
+) -> Tensor:
     if models:
         logps = [model_token_logps(each, inputs).logps for each in models]
     else:

@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from torch import Tensor, nn
 
@@ -17,7 +17,10 @@ from ... import (
     linear_token_logps_and_entropy,
     shift_labels,
 )
-from .head import head_as, head_weights
+from .head import Transform, head_as, head_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Keywords by the function that they belong to. What the model itself knows is read from it.
 READ = {
@@ -94,7 +97,7 @@ def fused(unfused: Callable, known: frozenset[str]) -> Callable:
     ours = (READ | LOSS | TOKENS) - own
 
     @functools.wraps(unfused)
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = self._rpo_previous or functools.partial(unfused, self)
         given = {name: x for name in ours if (x := kwargs.pop(name, None)) is not None}
         call = Call.of(f"{type(self).__name__}.forward", given, kwargs)
@@ -109,7 +112,7 @@ def fused(unfused: Callable, known: frozenset[str]) -> Callable:
             output = original(*args, **kwargs)
         return call.finish(auxiliary_loss(self, output))
 
-    forward.is_fused = True
+    vars(forward)["is_fused"] = True
     return forward
 
 
@@ -194,14 +197,14 @@ class Call:
                     f"ours{hint}"
                 )
 
-    def at_head(self, transform, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def at_head(self, transform: Transform, layer: nn.Module, hidden: Tensor) -> Tensor:
         """In place of the head's forward.
 
         Returns what the model goes on with: a tensor of our graph, for hooks of the head.
         """
         if self.result is not None:
             raise RuntimeError(f"{self.op}: the model ran its output embeddings twice")
-        options = {
+        options: dict[str, Any] = {
             name: x.to(hidden.device) if isinstance(x, Tensor) else x
             for name, x in self.options.items()
         }
@@ -213,7 +216,7 @@ class Call:
             labels = shift_labels(
                 labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index
             )
-        head = head_weights(layer, hidden, transform.vocabulary)
+        head: dict[str, Any] = head_weights(layer, hidden, transform.vocabulary)
         head |= {
             "labels": labels,
             "logit_scale": transform.logit_scale,
@@ -238,10 +241,11 @@ class Call:
         FSDP2 puts a hook on that tensor, ZeRO-3 a function behind it; both gather the weights
         before. No view: FSDP2 needs a copy.
         """
-        name = "logps" if isinstance(self.result, TokenLogps) else "loss"
-        self.result = self.result._replace(
-            **{name: goes_on.view(getattr(self.result, name).shape).clone()}
-        )
+        like = lambda x: goes_on.view(x.shape).clone()
+        if isinstance(self.result, TokenLogps):
+            self.result = self.result._replace(logps=like(self.result.logps))
+        elif self.result is not None:
+            self.result = self.result._replace(loss=like(self.result.loss))
 
     def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
         """The result, with the model's auxiliary loss."""
@@ -261,7 +265,7 @@ class Call:
         return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
 
 
-def auxiliary_loss(host: nn.Module, output) -> Tensor | None:
+def auxiliary_loss(host: PreTrainedModel, output: object) -> Tensor | None:
     """Load balancing of a mixture of experts, times the coefficient with which the model's own
     forward adds it.
     """

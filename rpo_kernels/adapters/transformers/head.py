@@ -7,11 +7,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# (layer, hidden) -> what the model goes on with, in place of logits
+HeadFunction = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Transform(NamedTuple):
@@ -22,9 +29,10 @@ class Transform(NamedTuple):
     vocabulary: int  # columns that it keeps
 
 
-def host_of(model: nn.Module) -> nn.Module:
+def host_of(model: nn.Module) -> PreTrainedModel:
     """The model of transformers inside a PEFT model."""
-    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = getattr(model, "get_base_model", None)
+    host: Any = model if base is None else base()
     if not (hasattr(host, "get_output_embeddings") and hasattr(host, "config")):
         raise TypeError(
             "attach: expected a model of transformers, or a PEFT model of one, got "
@@ -34,7 +42,7 @@ def host_of(model: nn.Module) -> nn.Module:
     return host
 
 
-def head_layers(host: nn.Module) -> list[nn.Module]:
+def head_layers(host: PreTrainedModel) -> list[nn.Module]:
     """The modules of which the model will run one as its head: PEFT's modules_to_save has a copy
     for each adapter.
     """
@@ -57,7 +65,9 @@ def head_layers(host: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def head_as(host: nn.Module, function, after=None) -> Iterator[None]:
+def head_as(
+    host: PreTrainedModel, function: HeadFunction, after: Callable[..., None] | None = None
+) -> Iterator[None]:
     """Inside, the head's forward is ``function(layer, hidden)``.
 
     Its hooks fire as ever, and ``after`` as the last of them.
@@ -83,7 +93,9 @@ def head_as(host: nn.Module, function, after=None) -> Iterator[None]:
                 attributes[name] = before
 
 
-def _then(function, after, layer: nn.Module, hidden: Tensor) -> Tensor:
+def _then(
+    function: HeadFunction, after: Callable[..., None] | None, layer: nn.Module, hidden: Tensor
+) -> Tensor:
     out = function(layer, hidden)
     if after is not None:
         after(layer, (hidden,), out)
@@ -92,11 +104,11 @@ def _then(function, after, layer: nn.Module, hidden: Tensor) -> Tensor:
 
 def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor | None]:
     """What multiplies the hidden states, in the names that the losses have for it."""
-    adapters = {}
+    adapters: dict[str, Tensor] = {}
     if hasattr(layer, "base_layer"):
         adapters = _lora(layer, hidden, vocabulary)
-        layer = layer.base_layer
-    weight = getattr(layer, "weight", None)
+        layer = cast(nn.Module, layer.base_layer)
+    weight: Any = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(
             "attach: the head must be torch.nn.Linear, got "
@@ -144,26 +156,27 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
         return {}
     inner = []
     for name in names:
-        down, dropout = layer.lora_A[name], layer.lora_dropout[name]
+        down, dropout = cast(nn.Linear, layer.lora_A[name]), layer.lora_dropout[name]
         inner.append(layer.scaling[name] * down(dropout(hidden.to(down.weight.dtype))))
-    outer = [layer.lora_B[name].weight for name in names]
+    outer = [cast(nn.Linear, layer.lora_B[name]).weight for name in names]
     return {"lora_hidden": torch.cat(inner, -1), "lora_weight": torch.cat(outer, 1)[:vocabulary]}
 
 
-def ordinary_tokens(host: nn.Module, count: int) -> Tensor:
+def ordinary_tokens(host: PreTrainedModel, count: int) -> Tensor:
     """``[1, count]`` token ids from all over the vocabulary, without those that stand for an image
     or an end.
     """
     config = host.config.get_text_config()
     named = {**host.config.to_dict(), **config.to_dict()}
     special = [x for name, x in named.items() if name.endswith(("_token_id", "_token_index"))]
-    special = {i for x in special for i in (x if isinstance(x, list) else [x])}
-    ordinary = [i for i in range(config.vocab_size) if i not in special]
+    special_ids = {i for x in special for i in (x if isinstance(x, list) else [x])}
+    ordinary = [i for i in range(config.vocab_size) if i not in special_ids]
     ids = ordinary[:: max(1, len(ordinary) // count)][:count]
-    return torch.tensor([ids], device=host.get_input_embeddings().weight.device)
+    embeddings = cast(nn.Embedding, host.get_input_embeddings())
+    return torch.tensor([ids], device=embeddings.weight.device)
 
 
-def measure_transform(host: nn.Module, logits_of) -> Transform:
+def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) -> Transform:
     """What the model makes of numbers in place of its head's output: a scale and a cap, in whatever
     way it spells them.
 
@@ -179,9 +192,8 @@ def measure_transform(host: nn.Module, logits_of) -> Transform:
     ):
         z = logits_of()[0, 0].double().cpu()
     x = repeated(len(z))
-    scale, softcap = z[0] / x[0], z[1]  # tanh(x) is x next to 0, and 1 far from it
-    if torch.isclose(softcap, scale * x[1], rtol=1e-5):
-        softcap = None
+    scale, far = z[0] / x[0], z[1]  # tanh(x) is x next to 0, and 1 far from it
+    softcap = None if torch.isclose(far, scale * x[1], rtol=1e-5) else far
     expected = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
     for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):
         if not abs(got - wanted) <= 1e-5 * abs(wanted):

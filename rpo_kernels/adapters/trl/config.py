@@ -56,11 +56,11 @@ class RPOConfig(DPOConfig):
             '{"preset": "simpo", "gamma": 1.0}.'
         },
     )
-    beta: float | None = field(
+    beta: float | None = field(  # type: ignore[assignment]  # None: as `objective` says
         default=None,
         metadata={"help": "Implicit reward units per nat, where `objective` does not say it."},
     )
-    loss_type: list[str] | None = field(
+    loss_type: list[str] | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Must stay unset: `objective` says which loss is meant."}
     )
 

@@ -90,7 +90,11 @@ def _check_rewards(rewards: object, K: int, objective: RPOObjective, where: str)
 
 
 def encode(
-    example: dict[str, Any], processing_class, eos_token: str, objective: RPOObjective, name: str
+    example: dict[str, Any],
+    processing_class: Any,
+    eos_token: str,
+    objective: RPOObjective,
+    name: str,
 ) -> dict[str, Any]:
     """A row as token ids: ``prompt_ids``, ``response_ids`` (K lists), and ``rewards`` (K) where the
     objective uses them.

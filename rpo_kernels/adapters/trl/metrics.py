@@ -65,7 +65,7 @@ def token_metrics(
     none = torch.zeros(0, device=mask.device)
     entropy, logits, leads = (
         torch.zeros(mask.shape, device=mask.device).masked_scatter(
-            mask, statistics.of(name, none).float()
+            mask, statistics.rows(name, none).float()
         )
         for name in ("entropy", "mean_logits", "is_top1")
     )

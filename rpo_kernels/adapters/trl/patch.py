@@ -8,6 +8,7 @@ name serves them all, and leaves losses, metrics and generation as they are.
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import trl.trainer.utils as host
@@ -41,7 +42,7 @@ ARGUMENTS = (
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 # What TRL has, while ours takes its place.
-_original: dict[str, object] = {}
+_original: dict[str, Any] = {}
 _active = 0
 
 
@@ -82,7 +83,7 @@ class LogProbs:
                 weight.to(hidden.dtype),
                 None if bias is None else bias.to(hidden.dtype),
             )
-        options = {
+        options: dict[str, Any] = {
             "bias": bias,
             "temperature": temperature,
             "logit_scale": logit_scale,
@@ -99,7 +100,9 @@ class LogProbs:
         return (
             logps,
             entropy,
-            *(rest.of(name, logps) for name in ("log_sum_sq_probs", "mean_logits", "is_top1")),
+            rest.of("log_sum_sq_probs", logps),
+            rest.of("mean_logits", logps),
+            rest.of("is_top1", logps),
         )
 
 
@@ -153,9 +156,11 @@ class RowStatistics:
                 )
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
-        """``[N]`` of all rows, in the order in which they came; None if it is not wanted."""
-        if name not in self.wanted:
-            return None
+        """:meth:`rows`; None if it is not wanted."""
+        return self.rows(name, like) if name in self.wanted else None
+
+    def rows(self, name: str, like: Tensor) -> Tensor:
+        """``[N]`` of all rows, in the order in which they came."""
         return (
             torch.cat(self.parts[name])
             if self.parts[name]
@@ -195,7 +200,7 @@ class Acceleration:
     def __enter__(self) -> Acceleration:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 

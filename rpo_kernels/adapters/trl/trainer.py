@@ -12,12 +12,12 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from rpo_kernels import RPOOutput, preference_loss, sequence_logps
+from rpo_kernels import RPOObjective, RPOOutput, preference_loss, sequence_logps
 
 from ..transformers import attach
 from .config import RPOConfig
@@ -63,6 +63,9 @@ class RPOTrainer(DPOTrainer):
             for an objective with several references, and for images.
     """
 
+    objective: RPOObjective
+    model: Any  # of transformers, or a PEFT model of one
+
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
     _name = "RPO"
     _paper = {  # noqa: RUF012
@@ -81,14 +84,14 @@ class RPOTrainer(DPOTrainer):
 
     def __init__(
         self,
-        model,
+        model: Any,
         ref_model: PreTrainedModel | None = None,
         args: RPOConfig | None = None,
-        data_collator=None,
+        data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        *rest,
-        peft_config=None,
-        **options,
+        *rest: Any,
+        peft_config: Any = None,
+        **options: Any,
     ):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -101,7 +104,7 @@ class RPOTrainer(DPOTrainer):
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs |= self.objective.reference == "none"
         try:
-            super().__init__(
+            super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
                 model,
                 ref_model,
                 args,
@@ -114,21 +117,21 @@ class RPOTrainer(DPOTrainer):
         finally:
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute
-        host = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
             host.router_aux_loss_coef = self.router_aux_loss_coef
 
     # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its
     # options.
     @property
-    def data_collator(self):
+    def data_collator(self) -> Any:
         """Lays out a batch: :class:`DataCollatorForGroups`, unless the caller passed one that makes
         the same tensors.
         """
         return self._data_collator
 
     @data_collator.setter
-    def data_collator(self, collator) -> None:
+    def data_collator(self, collator: Any) -> None:
         self._data_collator = (
             DataCollatorForGroups(**vars(collator))
             if type(collator) is DataCollatorForPreference
@@ -137,7 +140,9 @@ class RPOTrainer(DPOTrainer):
 
     # ---- data ------------------------------------------------------------------------------------
 
-    def _prepare_dataset(self, dataset, processing_class, args: RPOConfig, dataset_name: str):
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
+    ) -> Any:
         first = next(iter(dataset))
         if "response_ids" in first:
             return dataset
@@ -167,7 +172,7 @@ class RPOTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = COLUMNS
+            self._signature_columns = COLUMNS  # type: ignore[assignment]  # None there
 
     # ---- log-probabilities -----------------------------------------------------------------------
 
@@ -178,7 +183,7 @@ class RPOTrainer(DPOTrainer):
             self._most_responses = max(map(len, dataset["response_ids"]))
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def compute_ref_log_probs(self, model, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
         K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
         logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
@@ -187,17 +192,18 @@ class RPOTrainer(DPOTrainer):
         return table[:, 0], table[:, 1:]
 
     @torch.no_grad()
-    def _reference_logps(self, model, inputs: dict[str, Tensor]) -> Tensor:
+    def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Per token ``[S, T]``, of the reference model or of the policy without its adapter."""
-        adapter = contextlib.nullcontext()
+        adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(
                 policy, adapter_name="ref" if "ref" in policy.peft_config else None
             )
         kwargs, labels = _model_inputs(inputs)
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            disable_gradient_checkpointing(self.model, checkpointing),
             adapter,
             self.accelerator.autocast(),
             accelerate_trl(),
@@ -208,7 +214,7 @@ class RPOTrainer(DPOTrainer):
 
     # ---- the loss --------------------------------------------------------------------------------
 
-    def _compute_loss(self, model, inputs: dict[str, Tensor], return_outputs: bool):
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
         ref_logps = None
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
@@ -224,7 +230,10 @@ class RPOTrainer(DPOTrainer):
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
-        groups = {"rewards": inputs.get("rewards"), "cu_groups": inputs.get("cu_groups")}
+        groups: dict[str, Any] = {
+            "rewards": inputs.get("rewards"),
+            "cu_groups": inputs.get("cu_groups"),
+        }
         groups["group_size"] = (
             None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
         )
@@ -300,7 +309,7 @@ def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
     return kwargs | {"use_cache": False}, labels
 
 
-def _objective_of(args: object):
+def _objective_of(args: object) -> RPOObjective:
     if not isinstance(args, RPOConfig):
         raise TypeError(
             "RPOTrainer: `args` must be an RPOConfig, which says the objective; got "
@@ -316,7 +325,7 @@ def _objective_of(args: object):
     return objective
 
 
-def _check_text_only(dataset) -> None:
+def _check_text_only(dataset: Any) -> None:
     first = {} if dataset is None else next(iter(dataset))
     images = {"image", "images"} & first.keys()
     if images:
@@ -327,7 +336,13 @@ def _check_text_only(dataset) -> None:
         )
 
 
-def _check_reference(model, ref_model, args: RPOConfig, reference: str, peft_config) -> None:
+def _check_reference(
+    model: Any,
+    ref_model: PreTrainedModel | None,
+    args: RPOConfig,
+    reference: str,
+    peft_config: Any,
+) -> None:
     """What the base class would find out while it loads a model, or at step 1."""
     if reference == "none":
         for name, given in (
