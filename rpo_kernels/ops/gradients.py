@@ -22,7 +22,7 @@ from .head import Chunks, Head, Leaves, Needs, Options, Rows, buffer
 def over_tokens(needs: list[bool]) -> bool:
     """Whether a gradient is asked for that sums over tokens, for which P is kept."""
     wanted = Needs(*needs)
-    return wanted.weight or wanted.bias or wanted.lora_weight
+    return bool(wanted.weight or wanted.bias or wanted.lora_weight)  # in a trace they are 0 or 1
 
 
 def spared_bytes(

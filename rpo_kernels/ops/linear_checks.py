@@ -51,14 +51,14 @@ def local_leaves(
             "rank's alone"
         )
     local, dtype = distributed.local_parameter, compute_dtype(hidden)
-    local_leaves = Leaves(
+    leaves = Leaves(
         hidden,
         local(op, "weight", leaves.weight, process_group, dtype),
         local(op, "bias", leaves.bias, process_group, dtype),
         lora_hidden,
         local(op, "lora_weight", leaves.lora_weight, process_group, dtype),
     )
-    return local_leaves, process_group, reduce_dhidden
+    return leaves, process_group, reduce_dhidden
 
 
 def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
