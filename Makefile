@@ -2,10 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow test-transformers demo bench gpu sanitize lint clean
+.PHONY: test check test-slow test-transformers demo bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# For the minutes between two edits: lint, and the quick tests without Triton's interpreter.
+QUICK := architecture bad_input distances launch linear losses_page objectives_page on_logits output \
+	preference presets properties reference torch_compile torch_only transforms
+
+check: lint
+	$(BIN)/python -m pytest -n auto -k "not triton" $(QUICK:%=tests/test_%.py) $(ARGS)
 
 # Commands as the pages print them; minutes each.
 test-slow: .venv/test.stamp .venv/demo.stamp

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .. import (
     RPOOutput,
@@ -139,7 +139,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def rows_among_nans(
-    V: int, dtype: torch.dtype, layout: str, at: Machine, g: torch.Generator
+    V: int, dtype: torch.dtype, layout: str, at: Machine, g: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits ``[2, 3, V]``, labels, which elements of the memory lie outside the logits).
 
@@ -173,7 +173,7 @@ def vocabulary(
     entropy: bool,
     inplace: bool,
     at: Machine,
-    g: torch.Generator,
+    g: Generator,
 ) -> list[Quantity]:
     logits, labels, outside = rows_among_nans(V, dtype, layout, at, g)
     weights = torch.randn(2, *labels.shape, generator=g).to(at.device)
@@ -210,10 +210,7 @@ def vocabulary(
         4 * EPS * 8.3 if entropy else 0
     )
     rounding = {"logps": 2 * EPS * size(truth[0]), "entropy": 4 * EPS * 8.3, "dlogits": of_gradient}
-    found = [
-        judged(name, mine, its, true, rounding[name])
-        for name, mine, its, true in zip(names, ours, theirs, truth)
-    ]
+    found = [judged(*each, rounding[each[0]]) for each in zip(names, ours, theirs, truth)]
     found.append(Quantity("elements written around the logits", spoilt, 0, 0))
     lost_in_bf16 = dtype == torch.bfloat16 and not at.keeps_bf16
     return [x for x in found if not (lost_in_bf16 and x.name == "dlogits")]
@@ -222,9 +219,7 @@ def vocabulary(
 # ---- group pass ----------------------------------------------------------------------------------
 
 
-def batch(
-    objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: torch.Generator
-) -> tuple:
+def batch(objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: Generator) -> tuple:
     """(logits, labels, rewards, options): sequences of 0 to 5 scored tokens; a group of one and an
     empty one among the ragged.
     """
@@ -294,7 +289,7 @@ def losses(
 
 
 def objectives(
-    objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: torch.Generator
+    objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: Generator
 ) -> list[Quantity]:
     logits, labels, rewards, options = batch(objective, packed, ragged, at, g)
 
@@ -315,7 +310,7 @@ def objectives(
     return losses(names, ours, theirs, truth, objective, [("dlogits", grad, their_grad, true_grad)])
 
 
-def groups(objective: RPOObjective, K: int, at: Machine, g: torch.Generator) -> list[Quantity]:
+def groups(objective: RPOObjective, K: int, at: Machine, g: Generator) -> list[Quantity]:
     logps, ref, rewards = (x.to(at.device) for x in torch.randn(3, 2 * K, generator=g))
 
     def pytorch(x: Tensor) -> tuple:
@@ -357,11 +352,7 @@ def groups(objective: RPOObjective, K: int, at: Machine, g: torch.Generator) -> 
 
 
 def linear(
-    objective: RPOObjective,
-    dtype: torch.dtype,
-    workspace: int | None,
-    at: Machine,
-    g: torch.Generator,
+    objective: RPOObjective, dtype: torch.dtype, workspace: int | None, at: Machine, g: Generator
 ) -> list[Quantity]:
     """With an upstream gradient of 3, so that gradients that are ready before the backward are
     scaled.
@@ -423,13 +414,8 @@ def cases(quick: bool, at: Machine) -> Iterator[Case]:
         run = partial(vocabulary, V, dtype, transform, layout, entropy, inplace)
         yield Case("vocabulary", what, dtype, f"2x3x{V}", run)
     if quick:
-        yield Case(
-            "vocabulary",
-            "plain, contiguous",
-            fp32,
-            "2x3x50257",
-            partial(vocabulary, 50_257, fp32, {}, "contiguous", False, False),
-        )
+        run = partial(vocabulary, 50_257, fp32, {}, "contiguous", False, False)
+        yield Case("vocabulary", "plain, contiguous", fp32, "2x3x50257", run)
     some = {name: getattr(RPOObjective, name)() for name in PRESETS}
     for (distance, comparison), (name, options) in itertools.product(FAMILY, OPTIONS.items()):
         some[f"{distance} {comparison}, {name}"] = RPOObjective(
@@ -455,10 +441,5 @@ def cases(quick: bool, at: Machine) -> Iterator[Case]:
                 run = partial(
                     linear, RPOObjective(distance, 0.3, 0.7, comparison), dtype, workspace
                 )
-                yield Case(
-                    "linear",
-                    f"{distance} {comparison}",
-                    dtype,
-                    "in units" if workspace else "in one",
-                    run,
-                )
+                what = "in units" if workspace else "in one"
+                yield Case("linear", f"{distance} {comparison}", dtype, what, run)
