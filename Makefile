@@ -12,7 +12,7 @@ QUICK := architecture bad_input distances launch linear losses_page objectives_p
 	preference presets properties reference torch_compile torch_only transforms
 
 check: lint
-	$(BIN)/python -m pytest -n auto -k "not triton" $(QUICK:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -k "not triton" $(QUICK:%=tests/test_%.py) $(ARGS)
 
 # Commands as the pages print them; minutes each.
 test-slow: .venv/test.stamp .venv/demo.stamp
