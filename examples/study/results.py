@@ -1,0 +1,62 @@
+"""The file of results: a line of JSON for each run, so that a study that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from .settings import Setting
+
+FIELDS = {field.name for field in fields(Setting)}
+
+
+class Results:
+    """Runs by setting and seed. Only one process writes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.runs: dict[tuple[Setting, int], dict] = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else (), 1):
+            if line.endswith("\n"):  # one without an end was being written when the study was stopped: that run starts over
+                self._read(line, number)
+
+    def _read(self, line: str, number: int) -> None:
+        at = f"{self.path}, line {number}"
+        try:
+            record = json.loads(line)
+            setting, seed = Setting(**record["setting"]), record["seed"]
+            missing = (FIELDS - set(record["setting"])) | ({"curve", "optimum", "environment"} - set(record))
+            if missing:
+                raise KeyError(", ".join(sorted(missing)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{at}: expected a run of this study, got {line[:60].strip()!r} ({type(error).__name__}: {error}). "
+                "Remove the line, or choose another --output"
+            ) from None
+        if (setting, seed) in self.runs:
+            raise ValueError(f"{at}: the run {setting}, seed {seed}, stands here twice. Remove one of the lines")
+        self.runs[setting, seed] = record
+
+    def add(self, setting: Setting, seed: int, measured: dict, environment: str) -> None:
+        record = {"setting": asdict(setting), "seed": seed, **rounded(measured), "environment": environment}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._drop_half_a_line()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.runs[setting, seed] = record
+
+    def _drop_half_a_line(self) -> None:
+        with self.path.open("rb+") as file:
+            text = file.read()
+            file.truncate(text.rfind(b"\n") + 1)
+
+
+def rounded(x):
+    """Six digits after the point."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value) for value in x]
+    return round(x, 6) if isinstance(x, float) else x

@@ -1,0 +1,125 @@
+"""What the study varies: one thing at a time around a base, and one crossed grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import NamedTuple
+
+from rpo_kernels import RPOObjective
+from rpo_kernels.objectives import DISTANCES, PRESETS
+
+STEP = 64  # responses in a step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training run, but for its seed."""
+
+    objective: str = "backward_kl"  # a distance, or the name of a preset
+    strength: float = 4.0  # eta / beta; of presets 1 / beta, of IPO 1 / tau. The optimum is pi_ref exp(strength r)
+    eta: float = 1.0  # at equal strength; distances only, as the next three
+    comparison: str = "listwise"
+    target: str | float = "rewards"  # or the gap between the best response and the others: a number, or "hard" for infinite
+    reference: str = "single"  # or "geometric", "harmonic": with the policy of a more careful author
+    sft_weight: float = 0.0
+    K: int = 4  # responses in a group
+    per_prompt: int = 0  # responses sampled to a prompt at a time, a multiple of K; 0: K
+    budget: int = 0  # responses sampled in a round, used again where its steps need more; 0: what the steps need
+    rounds: int = 1  # how often responses are sampled from the policy as it is. 1: offline; 0: online, before each step
+    refresh: bool = False  # each round makes the policy its reference
+    noise: float = 0.0  # standard deviation of the judge's errors, in points
+    judged_pairs: int = 0  # that a reward model learns from, which then stands in for the judge; 0: the judge
+    steps: int = 160
+    lr: float = 3e-3
+
+    def rpo(self) -> RPOObjective:
+        """The objective."""
+        beta = self.eta / self.strength
+        if self.objective in DISTANCES:
+            target = math.inf if self.target == "hard" else self.target
+            objective = RPOObjective(self.objective, beta, self.eta, self.comparison, target=target, reference=self.reference)
+        else:
+            # REBEL's parameter is 1 / beta
+            objective = getattr(RPOObjective, self.objective)(self.strength if self.objective == "rebel" else beta)
+        return replace(objective, sft_weight=self.sft_weight) if self.sft_weight else objective
+
+    def __str__(self) -> str:
+        """What differs from the base."""
+        changes = [(x.name, getattr(self, x.name)) for x in fields(self) if getattr(self, x.name) != x.default]
+        words = {"objective": "{}", "comparison": "{}", "reference": "two references, {}", "rounds": "{} rounds"}
+        texts = [words.get(name, f"{name.replace('_', ' ')} {{}}").format(value) for name, value in changes]
+        special = {"0 rounds": "online", "refresh True": "reference refreshed"}
+        return ", ".join(special.get(text, text) for text in texts) or "base"
+
+    def key(self) -> tuple:
+        return tuple(asdict(self).items())
+
+
+BASE = Setting()
+
+
+class Axis(NamedTuple):
+    question: str
+    settings: list[Setting]
+    more: list[Setting] = []  # noqa: RUF012  only with --full
+
+
+def vary(start: Setting = BASE, **values) -> list[Setting]:
+    """All combinations of the values of these fields."""
+    return [replace(start, **dict(zip(values, combination))) for combination in product(*values.values())]
+
+
+PAIRS = replace(BASE, K=2)
+PAIRED = ["dpo", "robust_dpo", "ipo", "exo", "sppo", "bco", "cpo"]  # published for pairs with a label
+SWEEP = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 24.0)
+TWINS = ["distill_dpo", "rebel"], ["infonca", "rloo", "gvpo"]  # with scores: of pairs, of groups; equal a distance in gradient
+
+AXES = {
+    "strength": Axis("How far from the reference?", vary(strength=SWEEP),
+        vary(objective=("squared", "forward_kl"), strength=SWEEP)),
+    "objective": Axis("Which objective?",
+        vary(objective=("squared", "forward_kl", "nca", "softmax_dpo"))
+        + vary(PAIRS, objective=("backward_kl", *PAIRED)) + vary(PAIRS, objective=("simpo",), strength=(0.5, 4.0)),
+        vary(objective=("nca", "softmax_dpo", *TWINS[1]), strength=(1.0, 2.0, 4.0, 8.0))
+        + vary(PAIRS, objective=("squared", "forward_kl", *PAIRED, *TWINS[0]), strength=(1.0, 2.0, 4.0, 8.0))
+        + vary(PAIRS, objective=("simpo",), strength=(1.0, 2.0, 8.0))),
+    "comparison": Axis("Lists, pairs or points? (crossed with the distance)",
+        vary(objective=DISTANCES, comparison=("listwise", "pairwise", "pointwise")),
+        vary(objective=DISTANCES, comparison=("listwise", "pairwise", "pointwise"), K=(2, 8, 16), rounds=(1, 0))),
+    "responses": Axis("How many responses? (as many samples in all, so for fewer prompts)", vary(K=(2, 4, 8, 16)),
+        vary(objective=("squared", "forward_kl"), K=(2, 4, 8, 16))),
+    "grouping": Axis("How large a group? (of the same samples, 16 to a prompt)", vary(per_prompt=(16,), K=(2, 4, 8, 16)),
+        vary(objective=("squared", "forward_kl"), per_prompt=(16,), K=(2, 4, 8, 16))),
+    "rewards": Axis("Explicit rewards or the order alone?",
+        [BASE, *vary(target=(2.0, "hard")), *vary(objective=("squared",), target=("rewards", 2.0)),
+         *vary(target=("hard",), noise=(1.0,))],
+        vary(objective=("backward_kl", "squared"), target=(1.0, 4.0)) + vary(target=("hard",), strength=(1.0, 2.0, 8.0))),
+    "scale": Axis("Does the scale matter at equal eta / beta?", vary(objective=DISTANCES, eta=(0.1, 1.0, 10.0)),
+        vary(objective=DISTANCES, eta=(0.01, 3.0))),
+    "rounds": Axis("Offline, iterated or online?",
+        vary(rounds=(1, 4, 16, 0)) + [replace(BASE, rounds=4, refresh=True), replace(BASE, rounds=4, refresh=True, strength=1.0)],
+        vary(objective=("squared", "forward_kl"), rounds=(4, 16, 0)) + vary(PAIRS, objective=("dpo",), rounds=(4, 0))
+        + vary(objective=("rloo",), rounds=(0,)) + vary(rounds=(0,), strength=(2.0, 8.0, 16.0))),
+    "references": Axis("One reference or two?", vary(reference=("single", "geometric", "harmonic")),
+        vary(reference=("geometric", "harmonic"), strength=(2.0, 8.0))),
+    "sft": Axis("A term that imitates the best response?", vary(sft_weight=(0.0, 0.01, 0.1, 1.0)),
+        vary(PAIRS, objective=("dpo",), sft_weight=(0.01, 0.1, 1.0))),
+    "judge": Axis("What do errors of the judge cost?", [BASE, *vary(noise=(0.5, 1.0, 2.0)), *vary(judged_pairs=(100, 400, 1600))],
+        vary(objective=("squared", "forward_kl"), noise=(0.5, 1.0, 2.0)) + vary(K=(16,), noise=(1.0, 2.0))),
+    "budget": Axis("How many samples?", [BASE, *vary(budget=(640, 2560))],
+        vary(objective=("squared", "forward_kl"), budget=(640, 2560)) + vary(K=(2, 16), budget=(640, 2560))),
+    "training": Axis("Does the optimizer decide?", [BASE, *vary(lr=(1e-3, 1e-2)), *vary(objective=DISTANCES, steps=(640,))],
+        vary(objective=DISTANCES, steps=(2560,), rounds=(0,))),
+}  # fmt: skip
+
+
+def settings(axes: list[str], full: bool) -> list[Setting]:
+    """Each setting of these axes once; those of the base's sweep always, which others are compared with at equal KL."""
+    chosen = list(AXES["strength"].settings)
+    for name in axes:
+        chosen += AXES[name].settings + (AXES[name].more if full else [])
+    return list(dict.fromkeys(chosen))
+
+
