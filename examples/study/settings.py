@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
@@ -21,7 +20,7 @@ class Setting:
     strength: float = 4.0  # eta / beta; of presets 1 / beta, of IPO 1 / tau. The optimum is pi_ref exp(strength r)
     eta: float = 1.0  # at equal strength; distances only, as the next three
     comparison: str = "listwise"
-    target: str | float = "rewards"  # or the gap between the best response and the others: a number, or "hard" for infinite
+    target: str | float = "rewards"  # or a number: the gap between the best response and the others
     reference: str = "single"  # or "geometric", "harmonic": with the policy of a more careful author
     sft_weight: float = 0.0
     K: int = 4  # responses in a group
@@ -38,8 +37,8 @@ class Setting:
         """The objective."""
         beta = self.eta / self.strength
         if self.objective in DISTANCES:
-            target = math.inf if self.target == "hard" else self.target
-            objective = RPOObjective(self.objective, beta, self.eta, self.comparison, target=target, reference=self.reference)
+            options = {"target": self.target, "reference": self.reference}
+            objective = RPOObjective(self.objective, beta, self.eta, self.comparison, **options)
         else:
             # REBEL's parameter is 1 / beta
             objective = getattr(RPOObjective, self.objective)(self.strength if self.objective == "rebel" else beta)
@@ -93,9 +92,10 @@ AXES = {
     "grouping": Axis("How large a group? (of the same samples, 16 to a prompt)", vary(per_prompt=(16,), K=(2, 4, 8, 16)),
         vary(objective=("squared", "forward_kl"), per_prompt=(16,), K=(2, 4, 8, 16))),
     "rewards": Axis("Explicit rewards or the order alone?",
-        [BASE, *vary(target=(2.0, "hard")), *vary(objective=("squared",), target=("rewards", 2.0)),
-         *vary(target=("hard",), noise=(1.0,))],
-        vary(objective=("backward_kl", "squared"), target=(1.0, 4.0)) + vary(target=("hard",), strength=(1.0, 2.0, 8.0))),
+        vary(objective=("backward_kl", "squared"), target=("rewards", 2.0))
+        + vary(objective=("backward_kl", "softmax_dpo"), noise=(0.0, 1.0)),
+        vary(objective=("backward_kl", "squared"), target=(1.0, 4.0))
+        + vary(objective=("softmax_dpo",), strength=(1.0, 2.0, 8.0), noise=(0.0, 1.0))),
     "scale": Axis("Does the scale matter at equal eta / beta?", vary(objective=DISTANCES, eta=(0.1, 1.0, 10.0)),
         vary(objective=DISTANCES, eta=(0.01, 3.0))),
     "rounds": Axis("Offline, iterated or online?",
@@ -111,7 +111,8 @@ AXES = {
     "budget": Axis("How many samples?", [BASE, *vary(budget=(640, 2560))],
         vary(objective=("squared", "forward_kl"), budget=(640, 2560)) + vary(K=(2, 16), budget=(640, 2560))),
     "training": Axis("Does the optimizer decide?", [BASE, *vary(lr=(1e-3, 1e-2)), *vary(objective=DISTANCES, steps=(640,))],
-        vary(objective=DISTANCES, steps=(2560,), rounds=(0,))),
+        vary(objective=DISTANCES, steps=(2560,), rounds=(0,)) + vary(objective=("squared", "forward_kl"), lr=(1e-3, 1e-2))
+        + vary(PAIRS, objective=("dpo",), lr=(1e-3, 1e-2))),
 }  # fmt: skip
 
 
