@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from rpo_kernels import RPOObjective
-from rpo_kernels.objectives import DISTANCES, PRESETS
+from rpo_kernels.objectives import DISTANCES
 
 STEP = 64  # responses in a step
 
@@ -92,14 +92,14 @@ AXES = {
     "grouping": Axis("How large a group? (of the same samples, 16 to a prompt)", vary(per_prompt=(16,), K=(2, 4, 8, 16)),
         vary(objective=("squared", "forward_kl"), per_prompt=(16,), K=(2, 4, 8, 16))),
     "rewards": Axis("Explicit rewards or the order alone?",
-        vary(objective=("backward_kl", "squared"), target=("rewards", 2.0))
+        vary(objective=("backward_kl", "squared"), target=("rewards", 0.8))
         + vary(objective=("backward_kl", "softmax_dpo"), noise=(0.0, 1.0)),
-        vary(objective=("backward_kl", "squared"), target=(1.0, 4.0))
+        vary(objective=("backward_kl", "squared"), target=(0.4, 1.6))
         + vary(objective=("softmax_dpo",), strength=(1.0, 2.0, 8.0), noise=(0.0, 1.0))),
     "scale": Axis("Does the scale matter at equal eta / beta?", vary(objective=DISTANCES, eta=(0.1, 1.0, 10.0)),
         vary(objective=DISTANCES, eta=(0.01, 3.0))),
     "rounds": Axis("Offline, iterated or online?",
-        vary(rounds=(1, 4, 16, 0)) + [replace(BASE, rounds=4, refresh=True), replace(BASE, rounds=4, refresh=True, strength=1.0)],
+        vary(rounds=(1, 4, 16, 0)) + vary(rounds=(4,), refresh=(True,), strength=(1.0, 4.0)),
         vary(objective=("squared", "forward_kl"), rounds=(4, 16, 0)) + vary(PAIRS, objective=("dpo",), rounds=(4, 0))
         + vary(objective=("rloo",), rounds=(0,)) + vary(rounds=(0,), strength=(2.0, 8.0, 16.0))),
     "references": Axis("One reference or two?", vary(reference=("single", "geometric", "harmonic")),
