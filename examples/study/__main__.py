@@ -44,6 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--report", action="store_true", help="no runs: tables and plots of those in --output")
     add("--page", type=Path, metavar="FILE", help="also renew the tables and numbers of this Markdown page")
     args = parser.parse_args(arguments)
+    args.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     args.seeds = (10 if args.full else 5) if args.seeds is None else args.seeds
     cpus = os.cpu_count() or 1
     args.workers = (cpus if args.device == "cpu" else min(cpus, 8)) if args.workers is None else args.workers
@@ -60,7 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def environment(device: str) -> str:
-    """Versions, commit and device, as every run notes them."""
+    """Versions, commit and device."""
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=7"]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -86,12 +87,12 @@ def fill(results: Results, args) -> None:
     """Runs that are missing, seed by seed, under a progress bar."""
     wanted = [(setting, seed) for seed in range(args.seeds) for setting in settings(args.axes, args.full)]
     tasks = [(setting, seed, args.device) for setting, seed in wanted if (setting, seed) not in results.runs]
-    where = environment(args.device)
+    origin = {"command": args.command, "environment": environment(args.device)}
     with tqdm(total=len(wanted), initial=len(wanted) - len(tasks), desc="study", unit="run") as bar:
 
         def note(done: tuple[Setting, int, dict]) -> None:
             setting, seed, measured = done
-            results.add(setting, seed, measured, where)
+            results.add(setting, seed, measured | origin)
             bar.set_postfix_str(f"seed {seed}, {setting}", refresh=False)
             bar.update()
 
@@ -113,8 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             fill(results, args)
         elif not results.runs:
             raise ValueError(f"--report: there are no runs in {results.path}")
-        command = "python -m examples.study " + " ".join(sys.argv[1:] if arguments is None else arguments)
-        report.write(results, args.axes, args.output, args.page, command.strip())
+        report.write(results, args.axes, args.output, args.page)
     except ValueError as error:
         sys.exit(f"python -m examples.study: {error}")
     print(f"\nSee {args.output}/report.md, {args.output}/plots and {results.path}.")

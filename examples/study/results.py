@@ -26,7 +26,7 @@ class Results:
         try:
             record = json.loads(line)
             setting, seed = Setting(**record["setting"]), record["seed"]
-            missing = (FIELDS - set(record["setting"])) | ({"curve", "optimum", "environment"} - set(record))
+            missing = (FIELDS - set(record["setting"])) | ({"curve", "optimum", "seconds", "command", "environment"} - set(record))
             if missing:
                 raise KeyError(", ".join(sorted(missing)))
         except (ValueError, TypeError, KeyError) as error:
@@ -38,8 +38,8 @@ class Results:
             raise ValueError(f"{at}: the run {setting}, seed {seed}, stands here twice. Remove one of the lines")
         self.runs[setting, seed] = record
 
-    def add(self, setting: Setting, seed: int, measured: dict, environment: str) -> None:
-        record = {"setting": asdict(setting), "seed": seed, **rounded(measured), "environment": environment}
+    def add(self, setting: Setting, seed: int, measured: dict) -> None:
+        record = {"setting": asdict(setting), "seed": seed, **rounded(measured)}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._drop_half_a_line()

@@ -99,9 +99,10 @@ AXES = {
     "scale": Axis("Does the scale matter at equal eta / beta?", vary(objective=DISTANCES, eta=(0.1, 1.0, 10.0)),
         vary(objective=DISTANCES, eta=(0.01, 3.0))),
     "rounds": Axis("Offline, iterated or online?",
-        vary(rounds=(1, 4, 16, 0)) + vary(rounds=(4,), refresh=(True,), strength=(1.0, 4.0)),
-        vary(objective=("squared", "forward_kl"), rounds=(4, 16, 0)) + vary(PAIRS, objective=("dpo",), rounds=(4, 0))
-        + vary(objective=("rloo",), rounds=(0,)) + vary(rounds=(0,), strength=(2.0, 8.0, 16.0))),
+        vary(rounds=(1, 4, 16, 0)) + vary(rounds=(4,), refresh=(True,), strength=(1.0, 4.0)) + vary(objective=("rloo",), rounds=(0,))
+        + vary(PAIRS, objective=("dpo",), rounds=(1, 0)),
+        vary(objective=("squared", "forward_kl"), rounds=(4, 16, 0)) + vary(PAIRS, objective=("dpo",), rounds=(4,))
+        + vary(rounds=(0,), strength=(2.0, 8.0, 16.0))),
     "references": Axis("One reference or two?", vary(reference=("single", "geometric", "harmonic")),
         vary(reference=("geometric", "harmonic"), strength=(2.0, 8.0))),
     "sft": Axis("A term that imitates the best response?", vary(sft_weight=(0.0, 0.01, 0.1, 1.0)),
