@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test demo bench gpu lint clean
+.PHONY: test demo study bench gpu lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)
+
+# Which objective, how many responses, online or offline? ARGS="--full", ARGS="--axes judge sft", ...
+study: .venv/demo.stamp
+	$(BIN)/python -m examples.study $(ARGS)
 
 # On a GPU full sizes, elsewhere small ones. ARGS="--smoke", ARGS='-k "Qwen3 and pair"', ...; peers are measured where installed.
 bench: .venv/test.stamp

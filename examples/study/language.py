@@ -3,8 +3,8 @@
     prompt      first a, last b, n words, rising or falling, answer:
     response    up to 4 of 5 words, then END, which a response of 4 words does without: 781 in all
 
-A prompt asks for a first word, a last word, a number of words, and a direction. The judge gives each of the four wishes
-up to 1 point, in parts: a ground truth on a real-valued scale, without noise, that nobody has to learn.
+A prompt asks for a first word, a last word, a number of words, and a direction. The judge gives each
+of the four wishes up to 1 point, in parts: a ground truth on a real-valued scale, without noise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,12 @@ class Prompt(NamedTuple):
     direction: int
 
 
-PROMPTS = [Prompt(*wishes) for wishes in itertools.product(range(WORDS), range(WORDS), SIZES, DIRECTIONS)]
-RESPONSES = [words for size in range(LONGEST + 1) for words in itertools.product(range(WORDS), repeat=size)]
+PROMPTS = [
+    Prompt(*wishes) for wishes in itertools.product(range(WORDS), range(WORDS), SIZES, DIRECTIONS)
+]
+RESPONSES = [
+    words for size in range(LONGEST + 1) for words in itertools.product(range(WORDS), repeat=size)
+]
 
 
 def judge(prompt: Prompt, words: tuple[int, ...]) -> float:
@@ -48,10 +52,9 @@ def judge(prompt: Prompt, words: tuple[int, ...]) -> float:
 
 def prompt_tokens() -> Tensor:
     """``[prompts, 5]`` int64."""
-    return torch.tensor([
-        (FIRST + p.first, LAST + p.last, SIZE + SIZES.index(p.size), DIRECTION + DIRECTIONS.index(p.direction), ANSWER)
-        for p in PROMPTS
-    ])  # fmt: skip
+    sizes, directions = SIZES.index, DIRECTIONS.index
+    marks = lambda p: (FIRST + p.first, LAST + p.last, SIZE + sizes(p.size))
+    return torch.tensor([(*marks(p), DIRECTION + directions(p.direction), ANSWER) for p in PROMPTS])
 
 
 def response_labels() -> Tensor:
@@ -77,12 +80,14 @@ def response_index(labels: Tensor) -> Tensor:
 
 
 def demonstrations(number: int, heed: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Prompts ``[n]`` and labels ``[n, 4]`` of an author who heeds a first word, a last word and a size with probability
-    ``heed`` each, and directions never."""
+    """Prompts ``[n]`` and labels ``[n, 4]`` of an author who heeds a first word, a last word and a
+    size with probability ``heed`` each, and directions never."""
     prompt = torch.randint(len(PROMPTS), (number,), generator=generator)
     wishes = torch.tensor(PROMPTS)[prompt]
     heeds = torch.rand((3, number), generator=generator) < heed
-    size = torch.where(heeds[0], wishes[:, 2], torch.randint(1, LONGEST + 1, (number,), generator=generator))
+    size = torch.where(
+        heeds[0], wishes[:, 2], torch.randint(1, LONGEST + 1, (number,), generator=generator)
+    )
     words = torch.randint(WORDS, (number, LONGEST), generator=generator)
     words[:, 0] = torch.where(heeds[1], wishes[:, 0], words[:, 0])
     end = (size - 1)[:, None]

@@ -1,4 +1,4 @@
-"""A small Llama over the language: its log-probabilities, samples, whole distribution, and how it learns to imitate."""
+"""A small Llama over the language: log-probabilities, samples, the whole distribution, imitation."""
 
 from __future__ import annotations
 
@@ -21,22 +21,29 @@ class Policy(nn.Module):
     def __init__(self, outputs: int = TOKENS):
         super().__init__()
         config = LlamaConfig(
-            vocab_size=language.VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=16, initializer_range=0.1,
-        )  # fmt: skip
+            vocab_size=language.VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            initializer_range=0.1,
+        )
         self.trunk = LlamaModel(config)
         self.head = nn.Linear(config.hidden_size, outputs, bias=False)
         tokens, labels = language.prompt_tokens(), language.response_labels()
         self.register_buffer("prompt_tokens", tokens, persistent=False)
         self.register_buffer("labels", labels, persistent=False)
-        # Beginnings of 3 words hold all shorter ones: [125] rows of the transformer serve the 781 responses.
+        # Beginnings of 3 words hold all shorter ones: 125 rows of the transformer serve 781 responses.
         prefixes = torch.cartesian_prod(*[torch.arange(WORDS)] * (LONGEST - 1))
         place = torch.tensor([WORDS**t for t in reversed(range(LONGEST - 1))])
         self.register_buffer("prefixes", prefixes, persistent=False)
-        self.register_buffer("prefix_of", (labels[:, :-1].clamp(0, WORDS - 1) * place).sum(1), persistent=False)
+        self.register_buffer(
+            "prefix_of", (labels[:, :-1].clamp(0, WORDS - 1) * place).sum(1), persistent=False
+        )
 
     def hidden(self, prompts: Tensor, written: Tensor) -> Tensor:
-        """Hidden states ``[S, t + 1, H]`` that predict each token after prompts ``[S]`` and written ``[S, t]``."""
+        """Hidden states ``[S, t + 1, H]`` behind prompts ``[S]`` and each token written ``[S, t]``."""
         asked = self.prompt_tokens[prompts]
         ids = torch.cat([asked, written.clamp(min=0)], 1)  # IGNORE comes after all that counts
         return self.trunk(ids, use_cache=False).last_hidden_state[:, asked.shape[1] - 1 :]
@@ -56,7 +63,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def distribution(self, prompts: Tensor) -> Tensor:
-        """log pi(y | x) ``[prompts, responses]``, float64, of everything that can be said; probabilities sum to 1."""
+        """log pi(y | x) ``[prompts, responses]``, float64, of everything that can be said."""
         rows = len(self.prefixes)
         hidden = self.hidden(prompts.repeat_interleave(rows), self.prefixes.repeat(len(prompts), 1))
         hidden = hidden.view(len(prompts), rows, *hidden.shape[1:])[:, self.prefix_of]
@@ -70,13 +77,17 @@ class Policy(nn.Module):
         for t in range(LONGEST):
             logits = self.head(self.hidden(prompts, labels[:, :t])[:, -1])
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-            going = (labels[:, t - 1] != END) & (labels[:, t - 1] != IGNORE) if t else torch.ones_like(token, dtype=bool)
+            going = (
+                (labels[:, t - 1] != END) & (labels[:, t - 1] != IGNORE)
+                if t
+                else torch.ones_like(token, dtype=bool)
+            )
             labels[:, t] = torch.where(going, token, IGNORE)
         return labels
 
 
 def imitate(policy: Policy, steps: int, heed: float, generator: torch.Generator) -> Policy:
-    """Supervised fine-tuning on demonstrations of an author who heeds wishes with probability ``heed``."""
+    """Supervised fine-tuning on demonstrations of an author."""
     optimizer, schedule = adam(policy, 3e-3, steps)
     device = policy.labels.device
     for _ in range(steps):
@@ -87,12 +98,14 @@ def imitate(policy: Policy, steps: int, heed: float, generator: torch.Generator)
     return policy.eval()
 
 
-def reward_model(policy: Policy, prompts: Tensor, labels: Tensor, points: Tensor, steps: int) -> Policy:
-    """A copy of the policy's transformer under a head of one number, trained on pairs (neighbours) that ``points`` order."""
+def reward_model(
+    policy: Policy, prompts: Tensor, labels: Tensor, points: Tensor, steps: int
+) -> Policy:
+    """The policy's transformer under a head of one number, trained on pairs that ``points`` order."""
     model = Policy(outputs=1).to(labels.device)
     model.trunk = copy.deepcopy(policy.trunk)
     optimizer, schedule = adam(model, 1e-3, steps)
-    # Bradley and Terry's -log sigmoid(score gap): DPO without a reference, with scores in place of log-probabilities.
+    # Bradley and Terry's -log sigmoid(score gap): DPO without a reference, of scores.
     bradley_terry = RPOObjective("backward_kl", 1.0, target=math.inf, reference="none")
     best_first = points.view(-1, 2).argsort(1, descending=True)
     pairs = best_first + 2 * torch.arange(len(best_first), device=labels.device)[:, None]

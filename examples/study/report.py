@@ -16,7 +16,27 @@ from .results import Results
 from .settings import AXES, BASE, DISTANCES, Setting
 
 # Student's t for a two-sided error of 1 %, by degrees of freedom: seeds - 1
-T = [63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98, 2.95, 2.92, 2.90, 2.88, 2.86]
+T = [
+    63.66,
+    9.92,
+    5.84,
+    4.60,
+    4.03,
+    3.71,
+    3.50,
+    3.36,
+    3.25,
+    3.17,
+    3.11,
+    3.05,
+    3.01,
+    2.98,
+    2.95,
+    2.92,
+    2.90,
+    2.88,
+    2.86,
+]
 FRONTIER, GREY = "#9aa5b1", "#555555"
 
 
@@ -97,7 +117,9 @@ class Study:
             "at equal KL": Estimate.of([self.at_equal_kl(setting, seed) for seed in runs]).signed(),
             "efficiency": str(Estimate.of(self.last(setting, "efficiency"))),
             "to the optimum": str(Estimate.of(self.last(setting, "distance"))),
-            "against the base": Estimate.of(self.against_base(setting, "distance")).signed() if setting != BASE else "",
+            "against the base": Estimate.of(self.against_base(setting, "distance")).signed()
+            if setting != BASE
+            else "",
             "below start": f"{below} of {len(runs)}",
         }
 
@@ -116,25 +138,59 @@ class Study:
 
         figure = Figure(figsize=(9, 5), dpi=90, layout="constrained")
         ax, colors = figure.subplots(), colormaps["tab20"]
-        best = [self.mean_of(s, lambda run: (run["optimum"]["kl"], run["optimum"]["reward"])) for s in self.settings("strength")]
-        begin = self.mean_of(BASE, lambda run: (run["curve"][0]["kl"], run["curve"][0]["reward"])) if BASE in self.runs else (0, 0)
+        best = [
+            self.mean_of(s, lambda run: (run["optimum"]["kl"], run["optimum"]["reward"]))
+            for s in self.settings("strength")
+        ]
+        begin = (
+            self.mean_of(BASE, lambda run: (run["curve"][0]["kl"], run["curve"][0]["reward"]))
+            if BASE in self.runs
+            else (0, 0)
+        )
         sweep = [self.mean_of(s, lambda run: (run["curve"][-1]["kl"], run["curve"][-1]["reward"]))
             for s in AXES["strength"].settings if s in self.runs]  # fmt: skip
-        ax.plot(*zip(begin, *sorted(best)), color=FRONTIER, linewidth=4, alpha=0.6, label="exact optimum, any strength")
-        ax.plot(*zip(begin, *sorted(sweep)), "--", color=GREY, linewidth=1, label="base, any strength")
+        ax.plot(
+            *zip(begin, *sorted(best)),
+            color=FRONTIER,
+            linewidth=4,
+            alpha=0.6,
+            label="exact optimum, any strength",
+        )
+        ax.plot(
+            *zip(begin, *sorted(sweep)), "--", color=GREY, linewidth=1, label="base, any strength"
+        )
         for i, setting in enumerate(self.settings(axis)):
             x, y = (Estimate.of(self.last(setting, name)) for name in ("kl", "reward"))
             way = [self.mean_of(setting, lambda run: (run["curve"][t]["kl"], run["curve"][t]["reward"]))  # noqa: B023
                 for t in range(len(next(iter(self.runs[setting].values()))["curve"]))]  # fmt: skip
             color = colors(i % 20)
             ax.plot(*zip(*way), color=color, linewidth=1, alpha=0.6)
-            ax.errorbar(x.mean, y.mean, y.error, x.error, fmt="o", color=color, markersize=5, label=str(setting))
+            ax.errorbar(
+                x.mean,
+                y.mean,
+                y.error,
+                x.error,
+                fmt="o",
+                color=color,
+                markersize=5,
+                label=str(setting),
+            )
         farthest = max(Estimate.of(self.last(s, "kl")).mean for s in self.settings(axis))
-        ax.set(xlabel="KL to the reference, nats", ylabel="judge's points, held-out prompts", title=AXES[axis].question)
+        ax.set(
+            xlabel="KL to the reference, nats",
+            ylabel="judge's points, held-out prompts",
+            title=AXES[axis].question,
+        )
         ax.set_xlim(-0.03, 1.15 * max(farthest, 0.5))
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(self.settings(axis)) // 30)
+        ax.legend(
+            fontsize=7,
+            frameon=False,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            ncols=1 + len(self.settings(axis)) // 30,
+        )
         figure.savefig(path)
 
     def mean_of(self, setting: Setting, point) -> tuple[float, float]:
@@ -145,12 +201,31 @@ class Study:
 def theory_table() -> str:
     """KL to the optimum of a policy that is a table, where eta / beta is equal."""
     etas, rows = (0.1, 1.0, 10.0), []
-    for comparison, normalized in (("listwise", False), ("pairwise", False), ("pointwise", False), ("pointwise", True)):
+    for comparison, normalized in (
+        ("listwise", False),
+        ("pairwise", False),
+        ("pointwise", False),
+        ("pointwise", True),
+    ):
         for distance in DISTANCES:
-            distances = [theory.distance_to_optimum(distance, comparison, eta, normalized=normalized) for eta in etas]
+            distances = [
+                theory.distance_to_optimum(distance, comparison, eta, normalized=normalized)
+                for eta in etas
+            ]
             name = comparison + (", rewards less log Z" if normalized else "")
-            rows.append((distance, name, *(f"{value:.1e}" for value in distances)))
-    return tabulate(rows, ("distance", "comparison", *(f"eta {eta:g}" for eta in etas)), "github", disable_numparse=True)
+            rows.append(
+                (
+                    distance,
+                    name,
+                    *("< 0.0001" if value < 1e-4 else f"{value:.2f}" for value in distances),
+                )
+            )
+    return tabulate(
+        rows,
+        ("distance", "comparison", *(f"eta {eta:g}" for eta in etas)),
+        "github",
+        disable_numparse=True,
+    )
 
 
 def provenance(results: Results) -> str:
@@ -161,7 +236,8 @@ def provenance(results: Results) -> str:
     seconds = sum(run["seconds"] for run in runs)
     return (
         f"{len(results.runs)} runs of {len({s for s, _ in results.runs})} settings, seeds {seeds[0]} to {seeds[-1]}, "
-        f"{seconds / 60:.0f} minutes of one process.\n\n" + "\n".join(f"- `{command}`: {where}" for command, where in origins)
+        f"{seconds / 60:.0f} minutes of one process.\n\n"
+        + "\n".join(f"- `{command}`: {where}" for command, where in origins)
     )
 
 
@@ -172,8 +248,14 @@ def write(results: Results, axes: list[str], output: Path, page: Path | None) ->
     (output / "plots").mkdir(parents=True, exist_ok=True)
     for axis in axes:
         study.plot(axis, output / "plots" / f"{axis}.png")
-    tables = {axis: study.table(axis) for axis in axes} | {"theory": theory_table(), "runs": provenance(results)}
-    titles = {axis: AXES[axis].question for axis in axes} | {"theory": "A table as the policy", "runs": "Runs"}
+    tables = {axis: study.table(axis) for axis in axes} | {
+        "theory": theory_table(),
+        "runs": provenance(results),
+    }
+    titles = {axis: AXES[axis].question for axis in axes} | {
+        "theory": "A table as the policy",
+        "runs": "Runs",
+    }
     text = "\n\n".join(f"## {titles[name]}\n\n{table}" for name, table in tables.items())
     (output / "report.md").write_text(f"# Study\n\n{text}\n", encoding="utf-8")
     if page is not None:
@@ -188,12 +270,16 @@ def filled(text: str, study: Study, tables: dict[str, str]) -> str:
         column, name = match[1], match[2]
         if column == "table":
             if name not in tables:
-                raise ValueError(f"--page: {match[0][:60]!r} names no table; there are {', '.join(tables)}")
+                raise ValueError(
+                    f"--page: {match[0][:60]!r} names no table; there are {', '.join(tables)}"
+                )
             value = f"\n{tables[name]}\n"
         else:
             row = study.row(settings[name]) if name in settings else {}
             if column not in row:
-                raise ValueError(f"--page: {match[0][:60]!r} names no column and setting of the results")
+                raise ValueError(
+                    f"--page: {match[0][:60]!r} names no column and setting of the results"
+                )
             value = row[column].strip("*")
         return f"<!-- {column}: {name} -->{value}<!-- end -->"
 

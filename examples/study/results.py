@@ -1,4 +1,4 @@
-"""The file of results: a line of JSON for each run, so that a study that was stopped goes on where it was."""
+"""The file of results, a line of JSON for each run: a study that was stopped goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.runs: dict[tuple[Setting, int], dict] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else (), 1):
-            if line.endswith("\n"):  # one without an end was being written when the study was stopped: that run starts over
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else (), 1
+        ):
+            if line.endswith(
+                "\n"
+            ):  # one without an end was being written when the study was stopped: that run starts over
                 self._read(line, number)
 
     def _read(self, line: str, number: int) -> None:
@@ -26,7 +30,9 @@ class Results:
         try:
             record = json.loads(line)
             setting, seed = Setting(**record["setting"]), record["seed"]
-            missing = (FIELDS - set(record["setting"])) | ({"curve", "optimum", "seconds", "command", "environment"} - set(record))
+            missing = (FIELDS - set(record["setting"])) | (
+                {"curve", "optimum", "seconds", "command", "environment"} - set(record)
+            )
             if missing:
                 raise KeyError(", ".join(sorted(missing)))
         except (ValueError, TypeError, KeyError) as error:
@@ -35,7 +41,9 @@ class Results:
                 "Remove the line, or choose another --output"
             ) from None
         if (setting, seed) in self.runs:
-            raise ValueError(f"{at}: the run {setting}, seed {seed}, stands here twice. Remove one of the lines")
+            raise ValueError(
+                f"{at}: the run {setting}, seed {seed}, stands here twice. Remove one of the lines"
+            )
         self.runs[setting, seed] = record
 
     def add(self, setting: Setting, seed: int, measured: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
@@ -24,11 +25,13 @@ STRENGTHS = [0.0, *(2 ** (i / 4) for i in range(-12, 33))]  # along the frontier
 
 
 class Start:
-    """What all runs of a seed have in common, so that differences between them are paired: prompts, policy, samples."""
+    """What all runs of a seed share, so that differences between them are paired."""
 
     def __init__(self, seed: int, device: str):
         self.seed, self.device = seed, device
-        order = torch.randperm(len(language.PROMPTS), generator=self.generator("prompts", "cpu")).to(device)
+        order = torch.randperm(
+            len(language.PROMPTS), generator=self.generator("prompts", "cpu")
+        ).to(device)
         self.held_out, self.training = order[:HELD_OUT], order[HELD_OUT:]
         self.points = language.judged().double().to(device)  # [prompts, responses]
         self.policy = self.imitator(heed=0.4)
@@ -36,11 +39,14 @@ class Start:
         seen = self.training[:HELD_OUT]
         self.mean_points = mean(self.points[seen], self.policy.distribution(seen))
         optima = [self.optimum(strength) for strength in STRENGTHS]
-        self.frontier = np.array([(kl(logps, self.logps), self.reward(logps)) for logps in optima]).T
+        self.frontier = np.array(
+            [(kl(logps, self.logps), self.reward(logps)) for logps in optima]
+        ).T
 
     def generator(self, purpose: str, device: str | None = None) -> torch.Generator:
         """Random numbers of their own for each purpose."""
-        number = int.from_bytes(f"{purpose} {self.seed}".encode(), "little") % 2**63
+        digest = hashlib.sha256(f"{purpose}, seed {self.seed}".encode()).digest()
+        number = int.from_bytes(digest[:7], "little")
         return torch.Generator(device or self.device).manual_seed(number)
 
     def imitator(self, heed: float) -> Policy:
@@ -55,8 +61,13 @@ class Start:
         """A second reference, which learnt from a more careful author."""
         return self.imitator(heed=0.7)
 
+    def references(self, several: bool) -> list[Policy]:
+        return [self.policy, self.second] if several else [self.policy]
+
     def optimum(self, strength: float, reference: str = "single") -> Tensor:
-        """log pi* ``[held out, responses]`` with pi* = pi_ref exp(strength r) / Z, for references combined as objectives do."""
+        """log pi* ``[held out, responses]``, pi* = pi_ref exp(strength r) / Z.
+
+        Two references are combined as the objective does it."""
         logps = self.logps
         if reference != "single":
             both = torch.stack([logps, self.second.distribution(self.held_out)])
@@ -68,9 +79,13 @@ class Start:
         return mean(self.points[self.held_out], logps)
 
     def efficiency(self, reward: float, kl: float) -> float | None:
-        """The gain in reward, as a share of the largest that this KL to the reference allows; None near the reference."""
+        """Gain in reward, as a share of the largest at this KL; None very near the reference."""
         kls, rewards = self.frontier
-        return (reward - rewards[0]) / (float(np.interp(kl, kls, rewards)) - rewards[0]) if kl > 0.01 else None
+        return (
+            (reward - rewards[0]) / (float(np.interp(kl, kls, rewards)) - rewards[0])
+            if kl > 0.01
+            else None
+        )
 
 
 @lru_cache(maxsize=2)
@@ -91,9 +106,13 @@ class Data(NamedTuple):
 
 
 @torch.no_grad()
-def sample(begin: Start, policy: Policy, references: list[Policy], n: int, per_prompt: int, generator) -> Data:
-    """n responses of the policy to training prompts, in the judge's points, whose mean under the reference is 0."""
-    which = torch.randint(len(begin.training), (n // per_prompt,), generator=generator, device=begin.device)
+def sample(
+    begin: Start, policy: Policy, references: list[Policy], n: int, per_prompt: int, generator
+) -> Data:
+    """n responses of the policy to training prompts. Rewards have mean 0 under the reference."""
+    which = torch.randint(
+        len(begin.training), (n // per_prompt,), generator=generator, device=begin.device
+    )
     prompts = begin.training[which].repeat_interleave(per_prompt)
     labels = policy.sample(prompts, generator)
     points = begin.points[prompts, language.response_index(labels)] - begin.mean_points
@@ -102,17 +121,21 @@ def sample(begin: Start, policy: Policy, references: list[Policy], n: int, per_p
 
 
 @lru_cache(maxsize=8)
-def reference_samples(seed: int, device: str, n: int, per_prompt: int) -> Data:
+def reference_samples(seed: int, device: str, n: int, per_prompt: int, several: bool) -> Data:
     """Offline data. Runs of a seed that ask for the same get the same."""
     begin = start(seed, device)
-    return sample(begin, begin.policy, [begin.policy], n, per_prompt, begin.generator("offline"))
+    references = begin.references(several)
+    return sample(begin, begin.policy, references, n, per_prompt, begin.generator("offline"))
 
 
 @lru_cache(maxsize=4)
 def learned_judge(seed: int, device: str, pairs: int) -> tuple[Policy, float, float, float]:
-    """A reward model; scale and shift that give its scores the judge's spread and mean; its accuracy on other pairs."""
+    """A reward model, scale and shift that give its scores the judge's spread and mean 0, and its
+    accuracy on other pairs."""
     begin = start(seed, device)
-    seen = sample(begin, begin.policy, [begin.policy], 2 * pairs, 2, begin.generator("judged pairs"))
+    seen = sample(
+        begin, begin.policy, [begin.policy], 2 * pairs, 2, begin.generator("judged pairs")
+    )
     model = reward_model(begin.policy, seen.prompts, seen.labels, seen.rewards, steps=300)
     with torch.no_grad():
         scores = model.scores(seen.prompts, seen.labels)
@@ -120,53 +143,67 @@ def learned_judge(seed: int, device: str, pairs: int) -> tuple[Policy, float, fl
         other = sample(begin, begin.policy, [begin.policy], 4000, 2, begin.generator("other pairs"))
         scored = model.scores(other.prompts, other.labels)
     agree = scored.view(-1, 2).diff(dim=1) * other.rewards.view(-1, 2).diff(dim=1)
-    return model, scale, -scale * scores.mean().item(), ((agree > 0).sum() / (agree != 0).sum()).item()
+    return (
+        model,
+        scale,
+        -scale * scores.mean().item(),
+        ((agree > 0).sum() / (agree != 0).sum()).item(),
+    )
 
 
 def rewarded(begin: Start, setting: Setting, data: Data, generator) -> Data:
-    """The data as the setting's judge sees them; for objectives without rewards, the best response of each group first."""
+    """The data as the setting's judge sees them.
+
+    For objectives without rewards, the best response of each group comes first."""
     rewards = data.rewards
     if setting.judged_pairs:
         model, scale, shift, _ = learned_judge(begin.seed, begin.device, setting.judged_pairs)
         with torch.no_grad():
             rewards = model.scores(data.prompts, data.labels) * scale + shift
     if setting.noise:
-        rewards = rewards + setting.noise * torch.randn(len(rewards), generator=generator, device=begin.device)
+        rewards = rewards + setting.noise * torch.randn(
+            len(rewards), generator=generator, device=begin.device
+        )
     data = data._replace(rewards=rewards)
     if setting.rpo().uses_rewards:
         return data
     order = rewards.view(-1, setting.K).argsort(dim=1, descending=True, stable=True)
-    return data.rows((order + setting.K * torch.arange(len(order), device=begin.device)[:, None]).flatten())
+    return data.rows(
+        (order + setting.K * torch.arange(len(order), device=begin.device)[:, None]).flatten()
+    )
 
 
 def train(begin: Start, setting: Setting) -> Iterator[Policy]:
     """The policy before the first step, and after each."""
     objective, policy = setting.rpo(), copy.deepcopy(begin.policy)
     several = objective.reference in ("geometric", "harmonic")
-    references = [begin.policy, begin.second] if several else [begin.policy]
+    references = begin.references(several)
     optimizer, schedule = adam(policy, setting.lr, setting.steps)
     generator = begin.generator("samples")
     period = setting.steps // (setting.rounds or setting.steps)
-    n, per_prompt = min(period * STEP, setting.budget or period * STEP), setting.per_prompt or setting.K
+    n, per_prompt = (
+        min(period * STEP, setting.budget or period * STEP),
+        setting.per_prompt or setting.K,
+    )
     for step in range(setting.steps):
         yield policy
-        if step % period == 0:
+        if step == 0:
+            data = reference_samples(begin.seed, begin.device, n, per_prompt, several)
+        elif step % period == 0:
             if setting.refresh:
                 references = [copy.deepcopy(policy)]
-            if step or several:
-                data = sample(begin, policy, references, n, per_prompt, generator)
-            else:
-                data = reference_samples(begin.seed, begin.device, n, per_prompt)
+            data = sample(begin, policy, references, n, per_prompt, generator)
+        if step % period == 0:
             data = rewarded(begin, setting, data, generator)
         batch = data.rows((torch.arange(STEP, device=begin.device) + step % period * STEP) % n)
-        references_logps = batch.ref_logps if several else batch.ref_logps[0]
+        ref_logps = batch.ref_logps if several else batch.ref_logps[0]
         out = linear_rpo_loss(
             policy.predicting(batch.prompts, batch.labels),
             policy.head.weight,
             batch.labels,
             batch.rewards if objective.uses_rewards else None,
             objective,
-            ref_logps=None if objective.reference == "none" else references_logps,
+            ref_logps=None if objective.reference == "none" else ref_logps,
             group_size=setting.K,
         )
         out.loss.backward()
@@ -175,12 +212,14 @@ def train(begin: Start, setting: Setting) -> Iterator[Policy]:
 
 
 def run(setting: Setting, seed: int, device: str) -> dict:
-    """Train, and measure on the way: reward, KL to the reference, efficiency, KL to the optimum where there is one."""
+    """Train, and measure on the way: reward, KL to the reference, efficiency, KL to the optimum."""
     began = time.perf_counter()
     begin = start(seed, device)
     optimum, at_optimum = None, None
     if setting.rpo().uses_rewards:
-        strength = setting.strength * (setting.rounds if setting.refresh else 1)  # each new reference adds its own
+        strength = setting.strength * (
+            setting.rounds if setting.refresh else 1
+        )  # each new reference adds its own
         optimum = begin.optimum(strength, setting.reference)
         at_optimum = {"reward": begin.reward(optimum), "kl": kl(optimum, begin.logps)}
     curve = []
@@ -191,7 +230,9 @@ def run(setting: Setting, seed: int, device: str) -> dict:
             point["efficiency"] = begin.efficiency(point["reward"], point["kl"])
             point["distance"] = None if optimum is None else kl(logps, optimum)
             curve.append(point)
-    accuracy = learned_judge(seed, device, setting.judged_pairs)[3] if setting.judged_pairs else None
+    accuracy = (
+        learned_judge(seed, device, setting.judged_pairs)[3] if setting.judged_pairs else None
+    )
     seconds = round(time.perf_counter() - began, 2)
     return {"curve": curve, "optimum": at_optimum, "judge accuracy": accuracy, "seconds": seconds}
 
