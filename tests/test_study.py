@@ -204,7 +204,7 @@ def test_study_counts_no_run_twice(tmp_path):
     measured = {"curve": [], "optimum": None, "seconds": 1.0, "command": "", "environment": ""}
     for writer in (results.Results(path), results.Results(path)):
         writer.add(BASE, 0, measured)
-    with pytest.raises(ValueError, match="line 2: the run base, seed 0, stands here twice"):
+    with pytest.raises(ValueError, match="line 2: base, seed 0, was here before"):
         results.Results(path)
 
 
@@ -227,8 +227,8 @@ def test_study_estimate_has_a_standard_error_and_a_threshold():
     assert (estimate.mean, estimate.n) == (2.0, 3)
     assert estimate.error == pytest.approx(1 / math.sqrt(3))
     assert not estimate.is_resolved  # t = 3.46, and two degrees of freedom ask for 9.92
-    assert report.Estimate.of([1.0, 1.01, 0.99]).signed() == "**+1.000 ± 0.006**"
-    assert str(report.Estimate.of([None])) == ""
+    assert report.Estimate.of([1.0, 1.01, 0.99]).bold() == "**+1.000 ± 0.006**"
+    assert report.Estimate.of([None]).text() == ""
 
 
 def test_study_compares_rewards_at_equal_kl(monkeypatch):

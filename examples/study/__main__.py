@@ -1,12 +1,14 @@
-"""Which objective, how many responses, online or offline? The questions of the RPO paper
-(arXiv 2502.00203), asked of a small policy whose judge is known and whose responses can all be listed.
+"""Which objective, how many responses, online or offline?
+
+The questions of the RPO paper (arXiv 2502.00203), asked of a small policy whose judge is known and
+whose responses can all be listed.
 
     python -m examples.study                    the reduced study, some minutes
     python -m examples.study --full             more of every axis, ten seeds
     python -m examples.study --axes judge sft   these alone
 
-Settings differ from a base in one thing (settings.py). Runs of a seed start from the same policy, so
-that differences are paired. A study that was stopped goes on where it was. Tables with standard
+Settings differ from a base in one thing (settings.py). Runs of a seed start from the same policy,
+so that differences are paired. A study that was stopped goes on where it was. Tables with standard
 errors and plots are in --output.
 """
 
@@ -37,53 +39,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    names = ", ".join(AXES)
     add("--full", action="store_true", help="all settings of every axis, and ten seeds")
-    add(
-        "--axes",
-        nargs="+",
-        default=list(AXES),
-        metavar="NAME",
-        help=f"among {', '.join(AXES)}; default: all",
-    )
-    add(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help="at least 2, for standard errors; default: 5, with --full 10",
-    )
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes; default: the number of CPUs, on a GPU at most 8",
-    )
-    add(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
-    add(
-        "--output",
-        type=Path,
-        default=Path("study_output"),
-        metavar="DIR",
-        help="default: %(default)s",
-    )
+    add("--axes", nargs="+", default=list(AXES), metavar="NAME", help=f"of {names}; default: all")
+    add("--seeds", type=int, metavar="N", help="at least 2; default: 5, with --full 10")
+    add("--workers", type=int, metavar="N", help="processes; default: as many as CPUs, 8 on a GPU")
+    add("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
+    add("--output", type=Path, default="study_output", metavar="DIR", help="default: %(default)s")
     add("--report", action="store_true", help="no runs: tables and plots of those in --output")
-    add(
-        "--page",
-        type=Path,
-        metavar="FILE",
-        help="also renew the tables and numbers of this Markdown page",
-    )
+    add("--page", type=Path, metavar="FILE", help="renew tables and numbers of this page, too")
     args = parser.parse_args(arguments)
     args.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     args.seeds = (10 if args.full else 5) if args.seeds is None else args.seeds
-    cpus = os.cpu_count() or 1
-    args.workers = (
-        (cpus if args.device == "cpu" else min(cpus, 8)) if args.workers is None else args.workers
-    )
+    if args.workers is None:
+        args.workers = min(os.cpu_count() or 1, 1_000 if args.device == "cpu" else 8)
     for name in args.axes:
         if name not in AXES:
             parser.error(f"--axes {name!r}: expected some of {', '.join(AXES)}")
@@ -99,15 +69,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def environment(device: str) -> str:
     """Versions, commit and device."""
     try:
-        git = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=7",
-        ]
+        git = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty".split()]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
@@ -130,14 +92,9 @@ def one_thread() -> None:
 
 def fill(results: Results, args) -> None:
     """Runs that are missing, seed by seed, under a progress bar."""
-    wanted = [
-        (setting, seed) for seed in range(args.seeds) for setting in settings(args.axes, args.full)
-    ]
-    tasks = [
-        (setting, seed, args.device)
-        for setting, seed in wanted
-        if (setting, seed) not in results.runs
-    ]
+    chosen = settings(args.axes, args.full)
+    wanted = [(setting, seed) for seed in range(args.seeds) for setting in chosen]
+    tasks = [(*run, args.device) for run in wanted if run not in results.runs]
     origin = {"command": args.command, "environment": environment(args.device)}
     with tqdm(total=len(wanted), initial=len(wanted) - len(tasks), desc="study", unit="run") as bar:
 
@@ -152,9 +109,8 @@ def fill(results: Results, args) -> None:
             for task in tasks:
                 note(work(task))
         else:
-            with multiprocessing.get_context("spawn").Pool(
-                min(args.workers, len(tasks)), one_thread
-            ) as pool:
+            processes = min(args.workers, len(tasks))
+            with multiprocessing.get_context("spawn").Pool(processes, one_thread) as pool:
                 for done in pool.imap_unordered(work, tasks):
                     note(done)
 

@@ -3,8 +3,8 @@
     prompt      first a, last b, n words, rising or falling, answer:
     response    up to 4 of 5 words, then END, which a response of 4 words does without: 781 in all
 
-A prompt asks for a first word, a last word, a number of words, and a direction. The judge gives each
-of the four wishes up to 1 point, in parts: a ground truth on a real-valued scale, without noise.
+A prompt asks for a first word, a last word, a number of words, and a direction. The judge gives
+each of the four wishes up to 1 point, in parts: a ground truth on a real-valued scale.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small Llama over the language: log-probabilities, samples, the whole distribution, imitation."""
+"""A small Llama over the language: log-probabilities, samples, whole distributions, imitation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Policy(nn.Module):
         tokens, labels = language.prompt_tokens(), language.response_labels()
         self.register_buffer("prompt_tokens", tokens, persistent=False)
         self.register_buffer("labels", labels, persistent=False)
-        # Beginnings of 3 words hold all shorter ones: 125 rows of the transformer serve 781 responses.
+        # Beginnings of 3 words hold all shorter ones: 125 rows of the transformer are enough.
         prefixes = torch.cartesian_prod(*[torch.arange(WORDS)] * (LONGEST - 1))
         place = torch.tensor([WORDS**t for t in reversed(range(LONGEST - 1))])
         self.register_buffer("prefixes", prefixes, persistent=False)
@@ -43,7 +43,7 @@ class Policy(nn.Module):
         )
 
     def hidden(self, prompts: Tensor, written: Tensor) -> Tensor:
-        """Hidden states ``[S, t + 1, H]`` behind prompts ``[S]`` and each token written ``[S, t]``."""
+        """Hidden states ``[S, t + 1, H]`` after prompts ``[S]`` and each token of ``[S, t]``."""
         asked = self.prompt_tokens[prompts]
         ids = torch.cat([asked, written.clamp(min=0)], 1)  # IGNORE comes after all that counts
         return self.trunk(ids, use_cache=False).last_hidden_state[:, asked.shape[1] - 1 :]
@@ -74,15 +74,12 @@ class Policy(nn.Module):
     def sample(self, prompts: Tensor, generator: torch.Generator) -> Tensor:
         """Labels ``[S, 4]`` of one response to each prompt."""
         labels = torch.full((len(prompts), LONGEST), IGNORE, device=prompts.device)
+        going = torch.ones_like(prompts, dtype=torch.bool)
         for t in range(LONGEST):
             logits = self.head(self.hidden(prompts, labels[:, :t])[:, -1])
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-            going = (
-                (labels[:, t - 1] != END) & (labels[:, t - 1] != IGNORE)
-                if t
-                else torch.ones_like(token, dtype=bool)
-            )
             labels[:, t] = torch.where(going, token, IGNORE)
+            going &= token != END
         return labels
 
 
@@ -101,9 +98,10 @@ def imitate(policy: Policy, steps: int, heed: float, generator: torch.Generator)
 def reward_model(
     policy: Policy, prompts: Tensor, labels: Tensor, points: Tensor, steps: int
 ) -> Policy:
-    """The policy's transformer under a head of one number, trained on pairs that ``points`` order."""
+    """The policy's transformer under a head of one number, trained on pairs, neighbours here."""
     model = Policy(outputs=1).to(labels.device)
     model.trunk = copy.deepcopy(policy.trunk)
+    nn.init.zeros_(model.head.weight)
     optimizer, schedule = adam(model, 1e-3, steps)
     # Bradley and Terry's -log sigmoid(score gap): DPO without a reference, of scores.
     bradley_terry = RPOObjective("backward_kl", 1.0, target=math.inf, reference="none")

@@ -1,4 +1,4 @@
-"""The file of results, a line of JSON for each run: a study that was stopped goes on where it was."""
+"""The file of results, a line of JSON for each run: a stopped study goes on where it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .settings import Setting
 
-FIELDS = {field.name for field in fields(Setting)}
+SETTING = {field.name for field in fields(Setting)}
+RUN = {"curve", "optimum", "judge accuracy", "seconds", "command", "environment"}
 
 
 class Results:
@@ -17,32 +18,27 @@ class Results:
     def __init__(self, path: Path):
         self.path = path
         self.runs: dict[tuple[Setting, int], dict] = {}
-        for number, line in enumerate(
-            path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else (), 1
-        ):
-            if line.endswith(
-                "\n"
-            ):  # one without an end was being written when the study was stopped: that run starts over
-                self._read(line, number)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        # A line without an end was being written when the study was stopped: that run starts over.
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            self._read(line, number)
 
     def _read(self, line: str, number: int) -> None:
         at = f"{self.path}, line {number}"
         try:
             record = json.loads(line)
             setting, seed = Setting(**record["setting"]), record["seed"]
-            missing = (FIELDS - set(record["setting"])) | (
-                {"curve", "optimum", "seconds", "command", "environment"} - set(record)
-            )
+            missing = (SETTING - set(record["setting"])) | (RUN - set(record))
             if missing:
                 raise KeyError(", ".join(sorted(missing)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{at}: expected a run of this study, got {line[:60].strip()!r} ({type(error).__name__}: {error}). "
-                "Remove the line, or choose another --output"
+                f"{at}: expected a run of this study, got {line[:60]!r} "
+                f"({type(error).__name__}: {error}). Remove the line, or choose another --output"
             ) from None
         if (setting, seed) in self.runs:
             raise ValueError(
-                f"{at}: the run {setting}, seed {seed}, stands here twice. Remove one of the lines"
+                f"{at}: {setting}, seed {seed}, was here before. Remove one of the lines"
             )
         self.runs[setting, seed] = record
 

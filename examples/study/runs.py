@@ -29,9 +29,8 @@ class Start:
 
     def __init__(self, seed: int, device: str):
         self.seed, self.device = seed, device
-        order = torch.randperm(
-            len(language.PROMPTS), generator=self.generator("prompts", "cpu")
-        ).to(device)
+        generator = self.generator("prompts", "cpu")
+        order = torch.randperm(len(language.PROMPTS), generator=generator).to(device)
         self.held_out, self.training = order[:HELD_OUT], order[HELD_OUT:]
         self.points = language.judged().double().to(device)  # [prompts, responses]
         self.policy = self.imitator(heed=0.4)
@@ -39,9 +38,7 @@ class Start:
         seen = self.training[:HELD_OUT]
         self.mean_points = mean(self.points[seen], self.policy.distribution(seen))
         optima = [self.optimum(strength) for strength in STRENGTHS]
-        self.frontier = np.array(
-            [(kl(logps, self.logps), self.reward(logps)) for logps in optima]
-        ).T
+        self.frontier = np.array([(kl(x, self.logps), self.reward(x)) for x in optima]).T
 
     def generator(self, purpose: str, device: str | None = None) -> torch.Generator:
         """Random numbers of their own for each purpose."""
@@ -81,11 +78,8 @@ class Start:
     def efficiency(self, reward: float, kl: float) -> float | None:
         """Gain in reward, as a share of the largest at this KL; None very near the reference."""
         kls, rewards = self.frontier
-        return (
-            (reward - rewards[0]) / (float(np.interp(kl, kls, rewards)) - rewards[0])
-            if kl > 0.01
-            else None
-        )
+        most = float(np.interp(kl, kls, rewards)) - rewards[0]
+        return (reward - rewards[0]) / most if kl > 0.01 else None
 
 
 @lru_cache(maxsize=2)
@@ -133,22 +127,18 @@ def learned_judge(seed: int, device: str, pairs: int) -> tuple[Policy, float, fl
     """A reward model, scale and shift that give its scores the judge's spread and mean 0, and its
     accuracy on other pairs."""
     begin = start(seed, device)
-    seen = sample(
-        begin, begin.policy, [begin.policy], 2 * pairs, 2, begin.generator("judged pairs")
+    samples = lambda n, purpose: sample(
+        begin, begin.policy, [begin.policy], n, 2, begin.generator(purpose)
     )
+    seen, other = samples(2 * pairs, "judged pairs"), samples(4000, "other pairs")
     model = reward_model(begin.policy, seen.prompts, seen.labels, seen.rewards, steps=300)
     with torch.no_grad():
         scores = model.scores(seen.prompts, seen.labels)
         scale = (seen.rewards.std() / scores.std()).item()
-        other = sample(begin, begin.policy, [begin.policy], 4000, 2, begin.generator("other pairs"))
         scored = model.scores(other.prompts, other.labels)
     agree = scored.view(-1, 2).diff(dim=1) * other.rewards.view(-1, 2).diff(dim=1)
-    return (
-        model,
-        scale,
-        -scale * scores.mean().item(),
-        ((agree > 0).sum() / (agree != 0).sum()).item(),
-    )
+    accuracy = ((agree > 0).sum() / (agree != 0).sum()).item()
+    return model, scale, -scale * scores.mean().item(), accuracy
 
 
 def rewarded(begin: Start, setting: Setting, data: Data, generator) -> Data:
@@ -161,16 +151,14 @@ def rewarded(begin: Start, setting: Setting, data: Data, generator) -> Data:
         with torch.no_grad():
             rewards = model.scores(data.prompts, data.labels) * scale + shift
     if setting.noise:
-        rewards = rewards + setting.noise * torch.randn(
-            len(rewards), generator=generator, device=begin.device
-        )
+        noise = torch.randn(len(rewards), generator=generator, device=begin.device)
+        rewards = rewards + setting.noise * noise
     data = data._replace(rewards=rewards)
     if setting.rpo().uses_rewards:
         return data
     order = rewards.view(-1, setting.K).argsort(dim=1, descending=True, stable=True)
-    return data.rows(
-        (order + setting.K * torch.arange(len(order), device=begin.device)[:, None]).flatten()
-    )
+    first = setting.K * torch.arange(len(order), device=begin.device)
+    return data.rows((order + first[:, None]).flatten())
 
 
 def train(begin: Start, setting: Setting) -> Iterator[Policy]:
@@ -181,10 +169,8 @@ def train(begin: Start, setting: Setting) -> Iterator[Policy]:
     optimizer, schedule = adam(policy, setting.lr, setting.steps)
     generator = begin.generator("samples")
     period = setting.steps // (setting.rounds or setting.steps)
-    n, per_prompt = (
-        min(period * STEP, setting.budget or period * STEP),
-        setting.per_prompt or setting.K,
-    )
+    n = min(period * STEP, setting.budget or period * STEP)
+    per_prompt = setting.per_prompt or setting.K
     for step in range(setting.steps):
         yield policy
         if step == 0:
@@ -217,10 +203,10 @@ def run(setting: Setting, seed: int, device: str) -> dict:
     begin = start(seed, device)
     optimum, at_optimum = None, None
     if setting.rpo().uses_rewards:
-        strength = setting.strength * (
+        references = (
             setting.rounds if setting.refresh else 1
-        )  # each new reference adds its own
-        optimum = begin.optimum(strength, setting.reference)
+        )  # one after another, each adds its own
+        optimum = begin.optimum(setting.strength * references, setting.reference)
         at_optimum = {"reward": begin.reward(optimum), "kl": kl(optimum, begin.logps)}
     curve = []
     for step, policy in enumerate(train(begin, setting)):
@@ -230,9 +216,8 @@ def run(setting: Setting, seed: int, device: str) -> dict:
             point["efficiency"] = begin.efficiency(point["reward"], point["kl"])
             point["distance"] = None if optimum is None else kl(logps, optimum)
             curve.append(point)
-    accuracy = (
-        learned_judge(seed, device, setting.judged_pairs)[3] if setting.judged_pairs else None
-    )
+    pairs = setting.judged_pairs
+    accuracy = learned_judge(seed, device, pairs)[3] if pairs else None
     seconds = round(time.perf_counter() - began, 2)
     return {"curve": curve, "optimum": at_optimum, "judge accuracy": accuracy, "seconds": seconds}
 

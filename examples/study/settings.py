@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -21,9 +21,7 @@ class Setting:
     eta: float = 1.0  # at equal strength; distances only, as the next three
     comparison: str = "listwise"
     target: str | float = "rewards"  # or a number: the gap between the best response and the others
-    reference: str = (
-        "single"  # or "geometric", "harmonic": with the policy of a more careful author
-    )
+    reference: str = "single"  # or "geometric", "harmonic": with the policy of a better author
     sft_weight: float = 0.0
     K: int = 4  # responses in a group
     per_prompt: int = 0  # responses sampled to a prompt at a time, a multiple of K; 0: K
@@ -34,7 +32,7 @@ class Setting:
     refresh: bool = False  # each round makes the policy its reference
     noise: float = 0.0  # standard deviation of the judge's errors, in points
     judged_pairs: int = (
-        0  # that a reward model learns from, which then stands in for the judge; 0: the judge
+        0  # that a reward model learns from, to stand in for the judge; 0: the judge
     )
     steps: int = 160
     lr: float = 3e-3
@@ -46,19 +44,14 @@ class Setting:
             options = {"target": self.target, "reference": self.reference}
             objective = RPOObjective(self.objective, beta, self.eta, self.comparison, **options)
         else:
-            # REBEL's parameter is 1 / beta
-            objective = getattr(RPOObjective, self.objective)(
-                self.strength if self.objective == "rebel" else beta
-            )
+            parameter = self.strength if self.objective == "rebel" else beta  # REBEL's is 1 / beta
+            objective = getattr(RPOObjective, self.objective)(parameter)
         return replace(objective, sft_weight=self.sft_weight) if self.sft_weight else objective
 
     def __str__(self) -> str:
         """What differs from the base."""
-        changes = [
-            (x.name, getattr(self, x.name))
-            for x in fields(self)
-            if getattr(self, x.name) != x.default
-        ]
+        values = {x.name: getattr(self, x.name) for x in fields(self)}
+        changes = [(x.name, values[x.name]) for x in fields(self) if values[x.name] != x.default]
         words = {
             "objective": "{}",
             "comparison": "{}",
@@ -71,9 +64,6 @@ class Setting:
         ]
         special = {"0 rounds": "online", "refresh True": "reference refreshed"}
         return ", ".join(special.get(text, text) for text in texts) or "base"
-
-    def key(self) -> tuple:
-        return tuple(asdict(self).items())
 
 
 BASE = Setting()

@@ -12,9 +12,9 @@ STEPS = 400
 
 
 def distance_to_optimum(
-    distance: str, comparison: str = "listwise", eta: float = 1.0, *, normalized: bool = False
+    distance: str, comparison: str = "listwise", eta: float = 1.0, normalized: bool = False
 ) -> float:
-    """KL(policy || optimum) in nats, the optimum being pi_ref exp(eta r / beta) / Z, eta / beta = 4.
+    """KL(policy || optimum) in nats; the optimum is pi_ref exp(eta r / beta) / Z, eta / beta = 4.
 
     The loss is that of one group, all responses of up to 2 words. ``normalized`` takes
     (beta / eta) log Z off the rewards.
