@@ -109,6 +109,34 @@ def test_study_optimum_maximises_reward_less_kl(miniature):
     )  # 4 is on the frontier's grid
 
 
+def test_study_seeds_have_prompts_policies_and_samples_of_their_own(miniature):
+    one, other = runs.start(0, "cpu"), runs.start(1, "cpu")
+    assert not torch.equal(one.held_out, other.held_out)
+    assert not torch.equal(one.policy.head.weight, other.policy.head.weight)
+    samples = [runs.reference_samples(seed, "cpu", 64, 4, False) for seed in (0, 1)]
+    assert not torch.equal(samples[0].prompts, samples[1].prompts)
+    assert not set(one.held_out.tolist()) & set(samples[0].prompts.tolist())
+
+
+def test_study_reward_model_learns_the_judge_and_is_the_same_each_time(miniature):
+    model, scale, shift, accuracy = runs.learned_judge(0, "cpu", 400)
+    assert accuracy > 0.6  # of a policy that hardly learnt to write
+    data = runs.reference_samples(0, "cpu", 2000, 4, False)
+    rewards = runs.rewarded(runs.start(0, "cpu"), Setting(judged_pairs=400), data, None).rewards
+    assert rewards.std().item() == pytest.approx(data.rewards.std().item(), rel=0.2)
+    torch.manual_seed(1)
+    runs.learned_judge.cache_clear()
+    assert runs.learned_judge(0, "cpu", 400)[1:] == (scale, shift, accuracy)
+
+
+def test_study_puts_the_best_response_first_for_objectives_without_rewards(miniature):
+    data = runs.reference_samples(0, "cpu", 64, 4, False)
+    begin, setting = runs.start(0, "cpu"), Setting("softmax_dpo")
+    rewards = runs.rewarded(begin, setting, data, None).rewards.view(-1, 4)
+    assert torch.equal(rewards[:, 0], rewards.max(1).values)
+    assert torch.equal(rewards.sort(1).values, data.rewards.view(-1, 4).sort(1).values)
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 
@@ -170,6 +198,7 @@ def test_study_renews_marked_tables_and_numbers_of_a_page(miniature, tmp_path):
     [
         (["--axes", "colour"], "--axes 'colour': expected some of strength, objective"),
         (["--seeds", "0"], "--seeds 0: a standard error takes at least 2"),
+        (["--device", "toaster"], "--device 'toaster': "),
         (["--workers", "0"], "--workers 0: expected at least 1"),
         (["--page", "missing.md"], "--page missing.md: no such file"),
     ],
@@ -201,7 +230,8 @@ def test_study_refuses_a_broken_file_of_results(text, message, tmp_path):
 
 def test_study_counts_no_run_twice(tmp_path):
     path = tmp_path / "runs.jsonl"
-    measured = {"curve": [], "optimum": None, "seconds": 1.0, "command": "", "environment": ""}
+    measured = dict.fromkeys(("curve", "optimum", "judge accuracy", "seconds", "command"))
+    measured["environment"] = "here"
     for writer in (results.Results(path), results.Results(path)):
         writer.add(BASE, 0, measured)
     with pytest.raises(ValueError, match="line 2: base, seed 0, was here before"):

@@ -53,7 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     args.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     args.seeds = (10 if args.full else 5) if args.seeds is None else args.seeds
     if args.workers is None:
-        args.workers = min(os.cpu_count() or 1, 1_000 if args.device == "cpu" else 8)
+        cpus = os.cpu_count() or 1
+        args.workers = cpus if args.device == "cpu" else min(cpus, 8)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device!r}: {str(error).splitlines()[0]}")
     for name in args.axes:
         if name not in AXES:
             parser.error(f"--axes {name!r}: expected some of {', '.join(AXES)}")
