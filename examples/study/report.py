@@ -18,12 +18,8 @@ from .settings import AXES, BASE, DISTANCES, Setting
 
 # Student's t for a two-sided error of 1 %, by degrees of freedom, which are seeds - 1
 T = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98, 2.95)
-MEASURED = {
-    "reward": "reward",
-    "KL": "kl",
-    "efficiency": "efficiency",
-    "to the optimum": "distance",
-}
+COLUMNS = {"KL": "kl", "to the optimum": "distance"}  # where names differ from those of the file
+NUMBERS = ("start", "reward", "KL", "at equal KL", "efficiency", "to the optimum")
 
 
 @dataclass(frozen=True)
@@ -63,14 +59,18 @@ class Study:
 
     def settings(self, axis: str) -> list[Setting]:
         """Those of an axis that were run."""
-        return [s for s in dict.fromkeys(AXES[axis].settings + AXES[axis].more) if s in self.runs]
+        return [
+            s for s in dict.fromkeys((*AXES[axis].settings, *AXES[axis].more)) if s in self.runs
+        ]
 
     def values(self, column: str, setting: Setting) -> dict[int, float | None]:
-        """By seed, at the end of the runs."""
+        """By seed, at the end of the runs; ``start`` is the reward before the first step."""
         runs = self.runs.get(setting, {})
+        if column == "start":
+            return {seed: run["curve"][0]["reward"] for seed, run in runs.items()}
         if column == "at equal KL":
             return {seed: self.at_equal_kl(setting, seed) for seed in runs}
-        return {seed: run["curve"][-1][MEASURED[column]] for seed, run in runs.items()}
+        return {seed: run["curve"][-1][COLUMNS.get(column, column)] for seed, run in runs.items()}
 
     def difference(self, column: str, setting: Setting, other: Setting) -> Estimate:
         """Paired by seed."""
@@ -175,16 +175,16 @@ def filled(text: str, study: Study, tables: dict[str, str]) -> str:
         if column == "table" and name in tables:
             return f"{mark}\n{tables[name]}\n<!-- end -->"
         names = name.split(" less ")
-        if column not in (*MEASURED, "at equal KL") or not settings.keys() >= set(names):
+        if column not in NUMBERS or not settings.keys() >= set(names):
             raise ValueError(
                 f"--page: {mark!r} names no table, or no column and setting, of the results"
             )
         chosen = [settings[name] for name in names]
         if len(chosen) == 2:
-            value = study.difference(column, *chosen).text("+")
+            value = study.difference(column, *chosen).bold()
         else:
-            sign = "+" if column == "at equal KL" else ""
-            value = Estimate.of(list(study.values(column, *chosen).values())).text(sign)
+            estimate = Estimate.of(list(study.values(column, *chosen).values()))
+            value = estimate.bold() if column == "at equal KL" else estimate.text()
         return f"{mark}{value}<!-- end -->"
 
     return re.sub(r"<!-- ([\w ]+): (.+?) -->.*?<!-- end -->", renew, text, flags=re.DOTALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
@@ -10,6 +12,13 @@ from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
 
 STEP = 64  # responses in a step
+WORDS = (  # of names of settings
+    ("^(objective|comparison) ", ""),
+    ("^reference ", "two references, "),
+    ("^rounds 0", "online"),
+    (r"^rounds (\d+)", r"\1 rounds"),
+    ("^refresh True", "reference refreshed"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +34,11 @@ class Setting:
     sft_weight: float = 0.0
     K: int = 4  # responses in a group
     per_prompt: int = 0  # responses sampled to a prompt at a time, a multiple of K; 0: K
-    budget: int = (
-        0  # responses sampled in a round, which its steps use again; 0: what the steps need
-    )
+    budget: int = 0  # responses sampled in a round and used again; 0: as many as its steps need
     rounds: int = 1  # of sampling from the policy as it is. 1: offline; 0: online, before each step
     refresh: bool = False  # each round makes the policy its reference
     noise: float = 0.0  # standard deviation of the judge's errors, in points
-    judged_pairs: int = (
-        0  # that a reward model learns from, to stand in for the judge; 0: the judge
-    )
+    judged_pairs: int = 0  # that a reward model learns from, which then is the judge
     steps: int = 160
     lr: float = 3e-3
 
@@ -52,18 +57,10 @@ class Setting:
         """What differs from the base."""
         values = {x.name: getattr(self, x.name) for x in fields(self)}
         changes = [(x.name, values[x.name]) for x in fields(self) if values[x.name] != x.default]
-        words = {
-            "objective": "{}",
-            "comparison": "{}",
-            "reference": "two references, {}",
-            "rounds": "{} rounds",
-        }
-        texts = [
-            words.get(name, f"{name.replace('_', ' ')} {{}}").format(value)
-            for name, value in changes
-        ]
-        special = {"0 rounds": "online", "refresh True": "reference refreshed"}
-        return ", ".join(special.get(text, text) for text in texts) or "base"
+        texts = [f"{name} {value}".replace("_", " ", name.count("_")) for name, value in changes]
+        for old, new in WORDS:
+            texts = [re.sub(old, new, text) for text in texts]
+        return ", ".join(texts) or "base"
 
 
 BASE = Setting()
@@ -71,8 +68,8 @@ BASE = Setting()
 
 class Axis(NamedTuple):
     question: str
-    settings: list[Setting]
-    more: list[Setting] = []  # noqa: RUF012  only with --full
+    settings: Sequence[Setting]
+    more: Sequence[Setting] = ()  # only with --full
 
 
 def vary(start: Setting = BASE, **values) -> list[Setting]:
@@ -188,5 +185,5 @@ def settings(axes: list[str], full: bool) -> list[Setting]:
     """Each setting of these axes once, and the base's sweep, which gives rewards at equal KL."""
     chosen = list(AXES["strength"].settings)
     for name in axes:
-        chosen += AXES[name].settings + (AXES[name].more if full else [])
+        chosen += [*AXES[name].settings, *(AXES[name].more if full else ())]
     return list(dict.fromkeys(chosen))
