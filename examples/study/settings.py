@@ -57,7 +57,7 @@ class Setting:
         """What differs from the base."""
         values = {x.name: getattr(self, x.name) for x in fields(self)}
         changes = [(x.name, values[x.name]) for x in fields(self) if values[x.name] != x.default]
-        texts = [f"{name} {value}".replace("_", " ", name.count("_")) for name, value in changes]
+        texts = [f"{name.replace('_', ' ')} {value}" for name, value in changes]
         for old, new in WORDS:
             texts = [re.sub(old, new, text) for text in texts]
         return ", ".join(texts) or "base"
