@@ -69,7 +69,8 @@ class Study:
         if column == "start":
             return {seed: run["curve"][0]["reward"] for seed, run in runs.items()}
         if column == "at equal KL":
-            return {seed: self.at_equal_kl(setting, seed) for seed in runs}
+            gains = {seed: self.at_equal_kl(setting, seed) for seed in runs}
+            return {} if None in gains.values() else gains  # the seeds that stay near are no sample
         return {seed: run["curve"][-1][COLUMNS.get(column, column)] for seed, run in runs.items()}
 
     def difference(self, column: str, setting: Setting, other: Setting) -> Estimate:
