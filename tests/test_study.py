@@ -31,9 +31,11 @@ def one_thread():
 
 @pytest.fixture
 def miniature(monkeypatch):
-    """Two axes of three settings of five steps each, after a short fine-tuning."""
+    """Two axes of three settings of five steps each, after short fine-tunings."""
     short = lambda model, steps, heed, generator: policy.imitate(model, 20, heed, generator)
     monkeypatch.setattr(runs, "imitate", short)
+    learn = lambda *data, steps: policy.reward_model(*data, steps=80)
+    monkeypatch.setattr(runs, "reward_model", learn)
     monkeypatch.setattr(theory, "STEPS", 2)
     monkeypatch.setitem(AXES, "strength", Axis("How far?", MINI))
     monkeypatch.setitem(AXES, "objective", Axis("Which?", [*MINI, DPO]))

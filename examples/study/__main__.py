@@ -86,15 +86,6 @@ def environment(device: str) -> str:
     )
 
 
-def work(task: tuple[Setting, int, str]) -> tuple[Setting, int, dict]:
-    setting, seed, device = task
-    return setting, seed, runs.run(setting, seed, device)
-
-
-def one_thread() -> None:
-    torch.set_num_threads(1)  # a policy this small gains nothing from more; runs do
-
-
 def fill(results: Results, args) -> None:
     """Runs that are missing, seed by seed, under a progress bar."""
     chosen = settings(args.axes, args.full)
@@ -110,13 +101,13 @@ def fill(results: Results, args) -> None:
             bar.update()
 
         if args.workers == 1 or len(tasks) < 2:
-            one_thread()
+            runs.one_thread()
             for task in tasks:
-                note(work(task))
+                note(runs.work(task))
         else:
             processes = min(args.workers, len(tasks))
-            with multiprocessing.get_context("spawn").Pool(processes, one_thread) as pool:
-                for done in pool.imap_unordered(work, tasks):
+            with multiprocessing.get_context("spawn").Pool(processes, runs.one_thread) as pool:
+                for done in pool.imap_unordered(runs.work, tasks):
                     note(done)
 
 

@@ -222,6 +222,15 @@ def run(setting: Setting, seed: int, device: str) -> dict:
     return {"curve": curve, "optimum": at_optimum, "judge accuracy": accuracy, "seconds": seconds}
 
 
+def one_thread() -> None:
+    torch.set_num_threads(1)  # a policy this small gains nothing from more; runs do
+
+
+def work(task: tuple[Setting, int, str]) -> tuple[Setting, int, dict]:
+    """What a process of the study does; here, as processes do not import __main__."""
+    return *task[:2], run(*task)
+
+
 def mean(points: Tensor, logps: Tensor) -> float:
     """Expected points ``[prompts, responses]`` of a policy, mean over prompts."""
     return (logps.exp() * points).sum(1).mean().item()
