@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test test-slow test-transformers demo bench gpu sanitize lint clean
+.PHONY: test test-slow test-transformers demo study bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -20,6 +20,10 @@ test-transformers: .venv/transformers-5.0.0 .venv/transformers-5.24.0
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)
+
+# Which objective, how many responses, online or offline? ARGS="--full", ARGS="--axes judge sft", ...
+study: .venv/demo.stamp
+	$(BIN)/python -m examples.study $(ARGS)
 
 # On a GPU full sizes, elsewhere small ones. ARGS="--smoke", ARGS='-k "Qwen3 and pair"', ...; peers are measured where installed.
 bench: .venv/test.stamp
