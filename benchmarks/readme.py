@@ -47,12 +47,14 @@ def memory_chart(folder: Path, width: int = 40) -> str | None:
     found = json.loads(path.read_text())
     about, rows = found["about"], found["rows"]
     most = max(row["peak_mb"] for row in rows)
-    lines, case = [], None
-    for row in rows:
-        label = "" if row["case"] == case else row["case"]
-        bar = "█" * max(1, round(width * row["peak_mb"] / most))
-        lines.append(f"{label:12} {row['provider']:12} {bar} {row['peak_mb']} MB")
-        case = row["case"]
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        N, H, V, *_ = cpu.CASES[case]
+        lines.append(f"{case}: {N:,} tokens, {'' if H is None else f'H = {H:,}, '}V = {V:,}")
+        for row in rows:
+            if row["case"] == case:
+                bar = "█" * max(1, round(width * row["peak_mb"] / most))
+                lines.append(f"  {row['provider']:11}  {bar} {row['peak_mb']:,} MB")
     chart = "\n".join(lines)
     return (
         f"Peak memory of forward and backward, measured on a CPU ({about['processor']}, commit "
