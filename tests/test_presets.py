@@ -217,7 +217,7 @@ class Implementation:
 
 
 @pytest.fixture(params=["reference", "torch", "triton"])
-def module_of(request: pytest.FixtureRequest) -> Implementation:
+def implementation(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "reference":
         from rpo_kernels.reference import preference_loss
 
