@@ -204,8 +204,8 @@ def test_a_file_can_be_read_in_one_sitting(path):
     assert lines <= LONGER.get(path.relative_to(PACKAGE).as_posix(), LINES)
 
 
-@pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "linear_rpo_loss"])
-def test_from_a_public_call_to_what_launches_are_four_frames_in_three_files(name):
+def paths_to_launch(name: str) -> list[list[tuple[str, str]]]:
+    """(function, file) of the package's frames from a public call to each vocabulary_forward."""
     x, labels = torch.randn(4, 3, 6, requires_grad=True), torch.randint(6, (4, 3))
     objective, rewards = rpo_kernels.RPOObjective(reference="none"), torch.randn(4)
     calls = {
@@ -219,23 +219,28 @@ def test_from_a_public_call_to_what_launches_are_four_frames_in_three_files(name
 
     def profile(frame, event, _):
         if event == "call" and frame.f_code.co_name == "vocabulary_forward":
-            stack = []
+            path = []
             while frame is not None:
-                if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
-                    stack.append((frame.f_code.co_name, frame.f_code.co_filename))
+                file = Path(frame.f_code.co_filename)
+                if file.is_relative_to(PACKAGE):
+                    path.append((frame.f_code.co_name, file.relative_to(PACKAGE).as_posix()))
                 frame = frame.f_back
-            found.append(stack)
+            found.append(path[::-1])
 
     sys.setprofile(profile)
     try:
         calls[name]()
     finally:
         sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "linear_rpo_loss"])
+def test_from_a_public_call_to_what_launches_are_four_frames_in_three_files(name):
+    found = paths_to_launch(name)
     assert found
-    for stack in found:
-        assert stack[-1][0] == name and len(stack) <= 4 and len({file for _, file in stack}) <= 3, (
-            stack
-        )
+    for path in found:
+        assert path[0][0] == name and len(path) <= 4 and len({file for _, file in path}) <= 3, path
 
 
 # ---- the wheel -----------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ head and 2 with a frozen one, for any loss, and the logits of rows whose P was d
 A dispatch mode would see nothing inside custom operators.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.autograd.profiler import profile
@@ -160,3 +163,28 @@ def test_linear_token_logps_and_entropy_computes_logits_again_for_gradients_of_e
         (logps.sum() + 0.1 * entropies.sum()).backward()
 
     assert gemms(run) == expected - frozen
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize("is_differentiated", [False, True])
+@pytest.mark.parametrize("entropy_grad", [None, False, True])
+def test_entropy_grad_costs_the_gemms_that_the_options_page_says(
+    entropy_grad, is_differentiated, is_trainable
+):
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    (row,) = re.findall(rf"^\| {entropy_grad}\b.*\|$", page, re.MULTILINE)
+    printed = re.findall(r"\d", row.split("|")[2 + is_differentiated])
+    hidden, weight, labels, _ = batch_of(2)
+    weight.requires_grad_(is_trainable)
+
+    def step():
+        logps, entropies = linear_token_logps_and_entropy(
+            hidden, weight, labels, entropy_grad=entropy_grad, backend="torch"
+        )
+        if is_differentiated:
+            assert entropies.requires_grad == bool(printed)
+        (logps.sum() + (entropies.sum() if is_differentiated else 0)).backward()
+
+    total = gemms(step)
+    if printed:  # (with a trainable head, with a frozen one)
+        assert total == int(printed[not is_trainable])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rpo_kernels.objectives import PRESETS, RPOObjective
+from rpo_kernels.objectives import DISTANCES, PRESETS, RPOObjective
 
 from .helpers import HAS_GPU
 
@@ -217,7 +217,7 @@ class Implementation:
 
 
 @pytest.fixture(params=["reference", "torch", "triton"])
-def module_of(request: pytest.FixtureRequest) -> Implementation:
+def implementation(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "reference":
         from rpo_kernels.reference import preference_loss
 
@@ -318,7 +318,8 @@ def test_no_preset_is_left_out_of_this_file():
     assert presets == {name.partition(",")[0] for name in CASES} - {"RPO"}
 
 
-def test_the_readme_names_every_preset():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert len(PRESETS) == 15
-    assert [name for name in PRESETS if f"`{name}(" not in readme] == []
+def test_presets_are_all_on_the_page_of_objectives_and_so_are_the_distances():
+    page = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+    assert len(PRESETS) == 15  # the README says fifteen
+    assert [name for name in PRESETS if f"`{name}(" not in page] == []
+    assert [name for name in DISTANCES if f"\n| `{name}`" not in page] == []

@@ -1,4 +1,4 @@
-"""Commands of the README, the pages in docs and the examples' docstrings run exactly as printed."""
+"""Commands in the README, CONTRIBUTING, docs and examples run exactly as printed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|make|torchrun) .+")
 LONG = "more than three minutes on a CPU"
+ELSEWHERE = "makes an environment of its own"
 OWN = "stands for files of the reader's own"
 # Commands that are not run, and why.
 NOT_RUN = {
     "make demo": f"{LONG}; tests/test_demo.py runs it with a small model",
     'make demo ARGS="--model DIR --data FILE.jsonl --objective dpo --beta 0.1 --steps 50"': OWN,
     "make test": "this suite",
+    "make test-slow": "these tests, and others like them",
+    "make test-transformers": ELSEWHERE,
+    "make lint": ELSEWHERE,
+    "make sanitize": f"{ELSEWHERE}; tests/test_sanitize.py runs some cases",
     "make bench": f"{LONG}; tests/test_benchmarks.py runs it with --smoke",
     "make gpu": "needs a GPU",
     "python -m rpo_kernels verify": f"{LONG}; tests/test_verify.py runs it with --quick",
