@@ -28,6 +28,7 @@ NOT_RUN = {
     "make demo": f"{LONG}; tests/test_demo.py runs it with a small model",
     'make demo ARGS="--model DIR --data FILE.jsonl --objective dpo --beta 0.1 --steps 50"': OWN,
     "make test": "this suite",
+    "make study": f"{LONG}; tests/test_study.py runs it in miniature",
     "make test-slow": "these tests, and others like them",
     "make test-transformers": ELSEWHERE,
     "make lint": ELSEWHERE,
