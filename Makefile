@@ -13,7 +13,7 @@ test-slow: .venv/test.stamp .venv/demo.stamp
 
 # The adapter on the oldest and the newest release of transformers that it is known to work with.
 test-transformers: .venv/transformers-5.0.0 .venv/transformers-5.24.0
-	for release in $^; do PYTHONPATH=$$release $(BIN)/python -m pytest tests/test_transformers.py || exit 1; done
+	for release in $^; do PYTHONPATH=$$release $(BIN)/python -m pytest tests/adapters/test_transformers.py || exit 1; done
 
 .venv/transformers-%: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
@@ -35,7 +35,7 @@ gpu:
 
 # Every kernel's accesses, checked without a GPU, in 2 minutes. ARGS="--only split odd", ...
 sanitize: .venv-sanitize/stamp
-	.venv-sanitize/bin/python -m tests.sanitize $(ARGS)
+	.venv-sanitize/bin/python -m tests.evidence.sanitize $(ARGS)
 
 # ttsem asks for newer Pythons, torch and triton than ours, and runs on ours (Python >= 3.11).
 .venv-sanitize/stamp: PIP := .venv-sanitize/bin/python -m pip --disable-pip-version-check --quiet
