@@ -2,17 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check test-slow test-transformers demo bench gpu sanitize lint clean
+.PHONY: test check test-slow test-transformers demo study bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 # For the minutes between two edits: lint, and the quick tests without Triton's interpreter.
-QUICK := architecture bad_input distances launch linear losses_page objectives_page on_logits output \
-	preference presets properties reference torch_compile torch_only transforms
+QUICK := tests/evidence/test_architecture.py $(filter-out \
+	%_vocabulary.py %_real_inputs.py %_gemm_work.py, $(wildcard tests/unit/test_*.py))
 
 check: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup -k "not triton" $(QUICK:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup -k "not triton" $(QUICK) $(ARGS)
 
 # Commands as the pages print them; minutes each.
 test-slow: .venv/test.stamp .venv/demo.stamp
@@ -20,13 +20,17 @@ test-slow: .venv/test.stamp .venv/demo.stamp
 
 # The adapter on the oldest and the newest release of transformers that it is known to work with.
 test-transformers: .venv/transformers-5.0.0 .venv/transformers-5.24.0
-	for release in $^; do PYTHONPATH=$$release $(BIN)/python -m pytest tests/test_transformers.py || exit 1; done
+	for release in $^; do PYTHONPATH=$$release $(BIN)/python -m pytest tests/adapters/test_transformers.py || exit 1; done
 
 .venv/transformers-%: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ transformers==$*
 
 demo: .venv/demo.stamp
 	$(BIN)/python examples/align.py $(ARGS)
+
+# Which objective, how many responses, online or offline? ARGS="--full", ARGS="--axes judge sft", ...
+study: .venv/demo.stamp
+	$(BIN)/python -m examples.study $(ARGS)
 
 # On a GPU full sizes, elsewhere small ones. ARGS="--smoke", ARGS='-k "Qwen3 and pair"', ...; peers are measured where installed.
 bench: .venv/test.stamp
@@ -38,7 +42,7 @@ gpu:
 
 # Every kernel's accesses, checked without a GPU, in 2 minutes. ARGS="--only split odd", ...
 sanitize: .venv-sanitize/stamp
-	.venv-sanitize/bin/python -m tests.sanitize $(ARGS)
+	.venv-sanitize/bin/python -m tests.evidence.sanitize $(ARGS)
 
 # ttsem asks for newer Pythons, torch and triton than ours, and runs on ours (Python >= 3.11).
 .venv-sanitize/stamp: PIP := .venv-sanitize/bin/python -m pip --disable-pip-version-check --quiet

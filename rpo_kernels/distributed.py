@@ -9,10 +9,9 @@ same order. So log-probabilities agree bit for bit, and nothing of vocabulary si
 Every such call begins with an agreement: the ranks tell each other their shards' widths, what they
 are about to do, and whether their arguments are good. A rank that raises makes all raise. The
 agreement goes over the group's CPU backend where it has one
-(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL alone it costs one look at the
-device. While a CUDA graph is
-captured no rank may look: the widths of the last agreement stand, so run a step before, as for any
-capture.
+(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL only, it costs one
+synchronisation with the device. While a CUDA graph is captured nothing can be exchanged: the widths
+of the last agreement stand, so run a step before, as for any capture.
 
 Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of
 `process_group` alone. A DTensor weight without a group (FSDP2) is gathered by DTensor, whose ranks

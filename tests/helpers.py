@@ -11,6 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rpo_kernels.ops.operator import Operator
+from rpo_kernels.tools.cases import poisoned_memory, worst
+
+__all__ = ["poisoned_memory", "worst"]  # of `python -m rpo_kernels verify`
 
 HAS_GPU = torch.cuda.is_available()
 # For what `benchmarks/host.py` does: without a GPU there is a libcuda to compile.
@@ -30,32 +33,6 @@ def kernel_dtypes(backend: str) -> list[torch.dtype]:
     """
     interpreted = backend == "triton" and not HAS_GPU
     return [torch.float32, torch.float16] + ([] if interpreted else [torch.bfloat16])
-
-
-def worst(ours: torch.Tensor, truth: torch.Tensor) -> float:
-    """Largest absolute error; equal infinities and NaNs agree, any other non-finite difference is
-    infinite.
-    """
-    a, b = ours.detach().double(), truth.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    error = torch.where(same, 0, (a - b).abs()).nan_to_num(nan=float("inf"))
-    return float(error.max()) if error.numel() else 0.0
-
-
-@contextlib.contextmanager
-def poisoned_memory():
-    """New tensors hold NaN, so that an element that is not written shows."""
-    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
-
-    def poison(x):
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(-(2**30))
-
-    with (
-        mock.patch.object(torch, "empty", lambda *a, **k: poison(empty(*a, **k))),
-        mock.patch.object(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k))),
-        mock.patch.object(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k))),
-    ):
-        yield
 
 
 def peak_memory(step) -> int:

@@ -11,6 +11,10 @@ LISTWISE, PAIRWISE, POINTWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 REWARDS, GAP, LABEL, SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SUM, MEAN, TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SEQUENCE_REF, TOKEN_REF = tl.constexpr(1), tl.constexpr(2)
+# Rows of [5, S] (``inputs.PerSequence``) and of [2, S]; made of the first one's address where they
+# are used, which takes fewer registers than a pointer each.
+IMPLICIT, LOGPS, TARGETS, DLOGPS, ROLES = (tl.constexpr(row) for row in range(5))
+SHARE, SLOPE = tl.constexpr(0), tl.constexpr(1)  # of the loss; dL/ds
 
 
 class Flags(NamedTuple):
@@ -39,7 +43,7 @@ class Flags(NamedTuple):
 
 
 class Pointers(NamedTuple):
-    """As the kernel documents them; the rows of ``[5, S]`` and ``[2, S]`` by name."""
+    """As the kernel documents them."""
 
     logps: tl.tensor
     labels: tl.tensor
@@ -51,13 +55,8 @@ class Pointers(NamedTuple):
     given: tl.tensor  # explicit rewards
     lengths: tl.tensor
     coef: tl.tensor
-    rewards: tl.tensor  # implicit rewards
-    sequence_logps: tl.tensor
-    targets: tl.tensor
-    dlogps: tl.tensor
-    roles: tl.tensor
-    share: tl.tensor  # of the loss
-    slope: tl.tensor  # dL/ds
+    sequence: tl.tensor  # [5, S]
+    scratch: tl.tensor  # [2, S]
 
 
 class Sizes(NamedTuple):

@@ -8,7 +8,7 @@ Three functions for each of ``objectives.DISTANCES``, named after it:
     <name>_of_outcome(log_p, log_q)    an outcome's share of D between softmaxes p and q
     <name>_pull(...)               what response j adds to dD/ds_i, antisymmetric in i and j
 
-A distance whose listwise form is over all pairs of gaps has the first alone.
+A distance whose listwise form is over all pairs of gaps has only the first.
 """
 
 import triton

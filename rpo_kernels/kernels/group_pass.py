@@ -28,7 +28,19 @@ import triton.language as tl
 from ..inputs import Groups, Sequences
 from ..objectives import RPOObjective
 from . import batch
-from .batch import MEAN, SEQUENCE_REF, TOKEN_REF, TOKENS, Flags, Numbers, Pointers, Sizes
+from .batch import (
+    LOGPS,
+    MEAN,
+    ROLES,
+    SEQUENCE_REF,
+    SHARE,
+    TOKEN_REF,
+    TOKENS,
+    Flags,
+    Numbers,
+    Pointers,
+    Sizes,
+)
 from .launch import on_device_of
 from .primitives import ANYWHERE
 from .responses import compare_responses
@@ -107,12 +119,7 @@ def _group_pass_kernel(
         lengths_ptr,
         coef_ptr,
         sequence_ptr,
-        sequence_ptr + S,
-        sequence_ptr + 2 * S,
-        sequence_ptr + 3 * S,
-        sequence_ptr + 4 * S,
         scratch_ptr,
-        scratch_ptr + S,
     )
     n = Sizes(N, S, G, T, K, R, weight_stride_r, weight_stride_g, group_steps, ignore_index)
     o = Numbers(beta, eta, margin, scale, target, label_of_first, sft_weight)
@@ -126,7 +133,7 @@ def _group_pass_kernel(
     tokens = 0
     for i0 in range(0, S, BLOCK_I * BLOCK_J):
         i = i0 + tl.arange(0, BLOCK_I * BLOCK_J)
-        is_chosen = tl.load(p.roles + i, mask=i < S, other=0.0) == 2.0
+        is_chosen = tl.load(p.sequence + ROLES * n.S + i, mask=i < S, other=0.0) == 2.0
         groups += tl.sum(is_chosen.to(tl.int32), axis=0)
         tokens += tl.sum(tl.load(p.lengths + i, mask=is_chosen, other=0), axis=0)
     factor = 1.0
@@ -153,10 +160,10 @@ def _group_pass_kernel(
         for k0 in range(0, members, BLOCK_J):
             j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
             member = j < last[:, None]
-            share = tl.load(p.share + j, mask=member, other=0.0)
+            share = tl.load(p.scratch + SHARE * n.S + j, mask=member, other=0.0)
             if FLAGS.sft >= 0:
-                is_chosen = tl.load(p.roles + j, mask=member, other=0.0) == 2.0
-                nll = -tl.load(p.sequence_logps + j, mask=is_chosen, other=0.0)
+                is_chosen = tl.load(p.sequence + ROLES * n.S + j, mask=member, other=0.0) == 2.0
+                nll = -tl.load(p.sequence + LOGPS * n.S + j, mask=is_chosen, other=0.0)
                 if FLAGS.sft == MEAN:
                     nll = nll / tl.maximum(tl.load(p.lengths + j, mask=is_chosen, other=1), 1).to(
                         tl.float32

@@ -38,7 +38,7 @@ class LaunchSettings:
         lanes: vectors of a tile.
         vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: of a program.
-        num_stages: 1, or more to have two tiles on their way while one is worked off (forward).
+        num_stages: 1, or more to load two tiles while one is processed (forward).
         max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what
             the compiler likes; CUDA only.
         evidence: where the numbers come from.

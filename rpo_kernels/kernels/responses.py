@@ -5,7 +5,19 @@ implicit rewards.
 import triton
 import triton.language as tl
 
-from .batch import GAP, LABEL, LISTWISE, POINTWISE, REWARDS, SOFTMAX
+from .batch import (
+    GAP,
+    IMPLICIT,
+    LABEL,
+    LISTWISE,
+    POINTWISE,
+    REWARDS,
+    ROLES,
+    SHARE,
+    SLOPE,
+    SOFTMAX,
+    TARGETS,
+)
 from .distances import distance_of_gap, distance_of_outcome, distance_pull, gap_of, labelled
 from .primitives import softplus
 from .sequences import bounds_of_group, group_of
@@ -81,9 +93,9 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
         counted = live & counted & (chosen_length > 0) & (ni > 0)
         kf = tl.maximum(count, 2).to(tl.float32)
 
-        si = tl.load(p.rewards + i, mask=live, other=0.0)
+        si = tl.load(p.sequence + IMPLICIT * n.S + i, mask=live, other=0.0)
         si -= tl.where(i == chosen, o.margin, 0.0)
-        tl.store(p.targets + i, tl.where(ni > 0, ti, 0.0), mask=live)
+        tl.store(p.sequence + TARGETS * n.S + i, tl.where(ni > 0, ti, 0.0), mask=live)
 
         # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full
         # digits near 0.
@@ -96,7 +108,7 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
                 j = first[:, None] + k0 + tl.arange(0, BLOCK_J)[None, :]
                 partner = j < last[:, None]
                 partner = partner & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
-                s = tl.load(p.rewards + j, mask=partner, other=0.0) - tl.where(
+                s = tl.load(p.sequence + IMPLICIT * n.S + j, mask=partner, other=0.0) - tl.where(
                     j == chosen[:, None], o.margin, 0.0
                 )
                 t = _target(j, first[:, None], p, o, partner, FLAGS)
@@ -127,7 +139,7 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
             if FLAGS.target == SOFTMAX:
                 ti = tl.log(kf) + log_q
                 weight += kf * tl.exp(log_q)
-                tl.store(p.targets + i, tl.where(ni > 0, ti, 0.0), mask=live)
+                tl.store(p.sequence + TARGETS * n.S + i, tl.where(ni > 0, ti, 0.0), mask=live)
             value, derivative = distance_of_gap(si, ti, FLAGS)
             share = weight * value / kf
             slope = weight * derivative / kf
@@ -140,7 +152,7 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
                     & (tl.load(p.lengths + j, mask=partner, other=0) > 0)
                     & (j != i[:, None])
                 )
-                s = tl.load(p.rewards + j, mask=partner, other=0.0) - tl.where(
+                s = tl.load(p.sequence + IMPLICIT * n.S + j, mask=partner, other=0.0) - tl.where(
                     j == chosen[:, None], o.margin, 0.0
                 )
                 t = _target(j, first[:, None], p, o, partner, FLAGS)
@@ -175,8 +187,8 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
             else:
                 share *= 1.0 / (kf * (kf - 1.0))
                 slope *= 2.0 / (kf * (kf - 1.0))
-        tl.store(p.share + i, tl.where(counted, o.scale * share, 0.0), mask=live)
-        tl.store(p.slope + i, tl.where(counted, o.scale * slope, 0.0), mask=live)
+        tl.store(p.scratch + SHARE * n.S + i, tl.where(counted, o.scale * share, 0.0), mask=live)
+        tl.store(p.scratch + SLOPE * n.S + i, tl.where(counted, o.scale * slope, 0.0), mask=live)
         role = tl.where(counted, tl.where(i == chosen, 2.0, 1.0), 0.0)
-        tl.store(p.roles + i, role, mask=live)
+        tl.store(p.sequence + ROLES * n.S + i, role, mask=live)
     return broken

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .batch import MEAN, SEQUENCE_REF, TOKEN_REF, TOKENS
+from .batch import DLOGPS, IMPLICIT, LOGPS, MEAN, ROLES, SEQUENCE_REF, SLOPE, TOKEN_REF, TOKENS
 
 
 @triton.jit
@@ -115,8 +115,12 @@ def sum_sequences(p, n, o, FLAGS: tl.constexpr):
         unit = tl.full([BLOCK_S], 1.0, tl.float64) * o.beta
         if FLAGS.average:
             unit = unit / tl.maximum(count, 1)
-        tl.store(p.rewards + s, tl.where(count > 0, unit * ratio, 0.0).to(tl.float32), mask=live)
-        tl.store(p.sequence_logps + s, logp.to(tl.float32), mask=live)
+        tl.store(
+            p.sequence + IMPLICIT * n.S + s,
+            tl.where(count > 0, unit * ratio, 0.0).to(tl.float32),
+            mask=live,
+        )
+        tl.store(p.sequence + LOGPS * n.S + s, logp.to(tl.float32), mask=live)
         tl.store(p.lengths + s, count, mask=live)
     return broken
 
@@ -130,18 +134,22 @@ def spread_coefficients(p, n, o, per_token, factor, FLAGS: tl.constexpr):
         s = s0 + tl.arange(0, BLOCK_S)
         live = s < n.S
         count = tl.load(p.lengths + s, mask=live, other=1)
-        coef = tl.load(p.slope + s, mask=live, other=0.0) * o.beta
+        coef = tl.load(p.scratch + SLOPE * n.S + s, mask=live, other=0.0) * o.beta
         if FLAGS.average:
             coef = coef / tl.maximum(count, 1).to(tl.float32)
         if FLAGS.sft >= 0:
-            pull = tl.where(tl.load(p.roles + s, mask=live, other=0.0) == 2.0, o.sft_weight, 0.0)
+            pull = tl.where(
+                tl.load(p.sequence + ROLES * n.S + s, mask=live, other=0.0) == 2.0,
+                o.sft_weight,
+                0.0,
+            )
             if FLAGS.sft == MEAN:
                 pull = pull / tl.maximum(count, 1).to(tl.float32)
             elif FLAGS.sft == TOKENS:
                 pull = pull * per_token
             coef -= pull
         coef = coef * factor
-        tl.store(p.dlogps + s, coef, mask=live)
+        tl.store(p.sequence + DLOGPS * n.S + s, coef, mask=live)
         if FLAGS.has_tokens:
             start, end, _ = bounds_of_sequence(s, p, n, FLAGS, live)
             longest = tl.max(end - start, axis=0)

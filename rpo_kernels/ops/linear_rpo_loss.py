@@ -94,7 +94,7 @@ def linear_rpo_loss(
         lora_hidden, lora_weight: as for :func:`linear_token_logps`.
         weight_grad: ``[V, H]``, float, that dweight is added to while the forward runs, whether or
             not a backward follows (weight.grad, or a trainer's fp32 buffer); autograd then brings
-            weight none. Spares a ``[V, H]`` temporary; hooks of weight see nothing. The upstream
+            weight none. Avoids a ``[V, H]`` temporary; hooks of weight see nothing. The upstream
             gradient of ``loss`` must be 1 then (scale by ``normalizer``): another raises on a CPU
             and makes other gradients NaN on a GPU. Raises inside a checkpoint, which runs the
             forward twice.

@@ -76,14 +76,14 @@ def linear_token_logps(
             For LoRA on the lm_head these are scaling * dropout(hidden) A^T and B. Any float dtype;
             their GEMMs run in the dtype of the others.
         weight_grad: ``[V, H]``, float, that dweight is added to in the backward (weight.grad, or a
-            trainer's fp32 buffer); autograd then brings weight none. Spares a ``[V, H]`` temporary;
+            trainer's fp32 buffer); autograd then brings weight none. Avoids a ``[V, H]`` temporary;
             hooks of weight see nothing.
         temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
         logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a
             sequence), or the dtype of the GEMMs.
         workspace_bytes: bound on logits and d logp / d logits held at a time, of which as much is
             allocated as the batch needs; 2 GiB on a GPU, 256 MiB on a CPU. See docs/memory.md.
-        count: number of scored rows, if the caller knows it: spares the one look at the device. A
+        count: number of scored rows, if the caller knows it: avoids the only synchronisation. A
             wrong count gives NaN.
         on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``,
             the labels ``[n]`` of its rows (scored ones, in order), and the keywords that make
@@ -95,9 +95,9 @@ def linear_token_logps(
             :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the
             sequence, bring their group, and get a gradient laid out as they are.
         reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its
-            dtype: scored rows alone, each chunk's beside the GEMMs of the next. False leaves each
-            rank its part, for layers that sum it themselves: Megatron's column-parallel ones, or an
-            all-gather along the sequence, whose backward is a reduce-scatter.
+            dtype and of the scored rows only; the sum overlaps the GEMMs that follow. False leaves
+            each rank its part, for layers that sum it themselves: Megatron's column-parallel ones,
+            or an all-gather along the sequence, whose backward is a reduce-scatter.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden,

@@ -172,7 +172,7 @@ _gather_ragged_op.register_autograd(_backward_ragged, setup_context=_setup_ragge
 
 
 class Merged(NamedTuple):
-    """Segments of which each rank has a part, put together: in each segment the entries of rank 0
+    """Segments of which each rank has a part, combined: in each segment the entries of rank 0
     first.
     """
 

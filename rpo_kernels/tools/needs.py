@@ -6,7 +6,7 @@ import importlib.util
 
 
 def require(command: str, *packages: str, otherwise: str = "") -> None:
-    """Ends the command, in words, where a package is not installed; ``otherwise``: what else
+    """Ends the command with a message where a package is not installed; ``otherwise``: what else
     serves.
     """
     for name in packages:

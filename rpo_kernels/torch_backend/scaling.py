@@ -6,7 +6,7 @@ import torch
 
 
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """x *= factor in place; a look at the factor is free on a CPU alone."""
+    """x *= factor in place; on a CPU reading the factor costs no synchronisation."""
     if x.device.type == "cpu":
         if float(factor) != 1.0:
             x.mul_(factor)

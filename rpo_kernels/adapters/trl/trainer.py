@@ -287,7 +287,7 @@ class RPOTrainer(DPOTrainer):
                 torch.ones_like(without),
             )
         metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
-        # One gathering, one look at the device: sums and counts over processes, which may hold
+        # One gathering, one synchronisation: sums and counts over processes, which may hold
         # different numbers of responses.
         # [metrics, 2]
         sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])

@@ -1,0 +1,311 @@
+"""What RPOTrainer takes, and what it refuses before training starts."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+
+import pytest
+
+from rpo_kernels import RPOObjective
+
+from .tiny_models import llama, pairs, tokenizer
+
+pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
+
+trl = pytest.importorskip("trl")
+from datasets import Dataset, IterableDataset  # noqa: E402
+from transformers import HfArgumentParser  # noqa: E402
+
+import rpo_kernels.adapters.trl as adapter  # noqa: E402
+from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer  # noqa: E402
+from rpo_kernels.adapters.trl.data import encode  # noqa: E402
+
+from .test_trl_trainer import groups, options  # noqa: E402
+
+# ---- objectives in a configuration ---------------------------------------------------------------
+
+
+def config(tmp_path, **more) -> RPOConfig:
+    return RPOConfig(**options(tmp_path, **more))
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, RPOObjective("backward_kl", 0.1)),
+        ({"objective": RPOObjective("squared", 0.3, 2.0)}, RPOObjective("squared", 0.3, 2.0)),
+        ({"objective": "squared", "beta": 0.5}, RPOObjective("squared", 0.5)),
+        ({"objective": "dpo", "beta": 0.5}, RPOObjective.dpo(0.5)),
+        (
+            {"objective": '{"preset": "ipo", "tau": 0.2, "average": true}'},
+            RPOObjective.ipo(0.2, average=True),
+        ),
+        (
+            {"objective": {"distance": "forward_kl", "eta": 3.0, "beta": 0.2}, "beta": 0.2},
+            RPOObjective("forward_kl", 0.2, 3.0),
+        ),
+    ],
+)
+def test_an_objective_has_several_spellings_and_survives_a_file(given, expected, tmp_path):
+    args = config(tmp_path, **given)
+    assert args.make_objective() == expected and args.beta == expected.beta
+    saved = json.loads(args.to_json_string())
+    again = RPOConfig(
+        **options(
+            tmp_path, objective=saved["objective"], beta=saved["beta"], loss_type=saved["loss_type"]
+        )
+    )
+    assert again.make_objective() == expected
+
+
+def test_a_command_line_says_an_objective(tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu True --bf16 False --report_to none".split()
+    line += "--beta 0.05 --objective".split()
+    (args,) = HfArgumentParser(RPOConfig).parse_args_into_dataclasses(
+        [*line, '{"distance": "squared", "eta": 3.0}']
+    )
+    assert args.make_objective() == RPOObjective("squared", 0.05, 3.0)
+    (args,) = HfArgumentParser(RPOConfig).parse_args_into_dataclasses([*line, "softmax_dpo"])
+    assert args.make_objective() == RPOObjective.softmax_dpo(0.05)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"loss_type": "ipo"},
+            r"`loss_type` must stay unset, got 'ipo' beside `objective` 'backward_kl'",
+        ),
+        ({"loss_type": ["sigmoid"], "objective": "dpo"}, r"`loss_type` must stay unset"),
+        (
+            {"label_smoothing": 0.1},
+            r"`label_smoothing` has no effect beside an objective, got 0.1; use objective=",
+        ),
+        ({"loss_weights": [1.0]}, r"`loss_weights` has no effect"),
+        ({"use_weighting": True}, r"`use_weighting` has no effect"),
+        ({"ld_alpha": 0.5}, r"`ld_alpha` has no effect"),
+        ({"f_divergence_type": "js_divergence"}, r"`f_divergence_type` has no effect"),
+        ({"padding_free": True}, r"`padding_free` has no effect"),
+        ({"objective": "kto"}, r"must name a distance .* or a preset \(dpo, .*\); got 'kto'"),
+        (
+            {"objective": '{"preset": "simpo", "tau": 1}'},
+            r"simpo has no `tau`, only `beta`, `gamma`",
+        ),
+        ({"objective": '{"distance": squared}'}, r"`objective` is not JSON"),
+        ({"objective": "ipo", "beta": 0.1}, r"ipo has no `beta`, only `tau`, `average`"),
+        (
+            {"objective": RPOObjective.dpo(0.2), "beta": 0.1},
+            r"`beta` 0.1 contradicts the objective's beta 0.2",
+        ),
+        ({"objective": {"distance": "squared", "beta": -1.0}}, r"`beta` must be .* > 0"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **given)
+
+
+# ---- data ----------------------------------------------------------------------------------------
+
+
+def encoded(row, objective=None) -> dict:
+    return encode(row, tokenizer(), "</s>", objective or RPOObjective(), "train")
+
+
+def test_pairs_and_groups_and_chats_say_the_same_in_every_spelling():
+    (pair,) = pairs(1)
+    expected = encoded(pair)
+    rewards = [pair.pop("score_chosen"), pair.pop("score_rejected")]
+    assert expected["rewards"] == rewards and len(expected["response_ids"]) == 2
+    assert encoded(pair | {"chosen_reward": rewards[0], "rejected_reward": rewards[1]}) == expected
+    group = {
+        "prompt": pair["prompt"],
+        "responses": [pair["chosen"], pair["rejected"]],
+        "rewards": rewards,
+    }
+    assert encoded(group) == expected
+    chat = {
+        "prompt": [{"role": "user", "content": pair["prompt"]}],
+        "rewards": rewards,
+        "responses": [
+            [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")
+        ],
+    }
+    ids = encoded(chat)
+    text = tokenizer().decode(ids["prompt_ids"] + ids["response_ids"][0])
+    assert text == f"<|user|>{pair['prompt']}</s><|assistant|>{pair['chosen']}</s>"
+    whole = {
+        side: [*chat["prompt"], chat["responses"][i][0]]
+        for i, side in enumerate(("chosen", "rejected"))
+    }
+    # the prompt is implicit
+    assert encoded(whole | {"score_chosen": rewards[0], "score_rejected": rewards[1]}) == ids
+
+
+def test_without_rewards_in_the_objective_the_best_response_is_the_first():
+    (group,) = groups([3])
+    group["rewards"] = [0.0, 2.0, 1.0]
+    first, second, third = encoded(group)["response_ids"]
+    labels_only = encoded(group, RPOObjective.softmax_dpo())
+    assert labels_only["response_ids"] == [second, first, third] and "rewards" not in labels_only
+    (pair,) = pairs(1)
+    pair |= {"score_chosen": 0.0, "score_rejected": 1.0}
+    # "chosen" is the label
+    assert encoded(pair, RPOObjective.dpo())["response_ids"] == encoded(pair)["response_ids"]
+
+
+GOOD = {"prompt": "a cat ", "responses": ["sings", "runs"], "rewards": [1.0, 0.0]}
+UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
+
+
+@pytest.mark.parametrize(
+    "row, objective, message",
+    [
+        (
+            UNREWARDED,
+            "backward_kl",
+            r'train dataset has no rewards, .* got prompt, chosen, rejected\. .*objective="dpo"',
+        ),
+        (
+            GOOD | {"responses": ["sings"], "rewards": [1.0]},
+            "dpo",
+            r"`responses` must be a list of at least two .* got 1",
+        ),
+        (
+            GOOD | {"rewards": [1.0]},
+            "backward_kl",
+            r"`rewards` must be one number per response, 2; got 1",
+        ),
+        (GOOD | {"rewards": [1.0, math.nan]}, "backward_kl", r"`rewards` must be numbers, got nan"),
+        (
+            GOOD | {"rewards": [1.0, math.inf]},
+            "squared",
+            r"`rewards` must be finite numbers, got inf",
+        ),
+        (
+            GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3},
+            "robust_dpo",
+            r"this objective labels pairs, got 3",
+        ),
+        (GOOD | {"images": [0]}, "dpo", r"train dataset must be text only, got a column `images`"),
+        (
+            {"prompt": "a cat ", "completion": "sings"},
+            "dpo",
+            r"must have the columns .*; got prompt, completion",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [Dataset, IterableDataset])
+def test_data_that_do_not_fit_are_refused_at_construction(kind, row, objective, message, tmp_path):
+    data = Dataset.from_list([row, row])
+    data = data if kind is Dataset else data.to_iterable_dataset()
+    with pytest.raises(ValueError, match=message):
+        RPOTrainer(
+            llama(),
+            llama(seed=1),
+            config(tmp_path, objective=objective),
+            train_dataset=data,
+            processing_class=tokenizer(),
+        )
+
+
+def test_the_second_row_and_the_evaluation_data_are_looked_at_too(tmp_path):
+    bad, fine = (
+        Dataset.from_list([GOOD, GOOD | {"rewards": [1.0, 2.0, 3.0]}]),
+        Dataset.from_list([GOOD]),
+    )
+    for data, name in (
+        ({"train_dataset": bad}, "train"),
+        ({"train_dataset": fine, "eval_dataset": bad}, "eval"),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} dataset: `rewards` must be one number per response, 2; got 3",
+        ):
+            RPOTrainer(
+                llama(), llama(seed=1), config(tmp_path), processing_class=tokenizer(), **data
+            )
+
+
+def test_streamed_rows_train(tmp_path):
+    data = Dataset.from_list(groups([2, 3, 2, 4])).to_iterable_dataset()
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        config(tmp_path, max_steps=2),
+        train_dataset=data,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# ---- references ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective, arguments, more, message",
+    [
+        ("dpo", {}, {}, r"`ref_model` is missing: the model was built in memory"),
+        (
+            "simpo",
+            {"ref_model": True},
+            {},
+            r"`ref_model` is superfluous: this objective has no reference",
+        ),
+        (
+            "simpo",
+            {},
+            {"precompute_ref_log_probs": True},
+            r"`precompute_ref_log_probs` is superfluous",
+        ),
+        (
+            {"distance": "squared", "reference": "geometric"},
+            {"ref_model": True},
+            {},
+            r"`objective` must have one reference or none",
+        ),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(objective, arguments, more, message, tmp_path):
+    arguments = {"ref_model": llama(seed=1)} if arguments else {}
+    with pytest.raises(ValueError, match=message):
+        RPOTrainer(
+            llama(),
+            args=config(tmp_path, objective=objective, **more),
+            train_dataset=Dataset.from_list([GOOD]),
+            processing_class=tokenizer(),
+            **arguments,
+        )
+
+
+def test_an_objective_without_reference_loads_none_and_needs_none(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        args=config(tmp_path, objective="simpo", max_steps=1),
+        train_dataset=Dataset.from_list([UNREWARDED] * 4),
+        eval_dataset=Dataset.from_list([UNREWARDED]),
+        processing_class=tokenizer(),
+    )
+    assert trainer.ref_model is None and not trainer.args.precompute_ref_log_probs
+    trainer.train()
+    trainer.evaluate()
+    assert "kl" not in trainer.state.log_history[0]
+
+
+def test_arguments_of_DPO_are_not_enough(tmp_path):
+    with pytest.raises(TypeError, match=r"`args` must be an RPOConfig.*got DPOConfig"):
+        RPOTrainer(
+            llama(),
+            llama(seed=1),
+            trl.DPOConfig(**options(tmp_path)),
+            train_dataset=Dataset.from_list([GOOD]),
+        )
+
+
+def test_an_untested_TRL_is_refused_on_import(monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"tested with trl 1\.16.*found trl 1\.17\.0"):
+        importlib.reload(adapter)

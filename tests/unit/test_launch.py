@@ -1,0 +1,79 @@
+"""Launches happen on the device of their tensors, and compile nothing for another batch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import torch
+
+from rpo_kernels.kernels import group_pass, scaling, shards, vocabulary_backward, vocabulary_forward
+from rpo_kernels.kernels.launch import on_device_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, whatever device the tensors are on."""
+
+    class OnGPU1:
+        device, dtype = torch.device("cuda:1"), torch.float32
+
+    now = [0]
+
+    class device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            now.append(self.index)
+
+        def __exit__(self, *_):
+            now.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen = []
+
+    with on_device_of(OnGPU1()):
+        seen.append(now[-1])
+    assert seen == [1] and now == [0]
+    now[:] = [1]
+    with on_device_of(OnGPU1()):
+        seen.append(now[-1])
+    assert seen == [1, 1] and now == [1]
+    now[:] = [0]
+    with on_device_of(torch.zeros(3)):
+        seen.append(now[-1])
+    assert seen == [1, 1, 0]
+
+
+def test_every_kernel_of_the_package_is_launched_so():
+    """Under a ``with`` that makes the device of its tensors current; pointers, numbers and floats
+    are not specialised.
+    """
+    launched = set()
+    for path in sorted((ROOT / "rpo_kernels").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        guarded = {
+            id(x)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With)
+            and "on_device_of(" in ast.unparse(node.items[0].context_expr)
+            for x in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("_kernel"):
+                assert id(node) in guarded, (path, ast.unparse(node))
+                launched.add(ast.unparse(node.value))
+    assert len(launched) == 6
+    modules = group_pass, scaling, shards, vocabulary_backward, vocabulary_forward
+    for name in launched:
+        (kernel,) = {
+            id(x): x for module in modules for key, x in vars(module).items() if key == name
+        }.values()
+        for param in getattr(kernel, "params", []):  # the interpreter has none
+            if param.name.endswith("_ptr"):
+                assert param.do_not_specialize_on_alignment, (name, param.name)
+            elif not param.is_constexpr and param.name.islower() is False:
+                assert param.do_not_specialize, (name, param.name)
