@@ -32,6 +32,7 @@ NOT_RUN = {
     "make test-slow": "these tests, and others like them",
     "make test-transformers": ELSEWHERE,
     "make lint": ELSEWHERE,
+    "make check": ELSEWHERE,
     "make sanitize": f"{ELSEWHERE}; tests/evidence/test_sanitize.py runs some cases",
     "make bench": f"{LONG}; tests/evidence/test_benchmarks.py runs it with --smoke",
     "make gpu": "needs a GPU",

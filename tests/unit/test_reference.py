@@ -319,6 +319,7 @@ def test_the_gradient_of_a_listwise_distance_is_its_closed_form(distance):
         "squared": K / (K - 1) ** 2 * (u - u.mean()),
         "backward_kl": p - q,
         "forward_kl": p * (u - (p * u).sum()),
+        "hellinger": 2 * (p * (p * q).sqrt().sum() - (p * q).sqrt()),
     }
     close(gradient(out.loss, logps) / 0.3, expected[distance])
 
@@ -329,9 +330,12 @@ def test_the_gradient_of_a_pair_is_its_closed_form(distance):
     objective = RPOObjective(distance, beta=0.1, reference="none", comparison="pairwise")
     d, tau = 0.1 * (logps[0] - logps[1]).item(), (rewards[0] - rewards[1]).item()
     p, q = 1 / (1 + math.exp(-d)), 1 / (1 + math.exp(-tau))
-    slope = {"squared": d - tau, "backward_kl": p - q, "forward_kl": p * (1 - p) * (d - tau)}[
-        distance
-    ]
+    slope = {
+        "squared": d - tau,
+        "backward_kl": p - q,
+        "forward_kl": p * (1 - p) * (d - tau),
+        "hellinger": 2 * (p * math.sqrt((1 - p) * (1 - q)) - (1 - p) * math.sqrt(p * q)),
+    }[distance]
     close(
         gradient(preference_loss(logps, rewards, objective).loss, logps),
         [0.1 * slope, -0.1 * slope],
