@@ -22,13 +22,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-H, V = 256, 8192
+H, V = 576, 16_384  # SmolLM2-135M, a third of its vocabulary
 # (groups, responses, tokens of a response, whether the head is trained, workspace in rows of fp32)
 CASES = {
-    "frozen, one group of 4 workspaces": (1, 8, 256, False, 512),
-    "frozen, small groups": (32, 4, 16, False, 1024),
-    "trainable, small groups": (32, 4, 16, True, 1024),
-    "trainable, one group of 4 workspaces": (1, 8, 256, True, 512),
+    "frozen, one group of 4 workspaces": (1, 8, 128, False, 256),
+    "frozen, small groups": (16, 4, 16, False, 512),
+    "trainable, small groups": (16, 4, 16, True, 512),
+    "trainable, one group of 4 workspaces": (1, 8, 128, True, 256),
 }
 
 

@@ -789,10 +789,10 @@ def test_a_head_that_is_not_what_the_kernels_compute_is_refused_and_left_alone(
 
 def test_log_probabilities_that_are_not_the_models_own_are_both_named(monkeypatch):
     """As if the adapter did not know that this head has a bias."""
-    from rpo_kernels.adapters import fused_forward
+    from rpo_kernels.adapters.transformers import forward
 
-    inner = fused_forward.head_weights
-    monkeypatch.setattr(fused_forward, "head_weights", lambda *args: inner(*args) | {"bias": None})
+    inner = forward.head_weights
+    monkeypatch.setattr(forward, "head_weights", lambda *args: inner(*args) | {"bias": None})
     with pytest.raises(
         ValueError, match=r"gives a token log-probability -\d+\.\d+, but .* give -\d+\.\d+"
     ):
