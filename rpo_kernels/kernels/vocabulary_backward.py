@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,23 +14,24 @@ from .primitives import ANYWHERE, LN2, LOG2E, expm1
 from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
 
+class Row(NamedTuple):
+    """What turns the logits of a row into gradients: 2^t (factor + entropy_factor t)."""
+
+    at_label: tl.tensor  # gradient of the label's column
+    shift: tl.tensor  # t = y * scale2 - shift
+    factor: tl.tensor
+    entropy_factor: tl.tensor
+    pre: tl.tensor
+    scale2: tl.tensor
+
+
 @triton.jit
-def _gradients(
-    x,
-    is_label,
-    at_label,
-    shift,
-    factor,
-    entropy_factor,
-    pre,
-    scale2,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-):
-    y, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
+def _gradients(x, is_label, row, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+    y, t = exponents(x, row.pre, row.scale2, row.shift, HAS_SOFTCAP)
+    factor = row.factor
     if HAS_ENTROPY:
-        factor = tl.fma(entropy_factor, tl.maximum(t, NOTHING), factor)
-    d = tl.where(is_label, at_label, factor * tl.exp2(t))
+        factor = tl.fma(row.entropy_factor, tl.maximum(t, NOTHING), factor)
+    d = tl.where(is_label, row.at_label, factor * tl.exp2(t))
     if HAS_SOFTCAP:
         d *= 1.0 - y * y
     return d
@@ -41,12 +44,7 @@ def _gradient_tiles(
     head,
     vectors,
     label,
-    at_label,
-    shift,
-    factor,
-    entropy_factor,
-    pre,
-    scale2,
+    row,
     ALIGNED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -68,18 +66,7 @@ def _gradient_tiles(
         x = tl.load(ptr + at, mask=valid, other=0.0)
         # a comparison with a constant for each register
         is_label = in_vector == label - (lane + lanes) * VEC
-        d = _gradients(
-            x,
-            is_label,
-            at_label,
-            shift,
-            factor,
-            entropy_factor,
-            pre,
-            scale2,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-        )
+        d = _gradients(x, is_label, row, HAS_SOFTCAP, HAS_ENTROPY)
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
@@ -168,19 +155,9 @@ def _vocabulary_backward_kernel(
             column = tl.where((label >= first) & (label < first + width), label - first, -1).to(
                 tl.int32
             )
+            of_row = Row(at_label, shift, factor, entropy_factor, pre, scale2)
             x = tl.load(ptr + edge_cols, mask=at_edge, other=0.0)
-            d = _gradients(
-                x,
-                edge_cols == column,
-                at_label,
-                shift,
-                factor,
-                entropy_factor,
-                pre,
-                scale2,
-                HAS_SOFTCAP,
-                HAS_ENTROPY,
-            )
+            d = _gradients(x, edge_cols == column, of_row, HAS_SOFTCAP, HAS_ENTROPY)
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)
             if IN_PLACE:
                 _gradient_tiles(
@@ -189,12 +166,7 @@ def _vocabulary_backward_kernel(
                     head,
                     vectors,
                     column,
-                    at_label,
-                    shift,
-                    factor,
-                    entropy_factor,
-                    pre,
-                    scale2,
+                    of_row,
                     True,
                     HAS_SOFTCAP,
                     HAS_ENTROPY,
@@ -208,12 +180,7 @@ def _vocabulary_backward_kernel(
                     head,
                     vectors,
                     column,
-                    at_label,
-                    shift,
-                    factor,
-                    entropy_factor,
-                    pre,
-                    scale2,
+                    of_row,
                     True,
                     HAS_SOFTCAP,
                     HAS_ENTROPY,
@@ -227,12 +194,7 @@ def _vocabulary_backward_kernel(
                     head,
                     vectors,
                     column,
-                    at_label,
-                    shift,
-                    factor,
-                    entropy_factor,
-                    pre,
-                    scale2,
+                    of_row,
                     False,
                     HAS_SOFTCAP,
                     HAS_ENTROPY,
