@@ -235,7 +235,7 @@ def _begin(
     shard = shard_of_head(op, options, leaves, labels, check, **facts)
     head = Head(op, leaves, options, shard)
     layout = Layout(op, data, options, needs, head.widest)
-    index, _ = scored_index(op, labels, options.transform.ignore_index, sum(layout.counts))
+    index = scored_index(labels, options.transform.ignore_index, sum(layout.counts))
     rows, reference = head.rows(leaves, labels, index), None
     hidden, weight, bias = data.reference
     if hidden is not None:

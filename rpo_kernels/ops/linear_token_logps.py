@@ -229,25 +229,26 @@ def _linear_token_logps(
     return logps, entropies
 
 
-def scored_index(
-    op: str, labels: Tensor, ignore_index: int, count: int
-) -> tuple[Tensor, Tensor | None]:
-    """Flat positions ``[n]`` of the scored rows, and with a count from the caller a factor that is
-    NaN if it is wrong.
+def scored_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
+    """Flat positions ``[n]`` of the scored rows.
 
     Their number decides shapes: one synchronisation, unless the count (>= 0) is known.
     """
     scored = labels.reshape(-1) != ignore_index
     if count < 0:
-        return scored.nonzero()[:, 0], None
-    true = scored.sum()
+        return scored.nonzero()[:, 0]
+    return torch.argsort(scored, descending=True, stable=True)[:count]
+
+
+def _right_count(op: str, labels: Tensor, ignore_index: int, count: int) -> Tensor:
+    """A factor that is NaN if the caller's count of scored rows is wrong; on a CPU that raises."""
+    true = (labels != ignore_index).sum()
     if true.device.type == "cpu" and int(true) != count:
         raise ValueError(
             f"{op}: `count` must be the number of labels that are not ignore_index, {int(true)}; "
             f"got {count}"
         )
-    index = torch.argsort(scored, descending=True, stable=True)[:count]
-    return index, torch.where(true == count, 1.0, torch.nan)
+    return torch.where(true == count, 1.0, torch.nan)
 
 
 def late_chunks(
@@ -302,7 +303,9 @@ def _forward(
         **{"`count`": count, "gradients": needs},
     )
     head = Head(op, leaves, options, shard)
-    index, valid = scored_index(op, labels, options.transform.ignore_index, count)
+    ignore_index = options.transform.ignore_index
+    valid = None if count < 0 else _right_count(op, labels, ignore_index, count)
+    index = scored_index(labels, ignore_index, count)
     rows = head.rows(leaves, labels, index)
     n = rows.size if size < 0 else size
     now = _needs_now(needs, entropy)
