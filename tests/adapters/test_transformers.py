@@ -218,12 +218,12 @@ def assert_equal_to_own_logits(model, batch, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("family", TEXT)
-def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
+def test_attach_gives_the_loss_and_gradients_of_the_models_own_logits(family):
     assert_equal_to_own_logits(attach(text_model(family)), text_batch())
 
 
 @pytest.mark.parametrize("family", VISION)
-def test_a_model_that_sees_images_sees_them(family):
+def test_attach_passes_images_to_the_model(family):
     model, batch = attach(vision_model(family)), vision_batch(family)
     assert_equal_to_own_logits(model, batch)
     other = batch | {"pixel_values": batch["pixel_values"] + 1}
@@ -233,7 +233,7 @@ def test_a_model_that_sees_images_sees_them(family):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
-def test_left_padding(family):
+def test_attach_takes_left_padding(family):
     model, batch = attach(text_model(family)), text_batch("left")
     assert_equal_to_own_logits(model, batch)
     if family == "Llama":  # positions are relative
@@ -243,7 +243,7 @@ def test_left_padding(family):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_sequences_are_the_rows():
+def test_attach_takes_packed_sequences():
     model, batch = attach(text_model("Llama")), text_batch()
     present = batch["attention_mask"].bool()
     lengths = present.sum(1)
@@ -272,7 +272,7 @@ def test_packed_sequences_are_the_rows():
         )
 
 
-def test_labels_that_are_shifted_already():
+def test_attach_takes_shifted_labels():
     model, batch = attach(text_model("Llama")), text_batch()
     expected = model_token_logps(model, batch).logps
     shifted = batch.pop("labels").roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)
@@ -282,7 +282,7 @@ def test_labels_that_are_shifted_already():
 # ---- precision, memory, hosts' machinery ---------------------------------------------------------
 
 
-def test_bf16_autocast_is_closer_to_the_truth_than_the_models_own_logits():
+def test_attach_under_bf16_autocast_is_closer_to_the_truth_than_the_model():
     model, batch = attach(text_model("Llama")), text_batch()
     with torch.no_grad():
         hidden = {}
@@ -306,7 +306,7 @@ def capture(head, into):
     handle.remove()
 
 
-def test_a_bf16_model():
+def test_attach_takes_a_bf16_model():
     model, batch = attach(text_model("Llama").bfloat16()), text_batch()
     out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
     out.loss.backward()
@@ -322,7 +322,7 @@ def test_a_bf16_model():
     )
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_attach_under_gradient_checkpointing():
     model, batch = attach(text_model("Qwen3").train()), text_batch()
     loss = lambda: model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss
     plain = gradients(model, loss())
@@ -335,7 +335,7 @@ def test_gradient_checkpointing_changes_nothing():
         assert torch.equal(grad, again[name]), name
 
 
-def test_one_graph_under_torch_compile():
+def test_attach_compiles_into_one_graph():
     model, batch = attach(text_model("Llama", num_hidden_layers=1)), text_batch()
     eager = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4)).loss
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -344,7 +344,7 @@ def test_one_graph_under_torch_compile():
     assert_same_gradients(gradients(model, loss), gradients(model, eager))
 
 
-def test_hooks_of_the_head_fire_also_those_of_accelerate():
+def test_attach_fires_the_hooks_of_the_head():
     hooks = pytest.importorskip("accelerate.hooks")
     model, batch, fired = text_model("Llama"), text_batch(), []
 
@@ -373,7 +373,7 @@ def test_hooks_of_the_head_fire_also_those_of_accelerate():
     assert detach(model).forward is before
 
 
-def test_parts_of_sequences_come_with_labels_that_were_shifted_before():
+def test_attach_takes_parts_of_sequences_with_shifted_labels():
     model = attach(text_model("Llama"))
     with pytest.raises(ValueError, match="`context_group` needs `shift_labels`"):
         model(**text_batch(), objective=OBJECTIVE, context_group=object())
@@ -393,7 +393,7 @@ class Noted(torch.autograd.Function):
         return grad, None
 
 
-def test_a_function_behind_the_head_runs_before_the_heads_gradient_arrives():
+def test_attach_runs_functions_behind_the_head_before_its_gradient_arrives():
     model, batch, seen = attach(text_model("Llama")), text_batch(), []
     model.lm_head.register_forward_hook(lambda module, args, out: Noted.apply(out, seen))
     model.lm_head.weight.register_hook(lambda grad: seen.append("gradient"))
@@ -404,7 +404,7 @@ def test_a_function_behind_the_head_runs_before_the_heads_gradient_arrives():
     ]
 
 
-def test_an_auxiliary_loss_is_added_as_the_models_own_forward_does():
+def test_attach_adds_the_auxiliary_loss_of_the_model():
     model, batch = attach(text_model("Mixtral")), text_batch()
     inputs = {name: x for name, x in batch.items() if name != "rewards"}
     added = model(**inputs).loss - model(**inputs, output_router_logits=False).loss
@@ -430,7 +430,7 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_ddp_and_adapters_that_are_off_for_the_reference(one_process):
+def test_attach_under_ddp_with_adapters_off_for_the_reference(one_process):
     model, batch = attach(peft_model(target_modules=["q_proj"])), text_batch()
     randomise(model)
     expected = model_rpo_loss(model, batch, OBJECTIVE)
@@ -444,7 +444,7 @@ def test_ddp_and_adapters_that_are_off_for_the_reference(one_process):
 
 
 @pytest.mark.parametrize("own_unit", [False, True])
-def test_fsdp2_gathers_the_head_where_the_loss_reads_it(own_unit, one_process):
+def test_attach_under_fsdp2_gathers_the_head(own_unit, one_process):
     """An lm_head that is its own unit is a plain tensor inside its own forward alone."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -488,7 +488,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("where", ADAPTERS)
 @pytest.mark.parametrize("first", ["attach", "adapt"])
-def test_adapters_train_and_their_absence_is_the_reference(where, first):
+def test_attach_trains_adapters_whose_absence_is_the_reference(where, first):
     """Also when the adapters come after the attachment."""
     peft = pytest.importorskip("peft")
     batch = text_batch()
@@ -510,7 +510,7 @@ def test_adapters_train_and_their_absence_is_the_reference(where, first):
     assert (out.rewards != 0).all() and worst(out.loss, loss) < 1e-5 * abs(loss.item())
 
 
-def test_several_adapters_on_the_head_with_dropout_and_their_own_scaling():
+def test_attach_takes_several_adapters_on_the_head():
     peft = pytest.importorskip("peft")
     model = peft_model(target_modules=["lm_head"], lora_dropout=0.4)
     model.add_adapter(
@@ -534,7 +534,7 @@ def test_several_adapters_on_the_head_with_dropout_and_their_own_scaling():
 
 
 @pytest.mark.parametrize("tuner", ["PromptTuning", "PrefixTuning", "IA3"])
-def test_tuners_that_leave_the_head_alone(tuner):
+def test_attach_takes_tuners_of_other_layers(tuner):
     peft = pytest.importorskip("peft")
     options = {} if tuner == "IA3" else {"num_virtual_tokens": 3}
     model = peft.get_peft_model(
@@ -554,7 +554,7 @@ def test_tuners_that_leave_the_head_alone(tuner):
 # merging it would be another matter
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_fp32_adapters_on_a_16_bit_head(autocast):
+def test_attach_takes_fp32_adapters_on_a_16_bit_head(autocast):
     """As PEFT leaves them: B A is not rounded to the model's dtype before it is used."""
     peft = pytest.importorskip("peft")
     # soft cap, and a tied head
@@ -573,7 +573,7 @@ def test_fp32_adapters_on_a_16_bit_head(autocast):
     )
 
 
-def test_a_merged_adapter_is_part_of_the_head():
+def test_attach_takes_a_merged_adapter():
     model, batch = attach(peft_model(target_modules=["q_proj", "lm_head"])), text_batch()
     randomise(model)
     before = model_token_logps(model, batch).logps
@@ -591,7 +591,7 @@ def test_a_merged_adapter_is_part_of_the_head():
         ),
     ],
 )
-def test_variants_of_lora_on_the_head_are_refused(config, message):
+def test_attach_refuses_variants_of_lora_on_the_head(config, message):
     model = peft_model("Phi", target_modules=["lm_head"], **config)
     with pytest.raises(TypeError, match=message):
         attach(model)
@@ -599,7 +599,7 @@ def test_variants_of_lora_on_the_head_are_refused(config, message):
         detach(model)
 
 
-def test_other_tuners_on_the_head_are_refused():
+def test_attach_refuses_other_tuners_on_the_head():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(text_model("Llama"), peft.LoHaConfig(target_modules=["lm_head"]))
     with pytest.raises(TypeError, match=r"the head may be LoRA's Linear, got peft.tuners.loha"):
@@ -609,7 +609,7 @@ def test_other_tuners_on_the_head_are_refused():
 # ---- what does not change, and what is refused ---------------------------------------------------
 
 
-def test_without_our_keywords_the_model_is_what_it_was():
+def test_attach_leaves_other_calls_of_the_model_unchanged():
     model, batch = text_model("Llama"), text_batch()
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     before, attributes, signature = (
@@ -635,7 +635,7 @@ def test_without_our_keywords_the_model_is_what_it_was():
         detach(model)
 
 
-def test_a_deep_copy_is_attached_and_runs_its_own_weights():
+def test_attach_survives_a_deep_copy():
     model, batch = attach(text_model("Llama")), text_batch()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -647,7 +647,7 @@ def test_a_deep_copy_is_attached_and_runs_its_own_weights():
     assert worst(out.loss, expected) < 1e-5 * expected.item()
 
 
-def test_references_of_every_kind():
+def test_attach_takes_references_of_every_kind():
     model, twin, batch = attach(text_model("Llama")), attach(text_model("Qwen3")), text_batch()
     given = model_rpo_loss(model, batch | {"ref_logps": torch.zeros(4)}, OBJECTIVE)
     assert torch.equal(
@@ -680,7 +680,7 @@ def test_references_of_every_kind():
         ),
     ],
 )
-def test_as_many_references_as_the_objective_has(count, objective, fits, expected):
+def test_attach_needs_as_many_references_as_the_objective_has(count, objective, fits, expected):
     calls = []
 
     def model(**inputs):
@@ -775,9 +775,7 @@ def hooked_head(model):
         (hooked_head, ValueError, "does to the logits of its head what the kernels do not"),
     ],
 )
-def test_a_head_that_is_not_what_the_kernels_compute_is_refused_and_left_alone(
-    change, error, message
-):
+def test_attach_refuses_heads_that_the_kernels_do_not_compute(change, error, message):
     model = with_head(change)
     before = dict(vars(model))
     with pytest.raises(error, match=message):
@@ -787,7 +785,7 @@ def test_a_head_that_is_not_what_the_kernels_compute_is_refused_and_left_alone(
     )
 
 
-def test_log_probabilities_that_are_not_the_models_own_are_both_named(monkeypatch):
+def test_attach_names_log_probs_that_are_not_the_models_own(monkeypatch):
     """As if the adapter did not know that this head has a bias."""
     from rpo_kernels.adapters.transformers import forward
 
@@ -837,7 +835,7 @@ def assert_attached_equals_own_logits(model):
     torch.testing.assert_close(ours[scored], own[scored], atol=1e-4, rtol=1e-4)
 
 
-def test_models_that_are_none_are_refused():
+def test_attach_refuses_what_is_no_model():
     with pytest.raises(
         TypeError, match="expected a model of transformers, or a PEFT model of one, got Linear"
     ):
@@ -905,7 +903,7 @@ def test_models_that_are_none_are_refused():
         ),
     ],
 )
-def test_a_call_that_does_not_fit_says_so(change, message):
+def test_attach_refuses_calls_that_do_not_fit(change, message):
     model = attach(text_model("Llama"))
     call = text_batch() | {"objective": OBJECTIVE, "ref_logps": torch.zeros(4)} | change
     with pytest.raises(ValueError, match=message):
@@ -913,7 +911,7 @@ def test_a_call_that_does_not_fit_says_so(change, message):
     assert "forward" not in vars(model.lm_head)
 
 
-def test_keywords_of_a_model_and_of_what_is_inside_it_are_no_slips():
+def test_attach_knows_the_keywords_of_a_model_and_of_what_is_inside():
     model, batch = attach(text_model("Llama")), text_batch()
     plain = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
     known = {
@@ -935,7 +933,7 @@ def test_keywords_of_a_model_and_of_what_is_inside_it_are_no_slips():
     assert torch.equal(model(**inputs, group_sizes=4).logits, model(**inputs).logits)
 
 
-def test_keywords_that_a_decorator_renames_are_no_slips(monkeypatch):
+def test_attach_knows_keywords_that_a_decorator_renames(monkeypatch):
     from transformers.utils.deprecation import deprecate_kwarg
 
     renaming = deprecate_kwarg("mask", "99.0", new_name="attention_mask")

@@ -42,7 +42,7 @@ def example(trl_rpo, tmp_path):
     return lambda *more: trl_rpo.main([*fixed, *more])
 
 
-def test_it_trains_and_evaluates_on_the_pairs_that_ship_with_it(example):
+def test_trl_example_trains_and_evaluates_on_its_own_pairs(example):
     trainer = example("--eval_strategy", "steps", "--eval_steps", "3")
     logged = trainer.state.log_history
     assert [entry["loss"] for entry in logged if "loss" in entry] and trainer.state.global_step == 3
@@ -51,7 +51,7 @@ def test_it_trains_and_evaluates_on_the_pairs_that_ship_with_it(example):
     assert logged[0]["rewards/target_margin"] > 0 and abs(logged[0]["rewards/margins"]) < 1e-4
 
 
-def test_its_options_reach_the_trainer(example, tmp_path):
+def test_trl_example_passes_its_options_to_the_trainer(example, tmp_path):
     data = tmp_path / "groups.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in groups([3, 2, 4, 3, 2, 2])))
     objective = '{"distance": "squared", "eta": 0.5}'
@@ -79,7 +79,7 @@ def test_its_options_reach_the_trainer(example, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*DISTANCES, *PRESETS])
-def test_every_objective_has_its_own_defaults_on_the_command_line(trl_rpo, tmp_path, name):
+def test_trl_example_has_the_defaults_of_every_objective(trl_rpo, tmp_path, name):
     options = ["--output_dir", str(tmp_path), "--objective"]
     expected = RPOObjective(name) if name in DISTANCES else getattr(RPOObjective, name)()
     assert trl_rpo.parse([*options, name])[1].make_objective() == expected
@@ -88,5 +88,5 @@ def test_every_objective_has_its_own_defaults_on_the_command_line(trl_rpo, tmp_p
         assert config.make_objective() == RPOObjective.simpo(2.5)
 
 
-def test_it_stays_short():
+def test_trl_example_stays_short():
     assert len((EXAMPLES / "trl_rpo.py").read_text().splitlines()) <= 100

@@ -112,7 +112,7 @@ def test_imports_only_go_down(path):
         assert other in allowed, f"{room} imports {other}"
 
 
-def test_the_table_of_imports_has_no_way_up():
+def test_imports_table_has_no_way_up():
     """Nobody imports the adapters, and the truth nobody but the tools."""
     order = list(MAY_IMPORT)
     for room, others in MAY_IMPORT.items():
@@ -141,11 +141,11 @@ def test_the_table_of_imports_has_no_way_up():
         (("adapters", "trl"), "import rpo_kernels.ops.rpo_loss, torch", [("ops", False)]),
     ],
 )
-def test_the_reader_of_imports_sees_each_form(here, source, expected):
+def test_imports_reader_sees_each_form(here, source, expected):
     assert list(imports(ast.parse(source), here)) == expected
 
 
-def test_importing_the_package_loads_neither_triton_nor_transformers():
+def test_import_loads_neither_triton_nor_transformers():
     program = (
         "import sys, torch; before = set(sys.modules); import rpo_kernels\n"
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
@@ -156,7 +156,7 @@ def test_importing_the_package_loads_neither_triton_nor_transformers():
     assert not {"triton", "transformers", "trl", "numpy"} & set(loaded)
 
 
-def test_the_face_is_what_it_says():
+def test_public_names_are_those_of_all():
     assert set(rpo_kernels.__all__) == FACE
     assert sorted(rpo_kernels.__all__) == rpo_kernels.__all__
     visible = {
@@ -168,7 +168,7 @@ def test_the_face_is_what_it_says():
 
 
 @pytest.mark.parametrize("name", sorted(FACE))
-def test_what_is_public_has_a_docstring(name):
+def test_public_names_have_docstrings(name):
     thing = getattr(rpo_kernels, name)
     assert inspect.getdoc(thing)
     methods = (
@@ -184,7 +184,7 @@ def test_what_is_public_has_a_docstring(name):
 @pytest.mark.parametrize(
     "name", sorted(x for x in FACE if inspect.isfunction(getattr(rpo_kernels, x)))
 )
-def test_options_come_after_the_tensors_by_keyword(name):
+def test_public_functions_take_options_by_keyword(name):
     signature = inspect.signature(getattr(rpo_kernels, name))
     for parameter in signature.parameters.values():
         needed = parameter.default is inspect.Parameter.empty
@@ -199,7 +199,7 @@ def test_options_come_after_the_tensors_by_keyword(name):
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_a_file_can_be_read_in_one_sitting(path):
+def test_files_are_short(path):
     lines = len(path.read_text().splitlines())
     assert lines <= LONGER.get(path.relative_to(PACKAGE).as_posix(), LINES)
 
@@ -236,7 +236,7 @@ def paths_to_launch(name: str) -> list[list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "linear_rpo_loss"])
-def test_from_a_public_call_to_what_launches_are_four_frames_in_three_files(name):
+def test_public_functions_launch_within_four_frames_in_three_files(name):
     found = paths_to_launch(name)
     assert found
     for path in found:
@@ -281,7 +281,7 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-def test_a_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(wheel):
+def test_wheel_holds_the_package_its_types_and_its_license(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {
         path.relative_to(ROOT).as_posix()
@@ -299,7 +299,7 @@ def test_a_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(wh
     assert required == ["Requires-Dist: torch>=2.8"]
 
 
-def test_a_wheel_works_where_the_repository_is_not(wheel, tmp_path):
+def test_wheel_works_without_the_repository(wheel, tmp_path):
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     elsewhere.mkdir()
     pip = [

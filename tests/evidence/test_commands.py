@@ -28,7 +28,7 @@ def run(*arguments, expect=0):
     return done.stdout
 
 
-def test_the_help_names_every_command_and_info_says_what_is_here():
+def test_help_names_every_command_and_info_says_what_is_installed():
     text = run("--help")
     assert all(name in text for name in COMMANDS)
     found = json.loads(run("info", "--json"))
@@ -60,7 +60,7 @@ def test_traffic_finds_the_cost_model_and_what_naive_pytorch_moves():
     assert scored_half["read"] == pytest.approx(forward["read"] / 2, rel=0.01)
 
 
-def test_operator_traffic_counts_inputs_and_outputs_once_and_views_never():
+def test_traffic_of_operators_counts_inputs_and_outputs_once_and_views_never():
     x, y = torch.randn(2, 8, 4)
     with OperatorTraffic() as traffic:
         x.view(4, 8).t()[1:]
@@ -110,7 +110,7 @@ GCN = """
 """
 
 
-def test_loops_are_read_from_branches_and_inner_loops_are_taken_apart():
+def test_audit_reads_loops_from_branches_and_takes_inner_loops_apart():
     outer, inner, trap = loops(SASS)
     assert (
         outer.accesses == {("load", 16): 1, ("store", 8): 1}

@@ -83,7 +83,7 @@ def main(name):
 
 
 @pytest.mark.parametrize("name", CHIPS)
-def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_path):
+def test_audit_finds_kernels_in_registers_and_accesses_of_sixteen_bytes(name, tmp_path):
     environment = compiling(TRITON_CACHE_DIR=str(tmp_path))
     command = [sys.executable, "-m", "tests.evidence.test_compile", name]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

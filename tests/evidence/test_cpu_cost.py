@@ -21,7 +21,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "cpu.py"
 @pytest.mark.parametrize(
     ("case", "memory"), [("logits fp32", 0.35), ("linear bf16", 0.25), ("linear fp32", 0.25)]
 )
-def test_the_cpu_engine_takes_a_fraction_of_the_memory_and_from_logits_no_more_time(
+def test_torch_backend_takes_a_fraction_of_the_memory_and_from_logits_no_more_time(
     case, memory, tmp_path
 ):
     """At half the rows of the benchmark; fixed costs such as the weight's gradient weigh more

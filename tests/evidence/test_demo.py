@@ -101,19 +101,19 @@ def tiny(monkeypatch):
         ("question", "Is it the salt?", "It is the salt."),
     ],
 )
-def test_the_judge_accepts_what_follows_the_rule_and_nothing_else(rule, good, bad):
+def test_judge_accepts_what_follows_the_rule_and_nothing_else(rule, good, bad):
     assert judge.judge(rule, "a prompt", good) == 1.0
     assert judge.judge(rule, "a prompt", bad) == 0.0
 
 
 @pytest.mark.parametrize("rule", judge.RULES)
-def test_saying_nothing_or_repeating_the_prompt_earns_nothing(rule):
+def test_judge_gives_nothing_for_empty_or_repeated_prompts(rule):
     prompt = prompts.task("What is salt?", rule).prompt
     for response in ("", "  \n", prompt, prompt[-20:], "what is SALT?"):
         assert judge.judge(rule, prompt, response) == 0.0
 
 
-def test_held_out_prompts_share_no_question_with_training_and_neighbours_differ():
+def test_prompts_held_out_share_no_question_with_training():
     training, held_out = (
         prompts.tasks(prompts.TRAINING_QUESTIONS),
         prompts.tasks(prompts.HELD_OUT_QUESTIONS),
@@ -137,7 +137,7 @@ def write(path, *lines):
 PAIR = {"prompt": "red ?", "chosen": "yes .", "rejected": "no ."}
 
 
-def test_each_layout_of_a_file_is_read(tmp_path):
+def test_data_reads_each_layout_of_a_file(tmp_path):
     rows = data.read_preferences(
         write(
             tmp_path / "x.jsonl",
@@ -190,7 +190,7 @@ def test_each_layout_of_a_file_is_read(tmp_path):
         ),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, bad, message):
+def test_data_names_a_bad_line(tmp_path, bad, message):
     with pytest.raises(ValueError, match=message):
         data.read_preferences(write(tmp_path / "x.jsonl", PAIR, bad))
 
@@ -215,7 +215,7 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
         (["--data", "PAIRS"], "2 rows, --held-out 24 leaves none for training"),
     ],
 )
-def test_bad_options_are_refused_before_a_model_is_loaded(
+def test_options_that_are_bad_are_refused_before_a_model_is_loaded(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded a model"))
@@ -226,16 +226,16 @@ def test_bad_options_are_refused_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize("name", [*options.DISTANCES, *options.PRESETS])
-def test_every_distance_and_preset_has_a_name(name):
+def test_options_name_every_distance_and_preset(name):
     assert isinstance(options.make_objective(name, None, None), RPOObjective)
 
 
-def test_an_objective_without_rewards_sees_the_best_first_and_no_ties():
+def test_data_without_rewards_has_the_best_first_and_no_ties():
     group = data.best_first(data.Group([1], [[2], [3], [4], [5]], [0.5, 1.0, 1.0, 0.0]))
     assert group == data.Group([1], [[3], [2], [5]], [1.0, 0.5, 0.0])
 
 
-def test_a_batch_scores_the_tokens_of_responses_alone(tiny):
+def test_data_batches_score_only_tokens_of_responses(tiny):
     batch = data.collate(
         [data.Group([3, 9, 4], [[5, 1], [6]], [1.0, 0.0]), data.Group([7], [[8, 9, 1]], [2])], "cpu"
     )
@@ -250,7 +250,7 @@ def test_a_batch_scores_the_tokens_of_responses_alone(tiny):
     assert batch.cu_groups.tolist() == [0, 2, 3]
 
 
-def test_log_ratios_are_zero_at_the_start_and_log_probabilities_those_of_the_softmax(tiny):
+def test_models_have_log_ratios_of_zero_at_the_start(tiny):
     model, _ = tiny
     prompt, response = [3, 9, 4], [5, 8, 1]
     batch = data.collate([data.Group(prompt, [response, [6]], [1.0, 0.0])], "cpu")
@@ -260,7 +260,7 @@ def test_log_ratios_are_zero_at_the_start_and_log_probabilities_those_of_the_sof
     torch.testing.assert_close(out.logps[0], logps[range(3), response].sum().detach())
 
 
-def test_samples_end_with_the_end_token_and_follow_their_prompts(tiny):
+def test_models_sample_up_to_the_end_token(tiny):
     model, tokenizer = tiny
     asked = [data.prompt_ids(tokenizer, text) for text in ("red ?", "green blue yes ?")]
     assert asked == [[3, 7, 12, 4], [3, 8, 9, 5, 12, 4]]
@@ -280,7 +280,7 @@ def run(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize("objective", ["squared", "dpo"])
-def test_online_the_reward_rises(tiny, tmp_path, monkeypatch, capsys, objective):
+def test_align_online_raises_the_reward(tiny, tmp_path, monkeypatch, capsys, objective):
     monkeypatch.setattr(align, "judge", yes_is_good)
     result = run(
         tmp_path, "--objective", objective, "--steps", "15", "--lr", "2e-2", "--sample-tokens", "3"
@@ -299,7 +299,7 @@ def test_online_the_reward_rises(tiny, tmp_path, monkeypatch, capsys, objective)
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_seed_gives_the_same_run(tiny, tmp_path, monkeypatch):
+def test_align_repeats_with_the_same_seed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(align, "judge", yes_is_good)
     weights = {name: tensor.clone() for name, tensor in tiny[0].state_dict().items()}
     runs = []
@@ -314,7 +314,7 @@ def test_the_same_seed_gives_the_same_run(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("objective", [None, "squared", "dpo", "simpo"])
-def test_offline_the_implicit_rewards_learn_the_order(tiny, tmp_path, objective):
+def test_align_offline_learns_the_order(tiny, tmp_path, objective):
     random.seed(0)
     rows = []
     for i in range(80):
@@ -348,14 +348,14 @@ def test_offline_the_implicit_rewards_learn_the_order(tiny, tmp_path, objective)
     assert (tmp_path / "out" / "training.png").exists()
 
 
-def test_pairs_without_scores_train_dpo(tiny, tmp_path):
+def test_align_trains_dpo_on_pairs_without_scores(tiny, tmp_path):
     path = write(tmp_path / "x.jsonl", *[PAIR] * 30)
     result = run(tmp_path, "--data", path, "--steps", "5", "--lr", "1e-2", "--sample-tokens", "2")
     assert result.held_out["implicit reward accuracy"]["after"].mean == 1.0
     assert result.held_out["loss"]["before"].mean == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_an_estimate_leaves_nan_out_and_a_tie_is_half_a_win():
+def test_report_leaves_nan_out_and_counts_a_tie_as_half_a_win():
     estimate = report.Estimate.of([1.0, float("nan"), 3.0])
     assert (estimate.mean, estimate.error) == (2.0, pytest.approx(1.0))
     assert (
@@ -365,7 +365,7 @@ def test_an_estimate_leaves_nan_out_and_a_tie_is_half_a_win():
 
 
 @pytest.mark.parametrize("arguments", [[], ["--lora"]])
-def test_the_bare_loop_learns_the_order_of_its_rewards(tiny, monkeypatch, tmp_path, arguments):
+def test_transformers_loop_learns_the_order_of_its_rewards(tiny, monkeypatch, tmp_path, arguments):
     rows = [
         PAIR | {"prompt": f"{word} ?", "chosen_reward": 3, "rejected_reward": 1} for word in WORDS
     ]
@@ -384,6 +384,6 @@ def test_the_bare_loop_learns_the_order_of_its_rewards(tiny, monkeypatch, tmp_pa
     assert history[-1]["loss"] < history[0]["loss"] / 2 and history[-1]["rewards/agreement"] == 1
 
 
-def test_the_rows_of_the_bare_loop_are_groups_of_three():
+def test_transformers_loop_has_groups_of_three():
     rows = [data.parse(row) for row in transformers_loop.ROWS]
     assert {len(row.responses) for row in rows} == {3}

@@ -94,7 +94,7 @@ def waiting_raises() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_no_call_waits_for_the_device(name):
+def test_public_functions_never_wait_for_the_device(name):
     _, step = step_of(name)
     step()  # compiles, and asks once what this PyTorch can do
     with waiting_raises():
@@ -104,7 +104,7 @@ def test_no_call_waits_for_the_device(name):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_captured_step_replays_to_the_same_bits(name):
+def test_public_functions_in_a_captured_graph_replay_to_the_same_bits(name):
     inputs, step = step_of(name)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -127,7 +127,7 @@ def test_a_captured_step_replays_to_the_same_bits(name):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("name", STEPS)
-def test_the_current_device_may_be_another(name):
+def test_public_functions_run_on_the_device_of_their_tensors(name):
     _, here = step_of(name, "cuda:0")
     _, there = step_of(name, "cuda:1")
     with torch.cuda.device(0):
@@ -136,7 +136,7 @@ def test_the_current_device_may_be_another(name):
             assert torch.equal(a, b.to(a.device))
 
 
-def test_a_step_on_logits_in_place_needs_their_memory_and_little_more():
+def test_rpo_loss_in_place_needs_the_memory_of_the_logits_and_little_more():
     S, T, V = 4, 256, 32_000
     logits = torch.randn(S, T, V, device="cuda", dtype=torch.bfloat16, requires_grad=True) * 1
     labels = torch.randint(V, (S, T), device="cuda")

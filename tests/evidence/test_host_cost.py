@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @needs_a_driver
-def test_calls_cost_the_cpu_little_more_than_the_launches_in_them(tmp_path):
+def test_rpo_loss_costs_the_cpu_little_more_than_its_launches(tmp_path):
     """Timed beside each other in one process: 4.5 x on a quiet machine; room for a noisy one."""
     environment = compiling(OMP_NUM_THREADS="1")
     command = [
@@ -68,7 +68,7 @@ def losses(logits, labels, rewards, ref_logps, inplace):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_call_in_eager_mode_is_the_call_through_torch_library(inplace):
+def test_operators_in_eager_mode_equal_calls_through_torch_library(inplace):
     arguments = batch()
     ours = losses(*arguments, inplace)
     (gradient,) = torch.autograd.grad(ours, arguments[0])
@@ -79,7 +79,7 @@ def test_a_call_in_eager_mode_is_the_call_through_torch_library(inplace):
     assert len(seen) == 7
 
 
-def test_subclasses_and_the_meta_device_get_operators():
+def test_operators_are_seen_by_subclasses_and_the_meta_device():
     logits, *_ = batch()
     assert (
         _token_logps.on(logits)
@@ -94,7 +94,7 @@ class _Subclass(torch.Tensor):
     pass
 
 
-def test_function_transforms_give_the_same_gradient_or_raise():
+def test_operators_under_function_transforms_have_the_same_gradient_or_raise():
     logits, labels, *_ = batch()
     logits = logits.detach()
     loss = lambda x: token_logps(x, labels, backend="torch").sum()
@@ -105,7 +105,7 @@ def test_function_transforms_give_the_same_gradient_or_raise():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.func.jvp itself
-def test_forward_mode_raises_where_it_would_give_zeros():
+def test_operators_raise_in_forward_mode():
     logits, labels, *_ = batch()
     tangent = torch.randn_like(logits)
     with pytest.raises(Exception, match=r"jvp|forward"):
@@ -114,7 +114,7 @@ def test_forward_mode_raises_where_it_would_give_zeros():
         token_logps(torch.autograd.forward_ad.make_dual(logits.detach(), tangent), labels)
 
 
-def test_over_written_logits_are_noticed_without_the_dispatcher():
+def test_operators_notice_overwritten_logits():
     logits, labels, *_ = batch()
     z = logits * 1
     square = z * z  # needs z in its backward
@@ -156,7 +156,7 @@ BATCHES = """if True:
 
 
 @needs_a_driver
-def test_another_batch_takes_no_other_kernel():
+def test_launch_compiles_no_other_kernel_for_another_batch():
     """A new kernel stops a training step for seconds. The group pass has one that counts groups,
     and for windows of long and of short sequences one each, where there are several windows and
     where there is one.

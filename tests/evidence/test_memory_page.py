@@ -26,7 +26,7 @@ ROW_PASS = 0 if HAS_GPU else W
     ],
     ids=["fp32", "fp32 into a buffer", "autocast", "bf16", "bf16 into a buffer"],
 )
-def test_the_peak_is_the_workspace_and_the_terms_of_the_page(
+def test_memory_page_has_the_terms_of_the_measured_peak(
     dtype, autocast, options, at_least, more, device
 ):
     """``more``: what is not there for sure at the peak.

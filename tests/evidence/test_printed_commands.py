@@ -111,7 +111,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run_as_printed(command, checkout):
+def test_commands_of_the_pages_run_as_printed(command, checkout):
     if command in NOT_RUN:
         pytest.skip(NOT_RUN[command])
     if command in GPU_ONLY and not torch.cuda.is_available():

@@ -47,7 +47,7 @@ def test_sanitize_finds_what_is_planted(fault):
 
 
 @pytest.mark.parametrize("executed, error", [("1", ""), ("", "set TRITON_INTERPRET=1")])
-def test_compiled_kernels_run_on_a_cpu_only_where_something_executes_them(executed, error):
+def test_backend_compiles_for_a_cpu_only_where_something_executes_it(executed, error):
     code = """
 import torch
 from rpo_kernels.backend import module_of

@@ -17,11 +17,11 @@ def scaling():
     return module
 
 
-def test_the_page_is_what_the_script_writes(scaling):
+def test_scaling_page_is_what_the_script_writes(scaling):
     assert PATH.with_suffix(".md").read_text() == scaling.page()
 
 
-def test_at_its_crossing_the_all_reduce_takes_as_long_as_the_gemms(scaling):
+def test_scaling_crossing_is_where_all_reduce_and_gemms_take_equally_long(scaling):
     V, link = 1 << 20, scaling.LINKS["InfiniBand"]
     for trainable, gemms in ((True, 3), (False, 2)):
         tp = round(scaling.crossing(V, link, gemms))
@@ -29,7 +29,7 @@ def test_at_its_crossing_the_all_reduce_takes_as_long_as_the_gemms(scaling):
         assert below["dhidden"] < below["gemms"] and above["dhidden"] > above["gemms"]
 
 
-def test_without_neighbours_there_is_no_communication_and_ranks_share_the_work(scaling):
+def test_scaling_of_one_rank_has_no_communication(scaling):
     one, eight = (scaling.cost(32_768, 4096, 128_256, r) for r in (1, 8))
     assert one["statistics"] == one["dhidden"] == 0
     for name in ("gemms", "rows", "naive"):

@@ -78,7 +78,7 @@ def once(counts):
 
 
 @pytest.mark.parametrize("V, layout", CASES)
-def test_a_forward_reads_each_scored_logit_once_and_nothing_of_ignored_rows(V, layout):
+def test_vocabulary_forward_reads_each_scored_logit_once_and_no_ignored_row(V, layout):
     for dtype, transform in [(torch.float16, {"softcap": 5.0}), (torch.bfloat16, {})]:
         logits, labels = memory(layout, V, dtype), some_labels(V)
         scored = labels != -100
@@ -105,7 +105,7 @@ def test_a_forward_reads_each_scored_logit_once_and_nothing_of_ignored_rows(V, l
         assert once(with_entropy.stores["entropy"])
 
 
-def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_launch():
+def test_vocabulary_forward_reads_a_shard_once_and_merges_in_one_small_launch():
     V, R = 2049, 3
     logits, labels = torch.randn(1, 12, V), some_labels(V).flatten()
     labels[5] = -1  # on another shard
@@ -125,7 +125,7 @@ def test_a_shard_is_read_once_and_its_statistics_are_put_together_in_one_small_l
 
 
 @pytest.mark.parametrize("V, layout", CASES)
-def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(V, layout):
+def test_vocabulary_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(V, layout):
     logits, labels = memory(layout, V), some_labels(V)
     scored = labels != -100
     for entropy, inplace in itertools.product((False, True), (False, True)):
@@ -154,7 +154,7 @@ def test_a_backward_reads_each_scored_logit_once_and_writes_every_gradient_once(
         assert backward.loads["lse"].sum() == 2 * scored.sum()
 
 
-def test_rows_without_a_coefficient_are_not_read_in_the_backward():
+def test_vocabulary_backward_reads_no_row_without_a_coefficient():
     logits, labels = torch.randn(4, 33, requires_grad=True), torch.tensor([1, 2, 3, 4])
     with ledger() as launches:
         token_logps(logits, labels, backend="triton")[[0, 2]].sum().backward()
@@ -162,7 +162,7 @@ def test_rows_without_a_coefficient_are_not_read_in_the_backward():
     assert once(launches[1].stores["dlogits"])
 
 
-def test_labels_outside_the_vocabulary_reach_no_memory():
+def test_vocabulary_passes_of_labels_outside_the_vocabulary_reach_no_memory():
     """A CPU refuses them; the kernels, which see them on a GPU, must not follow them."""
     V = 37
     logits = torch.randn(1, 6, V + 3)[..., :V]
@@ -253,7 +253,7 @@ def test_group_pass_reads_log_probs_and_references_once_and_labels_twice(
         )
 
 
-def test_each_further_reference_reads_the_log_probs_and_labels_again():
+def test_group_pass_reads_log_probs_and_labels_again_for_each_further_reference():
     logps, labels, offsets = group_batch(True)
     scored = (labels != -100).numpy()
     objective = RPOObjective("squared", reference="harmonic")
@@ -283,7 +283,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("offsets", BROKEN.values(), ids=BROKEN)
-def test_offsets_that_do_not_partition_the_tokens_reach_no_other_memory_and_give_nan(offsets):
+def test_group_pass_of_bad_cu_seqlens_reaches_no_other_memory_and_gives_nan(offsets):
     labels = torch.zeros(100, dtype=torch.int64)
     out, launch = one_pass(
         torch.randn(100),
@@ -310,9 +310,7 @@ BROKEN_GROUPS = {
 
 @pytest.mark.parametrize("offsets", BROKEN_GROUPS.values(), ids=BROKEN_GROUPS)
 @pytest.mark.parametrize("comparison", ["listwise", "pointwise"])
-def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_give_nan(
-    offsets, comparison
-):
+def test_group_pass_of_bad_cu_groups_reaches_no_other_memory_and_gives_nan(offsets, comparison):
     logps, labels, cu_seqlens = group_batch(True)
     objective = RPOObjective(
         "backward_kl",
@@ -334,7 +332,7 @@ def test_groups_that_do_not_partition_the_sequences_reach_no_other_memory_and_gi
     assert out[0].isnan() and out[4][labels != -100].isnan().all()
 
 
-def test_ragged_groups_with_gaps_stay_within_their_tensors():
+def test_group_pass_of_ragged_groups_with_gaps_stays_within_its_tensors():
     """A group of one, an empty one, one with an empty sequence; more groups than programs have
     lanes in a block.
     """
@@ -369,7 +367,7 @@ def test_scaling_by_one_touches_nothing_and_otherwise_each_element_once():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
+def test_rpo_loss_of_every_preset_takes_two_launches_forward_and_one_backward(preset):
     objective = getattr(RPOObjective, preset)()
     logits, labels = torch.randn(4, 3, 5, requires_grad=True), torch.randint(0, 5, (4, 3))
     rewards = torch.randn(4) if objective.uses_rewards else None
@@ -393,7 +391,7 @@ def test_every_preset_takes_two_launches_forward_and_one_backward(preset):
     assert clean(launches[0])
 
 
-def test_token_log_probs_take_one_launch_each_way():
+def test_token_logps_take_one_launch_each_way():
     logits, labels = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, -100])
     for call in (
         token_logps,
@@ -428,7 +426,9 @@ def _row_offset_kernel(out_ptr, row, inner, stride_outer, stride_inner):
         (7, 3, 5, 11),
     ],
 )
-def test_rows_beyond_two_to_the_31_elements_are_reached(row, inner, stride_outer, stride_inner):
+def test_vocabulary_passes_reach_rows_beyond_two_to_the_31_elements(
+    row, inner, stride_outer, stride_inner
+):
     out = torch.zeros((), dtype=torch.int64)
     _row_offset_kernel[(1,)](out, row, inner, stride_outer, stride_inner)
     assert int(out) == row // inner * stride_outer + row % inner * stride_inner
@@ -453,14 +453,14 @@ def _probe_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, RACE: tl.constexpr)
 
 
 @pytest.mark.parametrize("race, expected", [(0, 0), (1, 8), (2, 0), (3, 4)])
-def test_the_ledger_sees_races(race, expected):
+def test_ledger_sees_races(race, expected):
     x, out = torch.randn(2, 8)
     with ledger() as launches:
         _probe_kernel[(2,)](x, out, 8, BLOCK=4, RACE=race)
     assert launches[0].races == expected and launches[0].stray == 0
 
 
-def test_the_ledger_sees_what_lies_outside_and_between():
+def test_ledger_sees_accesses_outside_and_between_tensors():
     x, out = torch.randn(2, 32)
     with ledger() as launches:
         _probe_kernel[(2,)](x[8:15], out[8:16], 8, BLOCK=4, RACE=0)  # one load past the end
@@ -475,7 +475,7 @@ def test_the_ledger_sees_what_lies_outside_and_between():
 
 
 @pytest.mark.parametrize("V", [5, 257, 2048 + 777])
-def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V):
+def test_vocabulary_passes_of_rows_at_any_offset_touch_them_once_and_nothing_else(V):
     """At every address modulo 16 bytes, in place and beside logits that lie elsewhere; in 16-byte
     accesses but for two edges.
     """
@@ -497,7 +497,7 @@ def test_rows_at_any_offset_are_read_and_written_once_and_nothing_beside_them(V)
         assert once(inplace.loads["logits"]) and once(inplace.stores["dlogits"])
 
 
-def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
+def test_vocabulary_forward_of_split_rows_reads_them_once(monkeypatch):
     """Forward a second launch puts the parts together; it reads three numbers of each part and the
     label's logit.
     """
@@ -523,7 +523,7 @@ def test_a_row_read_by_several_programs_is_still_read_once(monkeypatch):
     assert backward.loads["logits"].sum() == 2 * V and once(backward.stores["dlogits"])
 
 
-def test_only_a_part_far_above_its_label_is_read_again(monkeypatch):
+def test_vocabulary_forward_reads_only_a_part_far_above_its_label_again(monkeypatch):
     """Once for its maximum, once relative to it; the other parts, and other rows, are read once."""
     monkeypatch.setattr(launch_settings_module, "PART", 512)
     V = 2048 + 777
@@ -565,7 +565,7 @@ class _Allocations(TorchDispatchMode):
         return out
 
 
-def test_an_in_place_step_allocates_a_few_numbers_per_token_beside_the_logits():
+def test_rpo_loss_in_place_allocates_a_few_numbers_per_token():
     """Peak of forward and backward = logits + O(N): a bound on all that is ever allocated bounds
     it.
     """
@@ -597,7 +597,7 @@ class _Unlaunched:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_logits_path_never_looks_at_its_device(monkeypatch, packed):
+def test_rpo_loss_never_reads_values_of_its_device(monkeypatch, packed):
     """Tensors without values go through what runs on a GPU, so any look at a value raises: no sync,
     and a graph may capture it.
     """

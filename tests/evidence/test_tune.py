@@ -22,9 +22,7 @@ def two(op, V, element_size, arch, every=tune.candidates):
 
 
 @pytest.mark.parametrize("op", tune.OPS)
-def test_candidates_are_checked_and_timed_and_the_winner_says_how_fast_it_was(
-    op, device, monkeypatch
-):
+def test_tune_checks_and_times_candidates_and_reports_the_winner(op, device, monkeypatch):
     monkeypatch.setattr(tune, "candidates", two)
     rows, best = tune.by_clock(op, 50, torch.float32, device, 1e9, bytes=400, rounds=2)
     assert [row["status"] for row in rows] == ["ok", "ok"] and best["median_s"] <= 1.01 * min(
@@ -36,7 +34,7 @@ def test_candidates_are_checked_and_timed_and_the_winner_says_how_fast_it_was(
 
 
 @pytest.mark.parametrize("op", tune.OPS)
-def test_a_candidate_that_is_wrong_or_fails_is_not_timed(op, device):
+def test_tune_times_no_candidate_that_is_wrong_or_fails(op, device):
     work = tune.RowPass(2, 50, torch.float32, device)
     settings = next(two(op, 50, 4, "sm_90"))
     truth = work.logps, work.dlogits
@@ -48,7 +46,7 @@ def test_a_candidate_that_is_wrong_or_fails_is_not_timed(op, device):
     assert tune.timed(work, op, settings, 1)["status"] == "failed"
 
 
-def test_the_fastest_settings_win_and_ties_go_to_the_first():
+def test_tune_takes_the_fastest_settings_and_the_first_of_a_tie():
     timed = [{"status": "ok", "median_s": s} for s in (1.3, 1.005, 1.0)] + [
         {"status": "wrong", "error": 2.0}
     ]
@@ -56,7 +54,7 @@ def test_the_fastest_settings_win_and_ties_go_to_the_first():
     assert tune.winner(timed[3:]) is None
 
 
-def test_every_candidate_is_a_legal_row_of_a_table(tmp_path):
+def test_tune_has_only_candidates_that_are_legal_rows(tmp_path):
     file = tmp_path / "table.json"
     for arch, op, V, size in itertools.product(tune.CHIPS, tune.OPS, (100, 50_257), (2, 4)):
         settings = [
@@ -68,7 +66,7 @@ def test_every_candidate_is_a_legal_row_of_a_table(tmp_path):
         launch.read_table(file)
 
 
-def test_the_table_keeps_other_rows_and_merges_equal_neighbours(tmp_path):
+def test_tune_keeps_other_rows_and_merges_equal_neighbours(tmp_path):
     one = {"lanes": 256, "vec": 8, "num_warps": 8, "num_stages": 1, "max_registers": 0}
     two = one | {"num_stages": 2}
     winners = {
@@ -98,7 +96,7 @@ def test_the_table_keeps_other_rows_and_merges_equal_neighbours(tmp_path):
     not triton.__version__.startswith("3.7"),
     reason="the package's rows are made with the code of triton 3.7",
 )
-def test_by_machine_code_the_package_s_own_row_comes_out_again(tmp_path):
+def test_tune_by_machine_code_gives_the_packages_own_row(tmp_path):
     file = tmp_path / "table.json"
     printed = run(
         "tune",
@@ -136,7 +134,7 @@ def test_by_machine_code_the_package_s_own_row_comes_out_again(tmp_path):
         (["--audit", "sm_90", "--vocab", "-1"], "expected the size of a vocabulary"),
     ],
 )
-def test_what_cannot_be_tuned_is_said_before_anything_is_written(
+def test_tune_says_what_it_cannot_do_before_anything_is_written(
     arguments, says, monkeypatch, tmp_path, capsys
 ):
     from rpo_kernels.__main__ import main

@@ -157,7 +157,7 @@ def test_verify_sees_an_error_planted_in_each_kernel_and_passes_without(tmp_path
         assert results[place] == expected, (name, results[place], done.stderr)
 
 
-def test_a_case_fails_by_any_output_that_is_not_a_number_or_beyond_its_bound():
+def test_verify_fails_a_case_for_any_output_that_is_nan_or_beyond_its_bound():
     nan, inf = float("nan"), float("inf")
     truth = torch.tensor([1.0, -inf, nan], dtype=torch.float64)
     assert worst(truth.float(), truth) == 0

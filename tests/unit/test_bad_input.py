@@ -92,7 +92,7 @@ def offsets(*values, dtype=torch.int32):
 
 
 @pytest.mark.parametrize("op", [*VOCABULARY_OPS, "preference_loss"])
-def test_without_a_bad_argument_an_engine_is_asked_for(op):
+def test_public_functions_without_a_bad_argument_reach_the_backend(op):
     """Guards the guard of this file."""
     with pytest.raises(AssertionError, match="something was launched"):
         call(op, {})
@@ -123,12 +123,12 @@ FIRST = ("logits", "logps", "token_logps", "input_ids")  # the others must be wh
 
 
 @pytest.mark.parametrize("op, name, good", TENSORS)
-def test_a_list_is_no_tensor(op, name, good):
+def test_public_functions_refuse_lists_for_tensors(op, name, good):
     refuses(op, f"`{name}` must be a torch.Tensor, got list", TypeError, **good | {name: [1, 2]})
 
 
 @pytest.mark.parametrize("op, name, good", TENSORS)
-def test_a_jagged_tensor_is_told_to_come_packed(op, name, good):
+def test_public_functions_refuse_jagged_tensors(op, name, good):
     """As verl hands them over."""
     x = (GOOD[op] | good)[name]
     nested = torch.nested.nested_tensor([x.reshape(-1)[:1], x.reshape(-1)[:2]], layout=torch.jagged)
@@ -141,7 +141,7 @@ def test_a_jagged_tensor_is_told_to_come_packed(op, name, good):
 
 
 @pytest.mark.parametrize("op, name, good", [case for case in TENSORS if case[1] not in FIRST])
-def test_a_tensor_on_another_device_is_named(op, name, good):
+def test_public_functions_refuse_tensors_on_several_devices(op, name, good):
     elsewhere = (GOOD[op] | good)[name].to("meta")
     refuses(
         op, f"`{name}` must be on cpu like the first argument, got meta", **good | {name: elsewhere}
@@ -149,7 +149,7 @@ def test_a_tensor_on_another_device_is_named(op, name, good):
 
 
 @pytest.mark.parametrize("op, name, good", [(op, "normalizer", {}) for op in GROUP_OPS])
-def test_a_normalizer_on_another_device_is_named(op, name, good):
+def test_normalizer_on_another_device_is_refused(op, name, good):
     refuses(
         op,
         "`normalizer` must be on cpu like the first argument, got meta",
@@ -179,7 +179,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("op, name, dtype, expected", DTYPES)
-def test_a_tensor_of_another_dtype_is_named(op, name, dtype, expected):
+def test_public_functions_refuse_wrong_dtypes(op, name, dtype, expected):
     refuses(
         op,
         f"`{name}` must be {expected}, got {dtype}",
@@ -188,7 +188,7 @@ def test_a_tensor_of_another_dtype_is_named(op, name, dtype, expected):
     )
 
 
-def test_float64_is_told_what_computes_in_it():
+def test_public_functions_point_float64_to_the_reference():
     message = (
         "`logits` must be float32, float16 or bfloat16, got torch.float64; the kernels compute in "
         "float32, "
@@ -206,7 +206,7 @@ def test_float64_is_told_what_computes_in_it():
     [case for case in TENSORS if case[1] in ("rewards", "ref_logps", "ref_weights")]
     + [(op, "normalizer", {"normalizer": torch.tensor(2.0)}) for op in GROUP_OPS],
 )
-def test_a_gradient_that_would_be_lost_is_refused(op, name, good):
+def test_public_functions_refuse_leaves_whose_gradient_would_be_lost(op, name, good):
     wants = (GOOD[op] | good)[name].clone().requires_grad_()
     refuses(
         op,
@@ -221,7 +221,7 @@ def test_a_gradient_that_would_be_lost_is_refused(op, name, good):
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
-def test_labels_one_longer_than_logits_are_told_to_shift(op):
+def test_labels_one_longer_than_logits_are_refused(op):
     message = (
         "`labels` must be [4, 3], one for each position of `logits`; got [4, 4]; labels[t] is the "
         "token that position "
@@ -231,7 +231,7 @@ def test_labels_one_longer_than_logits_are_told_to_shift(op):
     )
 
 
-def test_packed_labels_one_longer_than_logits_are_told_to_shift():
+def test_labels_one_longer_than_packed_logits_are_refused():
     message = (
         "`labels` must be [12], one for each position of `logits`; got [13]; labels[t] is the "
         "token that position "
@@ -242,7 +242,7 @@ def test_packed_labels_one_longer_than_logits_are_told_to_shift():
 
 @pytest.mark.parametrize("op", [*VOCABULARY_OPS, "sequence_logps"])
 @pytest.mark.parametrize("shape", [(3, 4), (12,), (4, 3, 1), ()])
-def test_labels_of_another_shape_name_both_shapes(op, shape):
+def test_labels_of_another_shape_are_refused(op, shape):
     like = next(iter(GOOD[op]))
     message = f"`labels` must be [4, 3], one for each position of `{like}`; got {list(shape)}"
     refuses(op, message, labels=torch.ones(shape).long())
@@ -251,26 +251,26 @@ def test_labels_of_another_shape_name_both_shapes(op, shape):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 @pytest.mark.parametrize("label", [5, -1, 2**40])
-def test_labels_outside_the_vocabulary_are_named(op, backend, label):
+def test_labels_outside_the_vocabulary_are_refused(op, backend, label):
     labels = LABELS.clone()
     labels[0, 0], labels[2, 1] = -100, label
     message = f"`labels` must lie in [0, 5) or be ignore_index -100, got {label}"
     refuses(op, message, labels=labels, backend=backend)
 
 
-def test_the_usual_ignore_index_is_a_bad_label_where_another_is_chosen():
+def test_labels_of_minus_100_are_refused_under_another_ignore_index():
     message = "`labels` must lie in [0, 5) or be ignore_index -1, got -100"
     refuses("token_logps", message, labels=LABELS.clone().fill_(-100), ignore_index=-1)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 0), (0,), ()])
-def test_a_vocabulary_of_zero_is_refused(shape):
+def test_logits_of_no_columns_are_refused(shape):
     message = f"`logits` must be [..., V] with a vocabulary of at least one, got {list(shape)}"
     refuses("token_logps", message, logits=torch.zeros(shape))
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
-def test_a_strided_vocabulary_is_told_to_become_contiguous(op):
+def test_logits_with_strided_columns_are_refused(op):
     message = (
         "the last dimension of `logits` must be contiguous, got strides (30, 10, 2); pass "
         "logits.contiguous()"
@@ -278,7 +278,7 @@ def test_a_strided_vocabulary_is_told_to_become_contiguous(op):
     refuses(op, message, logits=torch.zeros(4, 3, 10)[..., ::2])
 
 
-def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
+def test_logits_with_three_leading_strides_are_refused():
     message = (
         "the leading dimensions of `logits` must collapse to two without a copy, got shape [3, 4, "
         "2, 5] with strides "
@@ -294,7 +294,7 @@ def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
     [torch.zeros(1, 3, 5).expand(4, 3, 5), torch.zeros(64).as_strided((4, 3, 5), (6, 2, 1))],
     ids=["expanded", "overlapping"],
 )
-def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
+def test_inplace_backward_refuses_rows_that_share_memory(op, logits):
     message = (
         "`inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
         "[4, 3, 5] with strides "
@@ -308,7 +308,7 @@ def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
 
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
-def test_a_parameter_is_not_overwritten_by_its_gradient(op):
+def test_inplace_backward_refuses_leaves(op):
     message = (
         "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; "
         "pass what a model computed"
@@ -319,30 +319,30 @@ def test_a_parameter_is_not_overwritten_by_its_gradient(op):
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 @pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap"])
 @pytest.mark.parametrize("value", [0, -1.0, INF, NAN])
-def test_factors_of_logits_that_are_not_positive_are_named(op, name, value):
+def test_temperature_and_softcap_and_logit_scale_must_be_positive(op, name, value):
     refuses(op, f"`{name}` must be a finite number > 0, got {value!r}", **{name: value})
 
 
 @pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap"])
 @pytest.mark.parametrize("value", ["1", True, torch.tensor(1.0)])
-def test_factors_of_logits_that_are_not_numbers_are_named(name, value):
+def test_temperature_and_softcap_and_logit_scale_must_be_numbers(name, value):
     refuses("token_logps", f"`{name}` must be a number, got {value!r}", TypeError, **{name: value})
 
 
 @pytest.mark.parametrize("op", [*VOCABULARY_OPS, "sequence_logps"])
 @pytest.mark.parametrize("value", [None, 1.0, True])
-def test_an_ignore_index_that_is_no_int_is_named(op, value):
+def test_ignore_index_must_be_an_int(op, value):
     changes = {"labels": LABELS, "ignore_index": value}
     refuses(op, f"`ignore_index` must be an int, got {value!r}", TypeError, **changes)
 
 
 @pytest.mark.parametrize("op", [*VOCABULARY_OPS, "preference_loss"])
 @pytest.mark.parametrize("value", ["cuda", None])
-def test_an_unknown_backend_lists_the_known_ones(op, value):
+def test_backend_must_be_known(op, value):
     refuses(op, f"`backend` must be one of 'auto', 'triton', 'torch'; got {value!r}", backend=value)
 
 
-def test_triton_on_a_cpu_asks_for_the_interpreter():
+def test_backend_triton_on_a_cpu_needs_the_interpreter():
     program = (
         "import torch, rpo_kernels as r\n"
         "try: r.token_logps(torch.zeros(2, 5), torch.zeros(2).long(), backend='triton')\n"
@@ -360,7 +360,7 @@ def test_triton_on_a_cpu_asks_for_the_interpreter():
     ), done.stderr
 
 
-def test_triton_that_is_not_installed_is_asked_for(monkeypatch):
+def test_backend_triton_needs_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = (
         "rpo_loss: backend 'auto' on a cuda tensor needs the package triton, which is not "
@@ -380,7 +380,7 @@ def test_triton_that_is_not_installed_is_asked_for(monkeypatch):
         ("sequence_logps", "token_logps", {"token_logps": torch.zeros(12)}),
     ],
 )
-def test_packed_tokens_need_cu_seqlens(op, name, tokens):
+def test_cu_seqlens_are_needed_for_packed_tokens(op, name, tokens):
     message = (
         f"`{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got [12] without "
         "cu_seqlens"
@@ -389,7 +389,7 @@ def test_packed_tokens_need_cu_seqlens(op, name, tokens):
 
 
 @pytest.mark.parametrize("op, name", [("rpo_loss", "labels"), ("sequence_logps", "token_logps")])
-def test_rows_with_cu_seqlens_are_refused(op, name):
+def test_cu_seqlens_with_rows_are_refused(op, name):
     refuses(op, f"with `cu_seqlens`, `{name}` must be packed [N], got [4, 3]", cu_seqlens=OFFSETS)
 
 
@@ -437,17 +437,19 @@ PLACES = [
 
 @pytest.mark.parametrize("op, name, what, total, good", PLACES)
 @pytest.mark.parametrize("bad, error, message", BAD_OFFSETS)
-def test_offsets_that_bound_nothing_are_refused(op, name, what, total, good, bad, error, message):
+def test_cu_seqlens_and_cu_groups_must_bound_the_batch(
+    op, name, what, total, good, bad, error, message
+):
     refuses(op, message.format(name=name, what=what, total=total), error, **good | {name: bad})
 
 
 @pytest.mark.parametrize("op, name, what, total, good", PLACES)
-def test_offsets_that_decrease_are_refused(op, name, what, total, good):
+def test_cu_seqlens_and_cu_groups_must_not_decrease(op, name, what, total, good):
     bad = offsets(0, total // 2, 1, total - 1, total)
     refuses(op, f"`{name}` must not decrease, got {bad.tolist()}", **good | {name: bad})
 
 
-def test_packed_token_ids_are_not_rows():
+def test_shift_labels_refuses_packed_ids_without_cu_seqlens():
     refuses(
         "shift_labels",
         "`input_ids` must be packed [N] with `cu_seqlens`, got [4, 3]",
@@ -456,23 +458,23 @@ def test_packed_token_ids_are_not_rows():
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (3,), (12,)])
-def test_a_mask_of_another_shape_names_both_shapes(shape):
+def test_shift_labels_refuses_a_mask_of_another_shape(shape):
     message = f"`mask` must have the shape of `input_ids`, [4, 3]; got {list(shape)}"
     refuses("shift_labels", message, mask=torch.ones(shape))
 
 
-def test_an_average_needs_labels():
+def test_sequence_logps_needs_labels_for_averages():
     message = "`labels` are missing: average=True divides by the number of scored tokens"
     refuses("sequence_logps", message, average=True)
 
 
-def test_sequences_of_several_numbers_are_refused():
+def test_preference_loss_refuses_logps_of_tokens():
     message = "`logps` must be one number per sequence, [S]; got [2, 2]"
     refuses("preference_loss", message, logps=torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("objective", [RPOObjective(average=True), RPOObjective.cpo()])
-def test_lengths_are_asked_for_where_the_loss_divides_by_them(objective):
+def test_preference_loss_needs_lengths_where_the_loss_divides_by_them(objective):
     message = "`lengths` are missing: this objective divides by the number of scored tokens"
     refuses("preference_loss", message, objective=objective)
 
@@ -489,7 +491,7 @@ def test_lengths_are_asked_for_where_the_loss_divides_by_them(objective):
         (torch.tensor([1, 2, -3, 4]), ValueError, "`lengths` must be >= 0, got -3"),
     ],
 )
-def test_lengths_that_count_nothing_are_refused(lengths, error, message):
+def test_preference_loss_refuses_negative_lengths(lengths, error, message):
     refuses("preference_loss", message, error, lengths=lengths)
 
 
@@ -497,13 +499,13 @@ def test_lengths_that_count_nothing_are_refused(lengths, error, message):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_a_group_size_that_does_not_divide_is_named(op):
+def test_group_size_must_divide_the_responses(op):
     refuses(op, "`group_size` 3 does not divide the number of sequences, 4", group_size=3)
 
 
 @pytest.mark.parametrize("comparison, least", [("listwise", 2), ("pairwise", 2), ("pointwise", 1)])
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_a_group_too_small_to_compare_is_named(op, comparison, least):
+def test_group_size_of_one_is_refused_by_comparisons(op, comparison, least):
     message = (
         f"`group_size` must be at least {least} for comparison {comparison!r}, got {least - 1}"
     )
@@ -512,7 +514,7 @@ def test_a_group_too_small_to_compare_is_named(op, comparison, least):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("size", [2, 4])
-def test_two_ways_to_say_the_groups_are_refused(op, size):
+def test_group_size_and_cu_groups_exclude_each_other(op, size):
     message = (
         "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
     )
@@ -520,11 +522,11 @@ def test_two_ways_to_say_the_groups_are_refused(op, size):
 
 
 @pytest.mark.parametrize("value", [2.0, True, "2"])
-def test_a_group_size_that_is_no_int_is_named(value):
+def test_group_size_must_be_an_int(value):
     refuses("rpo_loss", f"`group_size` must be an int, got {value!r}", TypeError, group_size=value)
 
 
-def test_labelled_pairs_are_pairs():
+def test_group_size_must_be_two_for_labels_of_pairs():
     pairs = {"objective": RPOObjective.robust_dpo(), "rewards": None}
     refuses(
         "rpo_loss",
@@ -539,7 +541,7 @@ def test_labelled_pairs_are_pairs():
     refuses("rpo_loss", message, cu_groups=offsets(0, 4), **pairs)
 
 
-def test_no_sequences_are_no_group():
+def test_group_size_of_an_empty_batch():
     message = "at least one group of `group_size` responses is needed, got S = 0 sequences"
     nothing = {"rewards": REWARDS[:0], "ref_logps": REF_LOGPS[:0]}
     refuses("rpo_loss", message, logits=LOGITS[:0], labels=LABELS[:0], **nothing)
@@ -548,7 +550,7 @@ def test_no_sequences_are_no_group():
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("value", ["dpo", None, RPOObjective])
-def test_an_objective_that_is_none_shows_how_to_build_one(op, value):
+def test_objective_must_be_an_rpo_objective(op, value):
     message = (
         f"`objective` must be an RPOObjective, got {value!r}; for example "
         "RPOObjective.dpo(beta=0.1)"
@@ -557,7 +559,7 @@ def test_an_objective_that_is_none_shows_how_to_build_one(op, value):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_an_unknown_reduction_lists_the_known_ones(op):
+def test_reduction_must_be_known(op):
     refuses(
         op,
         "`reduction` must be one of 'mean', 'sum', 'none'; got 'batchmean'",
@@ -580,12 +582,12 @@ NORMALIZERS = [
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("value, error, message", NORMALIZERS)
-def test_a_normalizer_that_cannot_divide_is_named(op, value, error, message):
+def test_normalizer_must_be_positive(op, value, error, message):
     refuses(op, message, error, normalizer=value)
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_a_normalizer_without_a_sum_is_refused(op):
+def test_normalizer_needs_a_mean(op):
     message = "`normalizer` divides a sum, but `reduction` is 'none'"
     refuses(op, message, normalizer=8, reduction="none")
 
@@ -594,7 +596,7 @@ def test_a_normalizer_without_a_sum_is_refused(op):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_missing_rewards_are_asked_for(op):
+def test_rewards_that_are_missing_are_asked_for(op):
     message = (
         "`rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] "
         "= [4]"
@@ -603,7 +605,7 @@ def test_missing_rewards_are_asked_for(op):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_superfluous_rewards_are_refused(op):
+def test_rewards_that_the_objective_ignores_are_refused(op):
     message = (
         "`rewards` are superfluous: this objective brings its own target (the first response of a "
         "group is the chosen one)"
@@ -612,7 +614,7 @@ def test_superfluous_rewards_are_refused(op):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_rewards_by_group_are_told_to_flatten(op):
+def test_rewards_by_group_are_refused(op):
     message = (
         "`rewards` must be one number per sequence, [S] = [4]; got [2, 2]; flatten the groups, "
         "rewards.flatten()"
@@ -621,20 +623,20 @@ def test_rewards_by_group_are_told_to_flatten(op):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_rewards_of_another_length_are_named(op):
+def test_rewards_of_another_length_are_refused(op):
     refuses(
         op, "`rewards` must be one number per sequence, [S] = [4]; got [2]", rewards=REWARDS[:2]
     )
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_a_reward_that_is_no_number_is_pointed_at(op):
+def test_rewards_of_nan_are_refused(op):
     refuses(op, "`rewards` must be numbers, got NaN at 2", rewards=torch.tensor([0, 1, NAN, 3]))
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
-def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, distance):
+def test_rewards_of_infinity_are_refused_where_the_loss_is_infinite(op, distance):
     message = (
         "infinite `rewards` are legal as targets of distance 'backward_kl' or 'hellinger' only, "
         "got one at 1 "
@@ -652,7 +654,7 @@ def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, dist
     [{}, OWN_TARGET, TWO_REFERENCES],
     ids=["rewards", "own target", "several references"],
 )
-def test_missing_references_are_asked_for(op, objective):
+def test_ref_logps_that_are_missing_are_asked_for(op, objective):
     message = (
         "`ref_logps` are missing: this objective compares with a reference; for a reference-free "
         "one build it with "
@@ -661,7 +663,7 @@ def test_missing_references_are_asked_for(op, objective):
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
-def test_superfluous_references_are_refused(op):
+def test_ref_logps_that_the_objective_ignores_are_refused(op):
     message = "`ref_logps` are superfluous: this objective has no reference; pass None"
     refuses(op, message, **NO_REFERENCE | {"ref_logps": REF_LOGPS})
 
@@ -690,13 +692,13 @@ def test_superfluous_references_are_refused(op):
         ),
     ],
 )
-def test_references_of_another_shape_name_the_legal_ones(op, changes, message):
+def test_ref_logps_of_another_shape_are_refused(op, changes, message):
     refuses(op, f"`ref_logps` must be {message}", **changes)
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 @pytest.mark.parametrize("changes, kind", [({}, "single"), (NO_REFERENCE, "none")])
-def test_weights_without_several_references_are_refused(op, changes, kind):
+def test_ref_weights_without_several_references_are_refused(op, changes, kind):
     message = (
         "`ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with "
         f"{kind!r}"
@@ -719,7 +721,7 @@ def test_weights_without_several_references_are_refused(op, changes, kind):
         (torch.tensor([1.5, -0.5]), "`ref_weights` must be >= 0, got -0.5"),
     ],
 )
-def test_weights_that_are_no_mixture_are_named(op, weights, message):
+def test_ref_weights_must_be_a_mixture(op, weights, message):
     refuses(op, message, ref_weights=weights, **TWO_REFERENCES)
 
 
@@ -741,39 +743,39 @@ def objective_refuses(message, error=ValueError, build=RPOObjective, **arguments
         ("target", "'rewards', 'softmax'"),
     ],
 )
-def test_an_unknown_name_lists_the_known_ones(name, valid):
+def test_rpo_objective_refuses_unknown_names(name, valid):
     objective_refuses(f"`{name}` must be one of {valid}; got 'kl'", **{name: "kl"})
 
 
 @pytest.mark.parametrize("name", ["beta", "eta", "scale"])
 @pytest.mark.parametrize("value", [0, -0.1, INF, NAN])
-def test_a_factor_that_is_not_positive_is_named(name, value):
+def test_rpo_objective_factors_must_be_positive(name, value):
     objective_refuses(f"`{name}` must be a finite number > 0, got {value!r}", **{name: value})
 
 
 @pytest.mark.parametrize("value", [-1, INF, NAN])
-def test_a_negative_sft_weight_is_named(value):
+def test_rpo_objective_refuses_a_negative_sft_weight(value):
     objective_refuses(f"`sft_weight` must be a finite number >= 0, got {value!r}", sft_weight=value)
 
 
 @pytest.mark.parametrize("value", [INF, NAN])
-def test_a_margin_that_is_not_finite_is_named(value):
+def test_rpo_objective_margin_must_be_finite(value):
     objective_refuses(f"`margin` must be a finite number, got {value!r}", margin=value)
 
 
 @pytest.mark.parametrize("name", ["beta", "eta", "scale", "margin", "sft_weight", "label"])
 @pytest.mark.parametrize("value", ["1", True, torch.tensor(1.0)])
-def test_what_is_no_number_is_named(name, value):
+def test_rpo_objective_numbers_must_be_numbers(name, value):
     objective_refuses(f"`{name}` must be a number, got {value!r}", TypeError, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["average", "cross_entropy", "leave_one_out"])
-def test_a_flag_that_is_no_flag_is_named(name):
+def test_rpo_objective_flags_must_be_bools(name):
     objective_refuses(f"`{name}` must be True or False, got 1", TypeError, **{name: 1})
 
 
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
-def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance):
+def test_rpo_objective_refuses_an_infinite_target_where_the_loss_is_infinite(distance):
     objective_refuses(
         "`target` must be a finite number >= 0, got inf", distance=distance, target=INF
     )
@@ -808,13 +810,13 @@ def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance
         ),
     ],
 )
-def test_arguments_that_exclude_each_other_name_both(message, arguments):
+def test_rpo_objective_refuses_arguments_that_exclude_each_other(message, arguments):
     objective_refuses(message, **arguments)
 
 
 @pytest.mark.parametrize("preset", PRESETS_WITH_BETA)
 @pytest.mark.parametrize("beta", [0, -0.1])
-def test_presets_refuse_a_beta_that_is_not_positive(preset, beta):
+def test_rpo_objective_presets_refuse_a_beta_that_is_not_positive(preset, beta):
     objective_refuses(
         f"`beta` must be a finite number > 0, got {beta!r}",
         build=getattr(RPOObjective, preset),
@@ -854,5 +856,5 @@ def test_presets_refuse_a_beta_that_is_not_positive(preset, beta):
         ("simpo", {"gamma": INF}, "`margin` must be a finite number, got inf"),
     ],
 )
-def test_presets_refuse_their_own_arguments_by_name(preset, arguments, message):
+def test_rpo_objective_presets_name_their_own_arguments(preset, arguments, message):
     objective_refuses(message, build=getattr(RPOObjective, preset), **arguments)

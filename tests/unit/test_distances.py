@@ -13,7 +13,7 @@ from rpo_kernels.torch_backend import distances as torch_distances
 from ..helpers import worst
 
 
-def test_every_distance_has_its_functions_in_both_backends_and_a_code_of_its_own():
+def test_distances_have_their_functions_in_both_backends_and_unique_codes():
     cells = {
         f"{module.__name__}.{name}_{suffix}": hasattr(module, f"{name}_{suffix}")
         for name, rules in DISTANCES.items()
@@ -30,7 +30,7 @@ def test_every_distance_has_its_functions_in_both_backends_and_a_code_of_its_own
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
-def test_every_distance_has_a_formula_of_its_own_in_the_reference(comparison):
+def test_distances_have_different_formulas_in_the_reference(comparison):
     """One that is missing would fall through to another's."""
     logps, rewards = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([1.0, 0.2, -0.3])
     values = {
@@ -46,7 +46,7 @@ def test_every_distance_has_a_formula_of_its_own_in_the_reference(comparison):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_distance_of_gap_is_the_reference_and_its_slope_is_the_derivative(distance, backend):
+def test_distances_of_gap_are_the_reference_and_slopes_their_derivatives(distance, backend):
     """Through pairs, from near the optimum, where textbook forms cancel, to hopeless ones."""
     gaps = torch.tensor([-40.0, -3.0, -1e-3, 0.0, 0.5, 20.0])
     d, tau = (x.flatten() for x in torch.meshgrid(gaps, gaps + 0.1, indexing="ij"))

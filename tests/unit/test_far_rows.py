@@ -21,9 +21,7 @@ def available(device: str) -> int:
 
 
 @pytest.mark.memory
-def test_rows_that_begin_beyond_two_to_the_31_elements_are_read_and_written_where_they_lie(
-    backend, device
-):
+def test_token_logps_of_rows_beyond_two_to_the_31_elements(backend, device):
     if available(device) < NEEDED:
         pytest.skip(
             f"needs {NEEDED >> 30} GiB of memory, {available(device) / 2**30:.1f} are available"

@@ -13,7 +13,7 @@ from rpo_kernels.kernels.launch import on_device_of
 ROOT = Path(__file__).parents[2]
 
 
-def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+def test_launch_uses_the_device_of_the_tensors(monkeypatch):
     """Triton launches on the current device, whatever device the tensors are on."""
 
     class OnGPU1:
@@ -48,7 +48,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
     assert seen == [1, 1, 0]
 
 
-def test_every_kernel_of_the_package_is_launched_so():
+def test_launch_is_how_every_kernel_is_launched():
     """Under a ``with`` that makes the device of its tensors current; pointers, numbers and floats
     are not specialised.
     """

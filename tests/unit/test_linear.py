@@ -46,7 +46,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("objective", OBJECTIVES[::3])
-def test_every_objective_equals_the_reference_whatever_the_workspace(
+def test_linear_rpo_loss_equals_the_reference_whatever_the_workspace(
     objective, workspace, backend, device
 ):
     if backend == "triton" and workspace == "all" and not HAS_GPU:
@@ -88,7 +88,7 @@ def test_every_objective_equals_the_reference_whatever_the_workspace(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_rows_and_packed_sequences_equal_the_loss_from_logits(packed, backend, device):
+def test_linear_rpo_loss_of_rows_and_packed_sequences_equals_rpo_loss(packed, backend, device):
     objective = RPOObjective("forward_kl", 0.3, sft_weight=0.1, sft_normalizer="tokens")
     logits, labels, rewards, kwargs = batch(objective, device, packed, ragged=False)
     hidden, weight, bias = (x.requires_grad_() for x in head(logits, device))
@@ -109,7 +109,9 @@ def test_rows_and_packed_sequences_equal_the_loss_from_logits(packed, backend, d
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_any_subset_of_gradients_from_a_free_upstream(needs, workspace, backend, device):
+def test_linear_functions_give_any_subset_of_gradients_from_any_upstream(
+    needs, workspace, backend, device
+):
     N, V = 7, 5
     hidden, weight, bias = head(torch.empty(N, V), device)
     labels = torch.randint(0, V, (N,), device=device)
@@ -251,9 +253,7 @@ def test_linear_token_logps_costs_three_gemms_and_one_for_rows_whose_p_was_dropp
     assert sum(n for _, n in gemms) == expected * 6 + dropped
 
 
-def test_a_reference_in_the_same_call_equals_its_log_probs_and_is_exactly_the_policy_when_equal(
-    backend, device
-):
+def test_linear_rpo_loss_with_a_reference_head_equals_its_log_probs(backend, device):
     labels = torch.randint(0, 5, (6, 4), device=device)
     labels[:, 0] = -100
     hidden, weight, bias = head(torch.empty(6, 4, 5), device)
@@ -287,7 +287,7 @@ def test_a_reference_in_the_same_call_equals_its_log_probs_and_is_exactly_the_po
         assert (same.rewards == 0).all()
 
 
-def test_one_loss_per_group_has_a_free_upstream_gradient(backend, device):
+def test_linear_rpo_loss_of_each_group_takes_any_upstream_gradient(backend, device):
     objective = RPOObjective("backward_kl", 0.3, sft_weight=0.1)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     hidden, weight, _ = (x.requires_grad_() for x in head(logits, device))
@@ -305,7 +305,7 @@ def test_one_loss_per_group_has_a_free_upstream_gradient(backend, device):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_counts_from_the_caller_change_nothing_and_wrong_ones_are_refused(backend, device):
+def test_counts_change_nothing_and_wrong_ones_are_refused(backend, device):
     objective = RPOObjective("squared", 0.3)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     hidden, weight, _ = head(logits, device)
@@ -331,7 +331,9 @@ def test_counts_from_the_caller_change_nothing_and_wrong_ones_are_refused(backen
 
 
 @pytest.mark.parametrize("chunks", [2, 64])
-def test_the_weight_gradient_over_many_chunks_is_as_good_as_one_gemm(chunks, backend, device):
+def test_linear_rpo_loss_weight_gradient_over_many_chunks_is_as_good_as_one_gemm(
+    chunks, backend, device
+):
     for dtype in kernel_dtypes(backend)[2:]:  # bf16
         S, T, V = 128, 2, 31
         hidden, weight = (
@@ -362,7 +364,7 @@ def test_the_weight_gradient_over_many_chunks_is_as_good_as_one_gemm(chunks, bac
         assert float((ours.double() - exact).norm()) <= float((one.double() - exact).norm()) + cast
 
 
-def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
+def test_logits_dtype_is_fp32_for_16_bit_inputs_unless_asked_otherwise(backend, device):
     for dtype in kernel_dtypes(backend)[1:]:
         hidden = torch.randn(64, 32, device=device).to(dtype)
         weight = (torch.randn(50, 32, device=device) * 4).to(dtype)
@@ -392,7 +394,7 @@ def test_16_bit_inputs_have_fp32_logits_unless_asked_otherwise(backend, device):
     ids=["small beta", "normalizer", "sum", "large hidden"],
 )
 @pytest.mark.parametrize("workspace", [None, 1 << 12], ids=["one chunk", "chunks"])
-def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(
+def test_linear_rpo_loss_of_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(
     beta, pairs, upstream, size, options, workspace
 ):
     """The plan does not depend on the backend. Gradients wait for their upstream factor in fp32."""
@@ -437,7 +439,7 @@ def test_fp16_keeps_coefficients_that_a_loss_scaler_reaches_too_late(
     )
 
 
-def test_a_buffer_does_not_take_in_the_gradient_of_a_checkpoint():
+def test_weight_grad_is_added_to_once_under_checkpoints():
     hidden, weight = torch.randn(4, 3, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     labels, buffer = torch.randint(5, (4, 3)), torch.zeros(5, 8)
 
@@ -453,7 +455,7 @@ def test_a_buffer_does_not_take_in_the_gradient_of_a_checkpoint():
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["oneDNN", "no oneDNN"])
-def test_gemms_of_16_bits_are_what_they_are_whether_or_not_the_cpu_has_them(known, monkeypatch):
+def test_gemm_results_of_16_bits_do_not_depend_on_the_cpu(known, monkeypatch):
     """Inside autocast, which casts what a GEMM gets, and in builds of PyTorch that do not know what
     the CPU has.
     """
@@ -483,7 +485,9 @@ def test_gemms_of_16_bits_are_what_they_are_whether_or_not_the_cpu_has_them(know
     )
 
 
-def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(device):
+def test_linear_functions_under_autocast_use_its_dtype_and_return_gradients_of_the_parameters(
+    device,
+):
     hidden = torch.randn(6, 4, 8, device=device, requires_grad=True)
     weight = torch.randn(5, 8, device=device, requires_grad=True)
     labels = torch.randint(0, 5, (6, 4), device=device)
@@ -503,7 +507,7 @@ def test_under_autocast_the_gemms_take_its_dtype_and_gradients_their_parameters(
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (13,)])
-def test_an_empty_batch_one_token_and_nothing_scored(shape, backend, device):
+def test_linear_functions_of_empty_batches_one_token_and_nothing_scored(shape, backend, device):
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(*shape, 5), device))
     labels = torch.randint(0, 5, shape, device=device)
     for ignored in (False, True):
@@ -518,7 +522,7 @@ def test_an_empty_batch_one_token_and_nothing_scored(shape, backend, device):
         assert torch.equal(torch.autograd.grad(frozen.sum(), hidden)[0], grads[0])
 
 
-def test_shapes_and_dtypes_are_found_on_the_meta_device():
+def test_linear_functions_on_the_meta_device_have_shapes_and_dtypes():
     """Which has no autocast to be asked for."""
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), "meta"))
     labels = torch.zeros(4, 3, dtype=torch.int64, device="meta")
@@ -537,7 +541,7 @@ def test_shapes_and_dtypes_are_found_on_the_meta_device():
         linear_token_logps(hidden, weight.half(), labels)
 
 
-def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, device):
+def test_linear_rpo_loss_with_nothing_to_compare_is_zero(backend, device):
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     labels = torch.full((4, 3), -100, device=device)
     ref_logps = torch.zeros(4, device=device)
@@ -583,7 +587,7 @@ def test_linear_token_logps_second_backward_gives_the_same_numbers(workspace, ba
         assert all(torch.equal(a, b) and a.abs().sum() > 0 for a, b in zip(first, second))
 
 
-def test_a_weight_that_is_emptied_after_the_forward_still_gets_its_gradient(device):
+def test_linear_functions_give_a_weight_emptied_after_the_forward_its_gradient(device):
     """As ZeRO-3 does with parameters, whose shape is [0] then until they are gathered again."""
     leaf, hidden = (
         torch.randn(5, H, device=device, requires_grad=True),
@@ -602,7 +606,7 @@ def test_a_weight_that_is_emptied_after_the_forward_still_gets_its_gradient(devi
     assert torch.equal(*grads)
 
 
-def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
+def test_linear_functions_compile_into_one_graph(backend, device):
     objective = RPOObjective("squared", 0.5, reference="none")
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     labels = torch.randint(0, 5, (4, 3), device=device)
@@ -622,7 +626,7 @@ def test_torch_compile_traces_the_linear_path_in_one_graph(backend, device):
         torch.testing.assert_close(a, b)
 
 
-def test_groups_are_packed_whole():
+def test_linear_rpo_loss_packs_whole_groups_into_windows():
     windows = split_into_windows([3, 2, 0, 0, 9, 1, 1, 1], [0, 2, 4, 6, 6, 8], rows=7)
     expected = [
         (slice(0, 2), slice(0, 4), slice(0, 5)),
@@ -741,7 +745,7 @@ def test_groups_are_packed_whole():
         ),
     ],
 )
-def test_bad_input_is_told_apart(change, error, message):
+def test_linear_functions_refuse_bad_input(change, error, message):
     arguments = {
         "hidden": torch.zeros(4, 3, H),
         "weight": torch.zeros(5, H),
@@ -756,7 +760,7 @@ def test_bad_input_is_told_apart(change, error, message):
 
 @pytest.mark.parametrize("workspace", [40, None], ids=["rows dropped", "all rows kept"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_operators_keep_the_promises_of_torch_library(frozen, workspace, device):
+def test_linear_operators_pass_opcheck(frozen, workspace, device):
     hidden, weight, bias = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     if frozen:
         weight, bias = weight.detach(), None
@@ -798,7 +802,7 @@ def test_the_operators_keep_the_promises_of_torch_library(frozen, workspace, dev
 
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
-def test_a_low_rank_term_is_a_wider_head(workspace, backend, device):
+def test_lora_hidden_and_lora_weight_are_a_wider_head(workspace, backend, device):
     """x W^T + x' W'^T is [x x'] [W W']^T, whose reference knows nothing of a low rank."""
     if backend == "triton" and workspace != "groups" and not HAS_GPU:
         pytest.skip("the plans do not depend on the backend, and the interpreter is slow")
@@ -843,7 +847,7 @@ def test_a_low_rank_term_is_a_wider_head(workspace, backend, device):
         ours = linear_token_logps(*leaves[:2], labels, **options)
 
 
-def test_with_a_frozen_head_only_an_adapter_on_it_gets_gradients(backend, device):
+def test_lora_weight_on_a_frozen_head_gets_gradients(backend, device):
     logits, labels, rewards, kwargs = batch(
         RPOObjective("squared", 0.3), device, packed=True, ragged=True
     )
@@ -875,7 +879,7 @@ def test_with_a_frozen_head_only_an_adapter_on_it_gets_gradients(backend, device
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("free", [False, True], ids=["loss", "token_logps"])
-def test_a_buffer_takes_in_the_weight_gradient(free, dtype, workspace, backend, device):
+def test_weight_grad_takes_in_the_gradient(free, dtype, workspace, backend, device):
     """Of the weight's dtype or fp32, in one flush or many, beside what it holds already; and weight
     itself gets none.
     """
@@ -918,7 +922,7 @@ def test_a_buffer_takes_in_the_weight_gradient(free, dtype, workspace, backend, 
         assert dhidden.isnan().any()
 
 
-def test_torch_compile_traces_an_adapter_and_a_gradient_buffer(device):
+def test_weight_grad_and_lora_weight_compile_into_one_graph(device):
     objective = RPOObjective("squared", 0.5, reference="none")
     hidden, weight, _ = (x.requires_grad_() for x in head(torch.empty(4, 3, 5), device))
     lora_hidden, lora_weight = (
@@ -951,7 +955,7 @@ def test_torch_compile_traces_an_adapter_and_a_gradient_buffer(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_bounded_by_the_workspace_whatever_the_batch(dtype, device):
+def test_workspace_bytes_bound_the_memory_whatever_the_batch(dtype, device):
     """Beside it: gradients (dweight in fp32 while it is summed), on a CPU the row pass's own fp32
     chunk and upcast weights.
     """

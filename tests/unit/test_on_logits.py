@@ -41,7 +41,7 @@ def check(seen, hidden, weight, labels, bias) -> None:
     assert worst(logps, truth) < 1e-5
 
 
-def test_token_logps_show_their_logits(batch):
+def test_on_logits_sees_the_logits_of_token_logps(batch):
     hidden, weight, labels, bias = batch
     seen = Watcher()
     logps = linear_token_logps(hidden, weight, labels, bias=bias, on_logits=seen, **OPTIONS)
@@ -51,7 +51,7 @@ def test_token_logps_show_their_logits(batch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_loss_shows_the_policys_logits_and_not_the_references(batch, reduction):
+def test_on_logits_sees_the_policys_logits_and_not_the_references(batch, reduction):
     hidden, weight, labels, bias = batch
     seen = Watcher()
     out = linear_rpo_loss(
@@ -70,7 +70,7 @@ def test_the_loss_shows_the_policys_logits_and_not_the_references(batch, reducti
     check(seen, hidden, weight, labels, bias)
 
 
-def test_what_cannot_be_called_is_refused(batch):
+def test_on_logits_must_be_callable(batch):
     hidden, weight, labels, bias = batch
     with pytest.raises(
         TypeError, match=r"linear_token_logps: `on_logits` must be a function .*, got 3"

@@ -48,7 +48,7 @@ def test_rpo_output_names_implicit_rewards_apart_from_explicit_ones():
 # ---- metrics of pairs ----------------------------------------------------------------------------
 
 
-def test_metrics_of_pairs_are_those_of_trl(backend, device):
+def test_rpo_output_metrics_of_pairs_are_those_of_trl(backend, device):
     """DPOTrainer: beta (logps - ref_logps) of the chosen and of the rejected half of the batch,
     then means.
     """
@@ -81,7 +81,7 @@ def test_metrics_of_pairs_are_those_of_trl(backend, device):
     assert expected["rewards/accuracies"] == pytest.approx(1 / 3)
 
 
-def test_the_chosen_response_has_the_larger_target_and_is_the_first_when_tied():
+def test_rpo_output_metrics_choose_the_larger_target_and_the_first_of_a_tie():
     rewards, targets = [1.0, 2.0, 3.0, 5.0, 7.0, 11.0], [0.5, 4.0, 4.0, 0.5, 2.0, 2.0]
     metrics = made_of(rewards, targets).metrics()
     assert metrics["rewards/chosen"].item() == pytest.approx((2 + 3 + 7) / 3)
@@ -94,14 +94,14 @@ def test_the_chosen_response_has_the_larger_target_and_is_the_first_when_tied():
     "objective",
     [RPOObjective.dpo(), RPOObjective.dpo(label_smoothing=0.1), RPOObjective.robust_dpo()],
 )
-def test_without_rewards_the_first_response_is_the_chosen_one(objective):
+def test_rpo_output_metrics_without_rewards_choose_the_first_response(objective):
     """Hard, soft and out-of-range labels: targets of +-inf, of +-gap / 2, and NaN."""
     logps = torch.tensor([-1.0, -5.0, -3.0, -2.0])
     metrics = preference_loss(logps, None, objective, ref_logps=torch.zeros(4)).metrics()
     assert metrics["logps/chosen"].item() == -2.0 and metrics["logps/rejected"].item() == -3.5
 
 
-def test_pairs_without_two_scored_responses_do_not_count():
+def test_rpo_output_metrics_leave_out_pairs_without_two_scored_responses():
     rewards, targets = [1.0, 2.0, 50.0, -50.0, 4.0, 3.0], [1.0, 0.0] * 3
     metrics = made_of(rewards, targets, lengths=[5, 1, 0, 7, 2, 2]).metrics()
     assert metrics["rewards/margins"].item() == pytest.approx((-1 + 1) / 2)
@@ -138,7 +138,7 @@ def slow_metrics(out, bounds):
 @pytest.mark.parametrize(
     "bounds", [[0, 5, 10], RAGGED, [0, 2, 4, 6, 8, 10]], ids=["fives", "ragged", "pairs as ragged"]
 )
-def test_metrics_of_groups_are_those_of_a_double_loop(bounds, lengths):
+def test_rpo_output_metrics_of_groups_are_those_of_a_double_loop(bounds, lengths):
     rewards = torch.randn(10)
     targets = torch.randint(3, (10,)).float()  # with ties, which no one can order
     rewards[1] = rewards[0]  # a tie of implicit rewards agrees with nothing
@@ -150,7 +150,7 @@ def test_metrics_of_groups_are_those_of_a_double_loop(bounds, lengths):
     torch.testing.assert_close(out.metrics(), slow_metrics(out, bounds))
 
 
-def test_numbers_of_dropped_responses_do_not_leak():
+def test_rpo_output_metrics_leave_out_dropped_responses():
     """What a sequence without scored tokens holds, NaN included, is nobody's mean."""
     rewards, nan = torch.tensor([1.0, 2.0, 3.0, 4.0]), float("nan")
     clean = made_of(rewards, rewards, lengths=[1, 0, 1, 1], group_size=4)
@@ -166,7 +166,7 @@ def test_numbers_of_dropped_responses_do_not_leak():
     ids=["pairs", "fives", "ragged"],
 )
 @pytest.mark.parametrize("lengths", [None, [1] * 10])
-def test_metrics_never_wait_for_the_device(cu_groups, group_size, lengths):
+def test_rpo_output_metrics_never_wait_for_the_device(cu_groups, group_size, lengths):
     """Tensors without values: whatever looked at one, or made a shape of one, would raise."""
     out = made_of(
         torch.randn(10),
@@ -199,7 +199,7 @@ def losses_of(device, backend, **options):
 @pytest.mark.parametrize(
     "groups", [{"group_size": 3}, {"cu_groups": [0, 4, 6]}], ids=["threes", "ragged"]
 )
-def test_an_output_unpacks_and_only_its_loss_has_a_gradient(backend, device, reduction, groups):
+def test_rpo_output_unpacks_and_only_its_loss_has_a_gradient(backend, device, reduction, groups):
     options = {
         name: ints(*x).to(device) if name == "cu_groups" else x for name, x in groups.items()
     }
@@ -216,7 +216,7 @@ def test_an_output_unpacks_and_only_its_loss_has_a_gradient(backend, device, red
         assert not any(x.requires_grad for x in out.metrics().values())
 
 
-def test_an_output_says_what_each_of_its_fields_is():
+def test_rpo_output_documents_its_fields():
     assert RPOOutput._fields[:5] == ("loss", "losses", "rewards", "logps", "lengths")
     assert all(f"{name}: " in inspect.getdoc(RPOOutput) for name in RPOOutput._fields)
 
@@ -239,7 +239,9 @@ def test_an_output_says_what_each_of_its_fields_is():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_a_label_is_the_next_token_where_the_mask_scores_it(input_ids, mask, expected, dtype):
+def test_shift_labels_gives_the_next_token_where_the_mask_scores_it(
+    input_ids, mask, expected, dtype
+):
     ids, mask = torch.tensor(input_ids), torch.tensor(mask, dtype=dtype)
     labels = shift_labels(ids, mask)
     assert labels.tolist() == expected and labels.dtype == ids.dtype
@@ -251,7 +253,7 @@ def test_a_label_is_the_next_token_where_the_mask_scores_it(input_ids, mask, exp
     )
 
 
-def test_packed_sequences_do_not_predict_each_other():
+def test_shift_labels_of_packed_sequences_do_not_predict_each_other():
     """Three sequences, one of them empty; the mask would score the first token of the last one."""
     labels = shift_labels(
         torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 1, 1, 1, 1]), cu_seqlens=ints(0, 3, 3, 5)
@@ -263,7 +265,7 @@ def test_packed_sequences_do_not_predict_each_other():
     assert shift_labels(nothing, nothing, cu_seqlens=ints(0, 0)).tolist() == []
 
 
-def test_shifted_labels_score_what_shifted_logits_score(backend, device):
+def test_shift_labels_scores_what_shifted_logits_score(backend, device):
     logits, ids = torch.randn(2, 4, 5, device=device), torch.randint(5, (2, 4), device=device)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]], device=device)
     logps = token_logps(logits, shift_labels(ids, mask), backend=backend)
@@ -325,7 +327,7 @@ def test_sequence_logps_without_labels_sum_everything():
     )
 
 
-def test_long_sequences_keep_their_digits():
+def test_sequence_logps_of_long_sequences_keep_their_digits():
     """2^16 tokens of -0.1 in float32: a running sum in that dtype would be off by more than 1e-3
     nats of 6,554.
     """

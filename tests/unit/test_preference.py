@@ -80,7 +80,7 @@ def in_float64(kwargs):
 
 @pytest.mark.parametrize("layout", ["rows-pairs", "packed-ragged"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_equals_the_reference_in_every_output_and_gradient(
+def test_preference_loss_equals_the_reference_in_every_output_and_gradient(
     objective, layout, backend, device
 ):
     logits, labels, rewards, kwargs = batch(
@@ -129,7 +129,7 @@ def test_every_objective_equals_the_reference_in_every_output_and_gradient(
 @pytest.mark.parametrize(
     "objective", [pytest.param(RPOObjective(d, 1.0, 1.0, c), id=f"{d}-{c}") for d, c in FAMILY]
 )
-def test_groups_of_one_to_seventy_responses(objective, K, backend, device):
+def test_preference_loss_of_groups_of_one_to_seventy_responses(objective, K, backend, device):
     if K == 1 and objective.comparison != "pointwise":
         pytest.skip("a single response has nothing to be compared with")
     logps = torch.randn(2 * K, device=device, requires_grad=True)
@@ -148,7 +148,7 @@ def test_groups_of_one_to_seventy_responses(objective, K, backend, device):
 
 
 @pytest.mark.parametrize("distance", ["backward_kl", "forward_kl", "squared"])
-def test_gradients_of_confident_pairs_keep_their_digits(distance, backend, device):
+def test_preference_loss_gradients_of_confident_pairs_keep_their_digits(distance, backend, device):
     """sigmoid(20) - sigmoid(19) is 0 in fp32 if subtracted; the coefficient is 3.5e-9."""
     logps = torch.tensor([20.0, 0.0, -30.0, 0.0, 1e-4, 0.0], device=device, requires_grad=True)
     rewards = torch.tensor([19.0, 0.0, -31.0, 0.0, 2e-4, 0.0], device=device)
@@ -165,7 +165,9 @@ def test_gradients_of_confident_pairs_keep_their_digits(distance, backend, devic
 
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise", "pointwise"])
 @pytest.mark.parametrize("distance", ["backward_kl", "forward_kl"])
-def test_losses_are_finite_where_a_probability_is_subnormal(distance, comparison, backend, device):
+def test_preference_loss_is_finite_where_a_probability_is_subnormal(
+    distance, comparison, backend, device
+):
     """q = e^-95 is above 0 in fp32 and e^95 is infinite; q (e^95 - 1 - 95) is 1."""
     s, t = torch.tensor([[-3.0, 0, 2, 0], [95.0, 0, -97, 0]], device=device)
     s, t = (t, s) if distance == "forward_kl" else (s, t)
@@ -175,7 +177,7 @@ def test_losses_are_finite_where_a_probability_is_subnormal(distance, comparison
     assert worst(ours.losses, truth.losses) <= 1e-6 * float(truth.losses.max())
 
 
-def test_infinite_rewards_are_hard_targets(backend, device):
+def test_preference_loss_takes_infinite_rewards_as_hard_targets(backend, device):
     """One +inf is a one-hot target, several share the mass; -inf has none; all -inf is a tie."""
     inf = math.inf
     rewards = torch.tensor(
@@ -192,7 +194,7 @@ def test_infinite_rewards_are_hard_targets(backend, device):
         assert worst(torch.autograd.grad(ours.loss, logps)[0], expected) < 1e-6
 
 
-def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
+def test_rpo_loss_of_131072_tokens_keeps_its_log_ratio(backend, device):
     """Policy and reference near -0.7 nats a token differ by 1e-3: the ratio is 1e-3 of the sums."""
     T = 131_072
     lp = -torch.rand(2, T, device=device) * 1.4
@@ -222,7 +224,7 @@ def test_a_sequence_of_131072_tokens_keeps_its_log_ratio(backend, device):
     assert float((l.double() / lp.double().sum(1) - 1).abs().max()) <= 1e-6
 
 
-def test_equal_policy_and_reference_give_exactly_zero_reward(backend, device):
+def test_rpo_loss_of_equal_policy_and_reference_has_rewards_of_exactly_zero(backend, device):
     logits = torch.randn(4, 5, 37, device=device)
     labels = torch.randint(0, 37, (4, 5), device=device)
     ref = token_logps(logits, labels, backend=backend)
@@ -233,7 +235,7 @@ def test_equal_policy_and_reference_give_exactly_zero_reward(backend, device):
     assert (out.rewards == 0).all() and out.loss == 0
 
 
-def test_fused_and_composed_losses_agree(backend, device):
+def test_rpo_loss_equals_preference_loss_of_token_logps(backend, device):
     objective = RPOObjective("forward_kl", 0.5, sft_weight=0.1)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     ref = sequence_logps(kwargs.pop("ref_logps"), labels=labels, cu_seqlens=kwargs["cu_seqlens"])
@@ -256,7 +258,7 @@ def test_fused_and_composed_losses_agree(backend, device):
     torch.testing.assert_close(fused_in.grad, composed_in.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_reductions_and_the_normalizer_are_one_sum(backend, device):
+def test_preference_loss_reductions_and_normalizer_are_one_sum(backend, device):
     objective = RPOObjective("squared", 0.3, sft_weight=0.1, sft_normalizer="tokens")
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
 
@@ -283,7 +285,7 @@ def test_reductions_and_the_normalizer_are_one_sum(backend, device):
     assert each.loss.shape == (5,) and torch.equal(each.loss, each.losses)
 
 
-def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, device):
+def test_preference_loss_with_nothing_to_compare_is_zero(backend, device):
     logits = torch.randn(4, 3, 7, device=device, requires_grad=True)
     labels = torch.randint(0, 7, (4, 3), device=device)
     labels[1], labels[2] = -100, -100
@@ -300,7 +302,7 @@ def test_a_batch_with_nothing_to_compare_has_loss_zero_and_no_gradient(backend, 
     assert out.lengths.tolist() == [3, 0, 0, 3]
 
 
-def test_permuting_groups_permutes_the_results(backend, device):
+def test_preference_loss_of_permuted_groups_is_permuted(backend, device):
     objective = RPOObjective("backward_kl", 0.5)
     logps, rewards, ref = torch.randn(3, 8, 4, device=device)
     order = torch.randperm(8, device=device)
@@ -323,7 +325,7 @@ def test_permuting_groups_permutes_the_results(backend, device):
     assert torch.equal(a.losses[order], b.losses)
 
 
-def test_group_passes_repeat_bit_for_bit(backend, device):
+def test_preference_loss_repeats_bit_for_bit(backend, device):
     objective = RPOObjective("backward_kl", 0.5, sft_weight=0.1)
     logits, labels, rewards, kwargs = batch(objective, device, packed=True, ragged=True)
     runs = []
@@ -344,7 +346,7 @@ def unseen(monkeypatch):
     monkeypatch.setattr(checks, "_may_look", lambda _: False)
 
 
-def test_strided_lengths_and_offsets_are_read_where_they_lie(device):
+def test_preference_loss_reads_strided_lengths_and_offsets(device):
     logps, rewards, ref_logps = torch.randn(3, 4, device=device)
     lengths = torch.randint(1, 9, (4, 2), device=device)[:, 0]
     cu_groups = torch.tensor([[0, 9], [2, 9], [4, 9]], dtype=torch.int32, device=device)[:, 0]
@@ -362,7 +364,9 @@ def test_strided_lengths_and_offsets_are_read_where_they_lie(device):
 @pytest.mark.parametrize(
     "rewards", [[math.nan] * 4, [math.nan, math.nan, 0.0, 1.0], [0.0, 1.0, math.nan, 1.0]]
 )
-def test_rewards_that_are_nan_make_the_loss_nan(unseen, distance, comparison, rewards, device):
+def test_preference_loss_of_unchecked_nan_rewards_is_nan(
+    unseen, distance, comparison, rewards, device
+):
     """A group whose rewards are all NaN is no group with nothing to compare."""
     objective = RPOObjective(distance, comparison=comparison)
     logps = torch.randn(4, device=device, requires_grad=True)
@@ -379,7 +383,7 @@ def test_rewards_that_are_nan_make_the_loss_nan(unseen, distance, comparison, re
 
 
 @pytest.mark.parametrize("offsets", [(0, 2, 3), (1, 3, 4), (0, 2, 7), (0, 3, 2, 4)])
-def test_bad_groups_of_hidden_states_raise_though_no_check_sees_them(unseen, offsets, device):
+def test_linear_rpo_loss_raises_for_bad_groups_that_no_check_saw(unseen, offsets, device):
     """Each chunk would see offsets that are good for it."""
     hidden, weight = (
         torch.randn(4, 3, 8, device=device, requires_grad=True),

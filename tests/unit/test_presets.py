@@ -292,7 +292,7 @@ def assert_as_accurate(actual: Tensor, truth: Tensor, formula: Tensor, dtype: to
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_value])
-def test_a_preset_has_the_value_of_the_published_loss(implementation: Implementation, name: str):
+def test_presets_have_the_value_of_the_published_loss(implementation: Implementation, name: str):
     case = CASES[name]
     batch = make_batch(case)
     value, _ = ours(case, batch, implementation)
@@ -302,7 +302,7 @@ def test_a_preset_has_the_value_of_the_published_loss(implementation: Implementa
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_preset_has_the_gradient_of_the_published_loss(implementation: Implementation, name: str):
+def test_presets_have_the_gradient_of_the_published_loss(implementation: Implementation, name: str):
     case = CASES[name]
     batch = make_batch(case)
     _, grad = ours(case, batch, implementation)
@@ -311,7 +311,7 @@ def test_a_preset_has_the_gradient_of_the_published_loss(implementation: Impleme
     assert_as_accurate(grad, truth, formula, implementation.dtype)
 
 
-def test_no_preset_is_left_out_of_this_file():
+def test_presets_are_all_in_this_file():
     presets = {
         name for name, member in vars(RPOObjective).items() if isinstance(member, classmethod)
     }

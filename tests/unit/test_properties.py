@@ -92,7 +92,7 @@ def agree(name, ours, theirs, truth, rounding):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_log_probs_entropies_and_gradients_of_any_rows_equal_float64(backend, transform, device):
+def test_token_logps_and_entropy_of_any_rows_equal_float64(backend, transform, device):
     options = TRANSFORMS[transform]
     shapes = st.sampled_from([1, 2, 5, 33, 300]).flatmap(lambda V: logits_and_labels((2, 4), V))
 
@@ -168,7 +168,7 @@ def preference_batches(draw):
     return x, labels, rewards, objective, kwargs
 
 
-def test_losses_and_gradients_of_any_batch_equal_float64(backend, device):
+def test_preference_loss_of_any_batch_equals_float64(backend, device):
     def pytorch(x, labels, rewards, objective, kwargs):
         x = x.clone().requires_grad_()
         wide = in_float64(kwargs) if x.dtype == torch.float64 else kwargs
@@ -234,7 +234,7 @@ def groups_of_sums(draw):
     return objective, logps, ref, rewards, lengths, order
 
 
-def test_coefficients_sum_to_zero_and_groups_may_come_in_any_order(backend, device):
+def test_preference_loss_coefficients_sum_to_zero_in_any_order(backend, device):
     def loss(objective, logps, ref, rewards, lengths):
         x = logps.flatten().to(device).requires_grad_()
         out = preference_loss(
@@ -271,7 +271,7 @@ def test_coefficients_sum_to_zero_and_groups_may_come_in_any_order(backend, devi
     holds(backend, groups_of_sums(), invariant, torch_examples=60, triton_examples=15)
 
 
-def test_a_constant_added_to_a_row_changes_nothing(backend, device):
+def test_token_logps_ignore_a_constant_added_to_a_row(backend, device):
     """Logits in steps of 1/64 and a constant of the same kind: the sum is exact, so results may
     differ by roundings of the rest.
     """
@@ -307,9 +307,7 @@ def test_a_constant_added_to_a_row_changes_nothing(backend, device):
     noise=st.lists(st.floats(-(2**-10), 2**-10, width=32), min_size=3, max_size=3),
 )
 @settings(max_examples=20, deadline=None)
-def test_a_divergence_of_the_reference_is_never_negative_even_in_float32_next_to_its_optimum(
-    distance, comparison, s, noise
-):
+def test_reference_divergences_are_never_negative_in_float32(distance, comparison, s, noise):
     logps = torch.tensor(s)
     rewards = logps + torch.tensor(noise)
     objective = RPOObjective(distance, beta=1.0, comparison=comparison, reference="none")

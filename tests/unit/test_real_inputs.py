@@ -127,7 +127,7 @@ def errors(objective, logits, labels, cu_seqlens, rewards, backend):
         ]
 
 
-def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend, device):
+def test_rpo_loss_of_real_pairs_is_as_good_as_pytorch(real, backend, device):
     if (
         backend == "triton" and not HAS_GPU
     ):  # two pairs in one call, cut short: the interpreter is slow
@@ -152,7 +152,7 @@ def test_losses_and_gradients_of_real_pairs_are_as_good_as_pytorch(real, backend
         )
 
 
-def test_real_log_probs_keep_all_their_digits(real, backend, device):
+def test_token_logps_of_real_logits_keep_their_digits(real, backend, device):
     """Of tokens with p > 0.99 too, a tenth of these: log p = -1e-4 from logsumexps of 20 has four
     digits.
     """
@@ -162,7 +162,7 @@ def test_real_log_probs_keep_all_their_digits(real, backend, device):
     assert float(((ours - truth) / truth).abs().max()) <= 2e-6
 
 
-def test_bf16_hidden_states_and_head_give_log_probs_within_a_thousandth_of_a_nat_per_sequence(
+def test_linear_token_logps_of_bf16_inputs_are_within_a_thousandth_of_a_nat_per_sequence(
     real, device
 ):
     """Against a product in float64: what the fp32 logits of the linear path are for."""

@@ -61,12 +61,12 @@ def rows(seed=0, shape=(2, 3), vocabulary=5):
 
 @pytest.mark.parametrize("options", ROW_OPTIONS)
 @pytest.mark.parametrize("function", [reference.token_logps, reference.token_entropy])
-def test_token_quantities_have_the_gradient_of_their_values(function, options):
+def test_reference_token_quantities_have_the_gradient_of_their_values(function, options):
     logits, labels = rows()
     assert gradcheck(lambda x: function(x, labels, **options), logits)
 
 
-def test_token_logps_follow_the_definition_of_the_capped_and_tempered_softmax():
+def test_reference_token_logps_follow_the_definition_of_the_capped_and_tempered_softmax():
     logits, labels = rows()
     got = reference.token_logps(logits, labels, temperature=1.3, logit_scale=0.4, softcap=2.0)
     for i, t in itertools.product(range(2), range(3)):
@@ -77,7 +77,7 @@ def test_token_logps_follow_the_definition_of_the_capped_and_tempered_softmax():
         close(got[i, t], z[labels[i, t]] - math.log(sum(map(math.exp, z))))
 
 
-def test_token_entropy_is_the_mean_surprise_and_a_certain_token_has_none():
+def test_reference_token_entropy_is_the_mean_surprise_and_a_certain_token_has_none():
     logits, labels = rows()
     p = logits[1, 2].softmax(-1)
     close(reference.token_entropy(logits, labels)[1, 2], -(p * p.log()).sum())
@@ -89,7 +89,7 @@ def test_token_entropy_is_the_mean_surprise_and_a_certain_token_has_none():
     assert gradient(entropy.sum(), certain).isfinite().all()
 
 
-def test_linear_token_logps_are_token_logps_of_the_logits_and_differentiable_in_every_input():
+def test_reference_linear_token_logps_are_differentiable_in_every_input():
     _, labels = rows()
     g = torch.Generator().manual_seed(1)
     hidden, weight, bias = (
@@ -106,7 +106,7 @@ def test_linear_token_logps_are_token_logps_of_the_logits_and_differentiable_in_
 
 
 @pytest.mark.parametrize("poison", [math.nan, INF, -INF])
-def test_an_ignored_row_is_exactly_zero_with_zero_gradient_whatever_it_holds(poison):
+def test_reference_an_ignored_row_is_exactly_zero_with_zero_gradient_whatever_it_holds(poison):
     logits, labels = rows()
     poisoned = logits.detach().clone()
     poisoned[0, 1] = poison
@@ -132,7 +132,7 @@ def test_an_ignored_row_is_exactly_zero_with_zero_gradient_whatever_it_holds(poi
         (torch.float64, torch.float64),
     ],
 )
-def test_half_precision_is_promoted_and_double_precision_stays(given_dtype, computed):
+def test_reference_half_precision_is_promoted_and_double_precision_stays(given_dtype, computed):
     logits, labels = rows()
     logps, _, rewards = batch()
     assert reference.token_logps(logits.to(given_dtype), labels).dtype == computed
@@ -146,7 +146,7 @@ def test_half_precision_is_promoted_and_double_precision_stays(given_dtype, comp
 # ---- sequences -----------------------------------------------------------------------------------
 
 
-def test_sequences_as_rows_and_packed_give_the_same_sums_means_and_lengths():
+def test_reference_sequences_as_rows_and_packed_give_the_same_sums_means_and_lengths():
     labels = torch.tensor([[1, 2, -100], [3, -100, -100], [-100, -100, -100]])
     tokens = torch.tensor(
         [[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0], [9.0, 9.0, 9.0]], dtype=torch.float64
@@ -160,7 +160,7 @@ def test_sequences_as_rows_and_packed_give_the_same_sums_means_and_lengths():
     assert reference.sequence_lengths(edges[1], **packed).tolist() == [2, 1, 0]
 
 
-def test_equal_policy_and_reference_give_implicit_rewards_of_exactly_zero():
+def test_reference_equal_policy_and_reference_give_implicit_rewards_of_exactly_zero():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 6, 50, generator=g)  # float32: exact, not merely accurate
     labels = torch.randint(50, (4, 6), generator=g)
@@ -171,7 +171,7 @@ def test_equal_policy_and_reference_give_implicit_rewards_of_exactly_zero():
             assert (out.rewards == 0).all()
 
 
-def test_references_given_per_token_are_subtracted_before_the_sum():
+def test_reference_references_given_per_token_are_subtracted_before_the_sum():
     labels = torch.zeros(2, 400, dtype=torch.long)
     tokens = torch.full((2, 400), -1000.0)
     ref = tokens + 0.01 * torch.rand(2, 400, generator=torch.Generator().manual_seed(0))
@@ -181,7 +181,7 @@ def test_references_given_per_token_are_subtracted_before_the_sum():
     assert (got.double() - expected).abs().max() < 1e-5
 
 
-def test_several_references_combine_as_the_harmonic_or_geometric_mean_of_the_policies():
+def test_reference_several_references_combine_as_the_harmonic_or_geometric_mean_of_the_policies():
     logps, _, _ = batch()
     refs = torch.stack([batch(seed)[1] for seed in (1, 2, 3)])
     alpha = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -215,7 +215,7 @@ def test_reference_weights_are_uniform_unless_given_and_may_differ_between_group
         close(got, logps - refs[picked, torch.arange(9)])
 
 
-def test_harmonic_references_combine_sequences_not_tokens():
+def test_reference_harmonic_references_combine_sequences_not_tokens():
     labels = torch.zeros(2, 3, dtype=torch.long)
     g = torch.Generator().manual_seed(0)
     tokens, first, second = -3 * torch.rand(3, 2, 3, generator=g, dtype=torch.float64)
@@ -243,7 +243,7 @@ def test_harmonic_references_combine_sequences_not_tokens():
     ],
     ids=["plain", "averages", "mean NLL", "token NLL"],
 )
-def test_every_distance_has_the_gradient_of_its_value(distance, comparison, settings_):
+def test_reference_every_distance_has_the_gradient_of_its_value(distance, comparison, settings_):
     logps, ref_logps, rewards = batch()
     objective = RPOObjective(distance, comparison=comparison, **settings_)
 
@@ -275,7 +275,7 @@ def test_every_distance_has_the_gradient_of_its_value(distance, comparison, sett
     ],
     ids=lambda o: f"{o.distance} {o.comparison} {o.target} {o.reference}",
 )
-def test_the_variants_of_an_objective_have_the_gradient_of_their_value(objective):
+def test_reference_the_variants_of_an_objective_have_the_gradient_of_their_value(objective):
     logps, ref_logps, rewards = batch()
     ref_logps = (
         torch.stack([ref_logps, ref_logps.flip(0)])
@@ -290,7 +290,7 @@ def test_the_variants_of_an_objective_have_the_gradient_of_their_value(objective
     )
 
 
-def test_the_loss_from_hidden_states_has_the_gradient_of_its_value():
+def test_reference_the_loss_from_hidden_states_has_the_gradient_of_its_value():
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 3, 3, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
@@ -308,7 +308,7 @@ def test_the_loss_from_hidden_states_has_the_gradient_of_its_value():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_the_gradient_of_a_listwise_distance_is_its_closed_form(distance):
+def test_reference_the_gradient_of_a_listwise_distance_is_its_closed_form(distance):
     logps, _, rewards = batch(responses=4)
     out = preference_loss(
         logps, rewards, RPOObjective(distance, beta=0.3, eta=0.5, reference="none"), group_size=4
@@ -325,7 +325,7 @@ def test_the_gradient_of_a_listwise_distance_is_its_closed_form(distance):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_the_gradient_of_a_pair_is_its_closed_form(distance):
+def test_reference_the_gradient_of_a_pair_is_its_closed_form(distance):
     logps, _, rewards = batch(responses=2)
     objective = RPOObjective(distance, beta=0.1, reference="none", comparison="pairwise")
     d, tau = 0.1 * (logps[0] - logps[1]).item(), (rewards[0] - rewards[1]).item()
@@ -346,7 +346,7 @@ def test_the_gradient_of_a_pair_is_its_closed_form(distance):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_for_pairs_listwise_and_pairwise_agree_in_value_and_gradient(distance):
+def test_reference_for_pairs_listwise_and_pairwise_agree_in_value_and_gradient(distance):
     logps, ref_logps, rewards = batch(responses=8)
     values = []
     for comparison in ("listwise", "pairwise"):
@@ -359,7 +359,7 @@ def test_for_pairs_listwise_and_pairwise_agree_in_value_and_gradient(distance):
 
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise"])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_the_gradients_of_a_group_sum_to_zero_and_a_shift_of_the_group_changes_nothing(
+def test_reference_the_gradients_of_a_group_sum_to_zero_and_a_shift_of_the_group_changes_nothing(
     distance, comparison
 ):
     logps, ref_logps, rewards = batch()
@@ -375,7 +375,7 @@ def test_the_gradients_of_a_group_sum_to_zero_and_a_shift_of_the_group_changes_n
 
 
 @pytest.mark.parametrize(("distance", "comparison"), EVERY_DISTANCE)
-def test_the_order_of_the_responses_of_a_group_does_not_matter(distance, comparison):
+def test_reference_the_order_of_the_responses_of_a_group_does_not_matter(distance, comparison):
     logps, ref_logps, rewards = batch()
     objective = RPOObjective(distance, comparison=comparison, margin=0.2, sft_weight=0.1)
     # permutes inside the groups of RAGGED; the pair is swapped
@@ -390,7 +390,7 @@ def test_the_order_of_the_responses_of_a_group_does_not_matter(distance, compari
 
 
 @pytest.mark.parametrize(("distance", "comparison"), EVERY_DISTANCE)
-def test_the_optimum_has_loss_and_gradient_zero(distance, comparison):
+def test_reference_the_optimum_has_loss_and_gradient_zero(distance, comparison):
     _, ref_logps, rewards = batch()
     beta, eta = 0.05, 1.5
     # pi* is proportional to pi_ref exp(eta r / beta); without a comparison inside the group the
@@ -409,7 +409,7 @@ def test_the_optimum_has_loss_and_gradient_zero(distance, comparison):
     assert gradient(out.loss, logps).abs().max() < 1e-14
 
 
-def test_clamping_a_divergence_at_zero_leaves_the_gradient_alone():
+def test_reference_clamping_a_divergence_at_zero_leaves_the_gradient_alone():
     # Searched for: a pair whose float32 divergence rounds below zero. Its gradient p - q is not
     # zero.
     g = torch.Generator().manual_seed(0)
@@ -430,7 +430,7 @@ def test_clamping_a_divergence_at_zero_leaves_the_gradient_alone():
     assert (grad[at_zero] != 0).any()
 
 
-def test_squared_listwise_is_half_the_variance_up_to_its_constants():
+def test_reference_squared_listwise_is_half_the_variance_up_to_its_constants():
     logps, _, rewards = batch(responses=5)
     K, u = 5, 0.1 * logps - rewards
 
@@ -448,7 +448,7 @@ def test_squared_listwise_is_half_the_variance_up_to_its_constants():
 # ---- targets -------------------------------------------------------------------------------------
 
 
-def test_cross_entropy_adds_the_entropy_of_the_target_and_nothing_to_the_gradient():
+def test_reference_cross_entropy_adds_the_entropy_of_the_target_and_nothing_to_the_gradient():
     logps, ref_logps, rewards = batch(responses=3)
     t = 0.7 * rewards
     q, b = t.softmax(0), torch.sigmoid(t)
@@ -473,7 +473,7 @@ def test_cross_entropy_adds_the_entropy_of_the_target_and_nothing_to_the_gradien
         close(gradient(ce, logps), gradient(kl, logps))
 
 
-def test_a_hard_target_makes_the_divergence_and_the_cross_entropy_equal_and_finite():
+def test_reference_a_hard_target_makes_the_divergence_and_the_cross_entropy_equal_and_finite():
     logps, ref_logps, _ = batch(responses=8)
     # Pairwise in larger groups the rejected responses tie with one another, and a tie has entropy
     # log 2.
@@ -495,7 +495,7 @@ def test_a_hard_target_makes_the_divergence_and_the_cross_entropy_equal_and_fini
 
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise"])
 @pytest.mark.parametrize("d", [-21.0, 21.0])
-def test_a_saturated_pair_keeps_every_digit_of_its_loss(d, comparison):
+def test_reference_a_saturated_pair_keeps_every_digit_of_its_loss(d, comparison):
     logps = torch.tensor([d, 0.0], dtype=torch.float64)
     objective = RPOObjective(beta=1.0, target=INF, comparison=comparison, reference="none")
     # Softplus taken as linear above 20 would lose 7.6e-10 at -21; log(1 + e^-21) without log1p,
@@ -508,7 +508,7 @@ def test_a_saturated_pair_keeps_every_digit_of_its_loss(d, comparison):
     )
 
 
-def test_equal_infinities_are_a_tie():
+def test_reference_equal_infinities_are_a_tie():
     logps = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, requires_grad=True)
 
     def loss(rewards, comparison):
@@ -530,7 +530,7 @@ def test_equal_infinities_are_a_tie():
     assert gradient(loss([INF, INF, 0.0], "pairwise"), logps).isfinite().all()
 
 
-def test_only_the_backward_divergence_takes_an_infinite_target():
+def test_reference_only_the_backward_divergence_takes_an_infinite_target():
     logps, _, _ = batch(responses=2)
     for distance in ("squared", "forward_kl"):
         with pytest.raises(ValueError, match="infinite target"):
@@ -540,7 +540,7 @@ def test_only_the_backward_divergence_takes_an_infinite_target():
 
 
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise"])
-def test_a_label_is_the_probability_that_the_first_response_wins(comparison):
+def test_reference_a_label_is_the_probability_that_the_first_response_wins(comparison):
     logps, ref_logps, _ = batch(responses=6)
     for q in (0.5, 0.7, 1.0):
         tau = INF if q == 1 else math.log(q / (1 - q))
@@ -564,14 +564,14 @@ def test_a_label_is_the_probability_that_the_first_response_wins(comparison):
     assert beyond.targets.isnan().all()
 
 
-def test_a_numeric_target_sets_the_first_response_against_the_others():
+def test_reference_a_numeric_target_sets_the_first_response_against_the_others():
     logps, ref_logps, rewards = batch()
     objective = RPOObjective("squared", comparison="pointwise", target=3.0)
     out = preference_loss(logps, rewards, objective, ref_logps=ref_logps, cu_groups=RAGGED)
     assert out.targets.tolist() == [1.5, -1.5, 1.5, -1.5, -1.5, 1.5, -1.5, -1.5, -1.5]
 
 
-def test_the_chosen_response_has_the_largest_target_and_the_first_wins_a_tie():
+def test_reference_the_chosen_response_has_the_largest_target_and_the_first_wins_a_tie():
     logps, _, _ = batch(responses=6)
     rewards = torch.tensor([1.0, 4.0, 4.0, 0.0, 0.0, -1.0])
     for objective, r, chosen in [
@@ -590,7 +590,7 @@ def test_the_chosen_response_has_the_largest_target_and_the_first_wins_a_tie():
 # ---- the negative log-likelihood of the chosen, reductions ---------------------------------------
 
 
-def test_the_likelihood_term_is_a_sum_a_mean_or_a_mean_over_all_chosen_tokens():
+def test_reference_the_likelihood_term_is_a_sum_a_mean_or_a_mean_over_all_chosen_tokens():
     logps, ref_logps, rewards = batch()
     chosen = [
         max(range(a, b), key=rewards.tolist().__getitem__)
@@ -616,7 +616,7 @@ def test_the_likelihood_term_is_a_sum_a_mean_or_a_mean_over_all_chosen_tokens():
     close((losses(0.5, "tokens") - plain).mean(), 0.5 * nll.sum() / n.sum())
 
 
-def test_reductions_and_normalizers_of_the_same_losses():
+def test_reference_reductions_and_normalizers_of_the_same_losses():
     logps, ref_logps, rewards = batch()
 
     def loss(**options):
@@ -634,7 +634,7 @@ def test_reductions_and_normalizers_of_the_same_losses():
         loss(reduction="none", normalizer=7)
 
 
-def test_rows_packed_sequences_and_hidden_states_give_one_loss():
+def test_reference_rows_packed_sequences_and_hidden_states_give_one_loss():
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 5, 3, generator=g, dtype=torch.float64)
     weight, bias = (
@@ -679,7 +679,9 @@ def test_rows_packed_sequences_and_hidden_states_give_one_loss():
 
 
 @pytest.mark.parametrize(("distance", "comparison"), EVERY_DISTANCE)
-def test_a_response_without_a_scored_token_leaves_the_loss_of_the_others(distance, comparison):
+def test_reference_a_response_without_a_scored_token_leaves_the_loss_of_the_others(
+    distance, comparison
+):
     logps, ref_logps, rewards = batch(responses=6)
     lengths = torch.tensor([4, 0, 2, 3, 5, 1])
     left = [0, 2, 3, 4, 5]
@@ -718,7 +720,7 @@ def test_a_response_without_a_scored_token_leaves_the_loss_of_the_others(distanc
 
 
 @pytest.mark.parametrize("comparison", ["listwise", "pairwise"])
-def test_a_group_left_with_one_response_does_not_count(comparison):
+def test_reference_a_group_left_with_one_response_does_not_count(comparison):
     logps, ref_logps, rewards = batch(responses=4)
     objective = RPOObjective(comparison=comparison, sft_weight=1.0, sft_normalizer="tokens")
     options = {"ref_logps": ref_logps, "lengths": torch.tensor([5, 0, 4, 6])}
@@ -731,7 +733,7 @@ def test_a_group_left_with_one_response_does_not_count(comparison):
     assert (gradient(out.loss, logps)[:2] == 0).all()
 
 
-def test_a_pointwise_group_counts_while_one_response_remains():
+def test_reference_a_pointwise_group_counts_while_one_response_remains():
     logps, ref_logps, rewards = batch(responses=4)
     objective = RPOObjective("squared", comparison="pointwise")
     out = preference_loss(
@@ -752,7 +754,7 @@ def test_a_pointwise_group_counts_while_one_response_remains():
     ],
     ids=["dpo", "robust_dpo", "softmax_dpo", "sppo", "pairwise"],
 )
-def test_without_rewards_a_group_that_lost_its_first_response_does_not_count(objective):
+def test_reference_without_rewards_a_group_that_lost_its_first_response_does_not_count(objective):
     logps, ref_logps, _ = batch(responses=4)
     options = {"ref_logps": ref_logps, "reduction": "none"}
     whole = preference_loss(logps, None, objective, **options)
@@ -762,7 +764,7 @@ def test_without_rewards_a_group_that_lost_its_first_response_does_not_count(obj
     assert (gradient(lost.loss.sum(), logps)[:2] == 0).all()
 
 
-def test_a_label_needs_exactly_two_responses():
+def test_reference_a_label_needs_exactly_two_responses():
     logps, ref_logps, _ = batch()
     lengths = torch.tensor([1, 1, 1, 0, 1, 1, 1, 1, 1])  # the groups keep 2, 2 and 4
     out = preference_loss(
@@ -781,7 +783,7 @@ def test_a_label_needs_exactly_two_responses():
     assert out.loss[2] == 0 and out.loss[0] > 0
 
 
-def test_a_batch_in_which_nothing_counts_has_loss_zero_and_can_call_backward():
+def test_reference_a_batch_in_which_nothing_counts_has_loss_zero_and_can_call_backward():
     logits = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.full((4, 3), -100)
     objective = RPOObjective(average=True, sft_weight=1.0, sft_normalizer="tokens")
@@ -790,7 +792,7 @@ def test_a_batch_in_which_nothing_counts_has_loss_zero_and_can_call_backward():
     assert out.loss == 0 and (logits.grad == 0).all() and out.lengths.tolist() == [0, 0, 0, 0]
 
 
-def test_a_softmax_target_counts_the_remaining_responses():
+def test_reference_a_softmax_target_counts_the_remaining_responses():
     logps, ref_logps, rewards = batch(responses=3)
     out = preference_loss(
         logps,
@@ -806,7 +808,7 @@ def test_a_softmax_target_counts_the_remaining_responses():
 # ---- the on-policy theorem -----------------------------------------------------------------------
 
 
-def test_rloo_preset_on_policy_is_reinforce_leave_one_out_of_the_kl_regularised_reward():
+def test_reference_rloo_preset_on_policy_is_reinforce_leave_one_out_of_the_kl_regularised_reward():
     """Every sample of K = 3 responses from a policy over V = 4, weighted by its probability: no
     sampling error.
 

@@ -62,7 +62,7 @@ def gradient(loss, x, **options):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_operators_keep_the_promises_they_registered(inplace, device, backend):
+def test_operators_pass_opcheck(inplace, device, backend):
     """Schema (what is written, what aliases), fake tensors, autograd registration, and tracing with
     dynamic shapes.
     """
@@ -192,7 +192,7 @@ def compiled_equals_eager(name, device, **options):
 
 
 @pytest.mark.parametrize("name", public_calls("cpu"))
-def test_a_compiled_call_is_one_graph_and_equals_an_eager_one(name, device):
+def test_public_functions_compile_into_one_graph(name, device):
     compiled_equals_eager(name, device, backend="aot_eager")
 
 
@@ -201,13 +201,13 @@ def test_a_compiled_call_is_one_graph_and_equals_an_eager_one(name, device):
     reason="inductor needs a C++ compiler",
 )
 @pytest.mark.filterwarnings("ignore")  # inductor is made of pieces that torch deprecates
-def test_the_default_compiler_takes_the_operators(device):
+def test_public_functions_compile_with_inductor(device):
     # no pointwise operation beside ours: C++ would take 15 s
     compiled_equals_eager("rpo_loss after a head", device)
 
 
 @pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "preference_loss"])
-def test_another_number_of_tokens_needs_no_other_graph(name, device):
+def test_public_functions_compile_into_one_dynamic_graph(name, device):
     """Batches of a training run differ in length; a recompilation each would cost more than the
     kernels save.
     """
@@ -232,7 +232,7 @@ def test_another_number_of_tokens_needs_no_other_graph(name, device):
 
 
 @pytest.mark.parametrize("bad", ["labels", "cu_seqlens"])
-def test_bad_values_raise_from_a_compiled_call_too(bad):
+def test_public_functions_raise_for_bad_values_when_compiled(bad):
     """On a CPU: the checks that tracing skips are made when the graph runs."""
     logits, labels, rewards, ref_logps = batch("cpu")
     arguments = {"labels": labels.view(12), "cu_seqlens": ints(0, 3, 6, 9, 12, device="cpu")}
@@ -251,7 +251,7 @@ def test_bad_values_raise_from_a_compiled_call_too(bad):
 @pytest.mark.parametrize(
     "bad", [(0, 3, 5_000_000), (0, 7, 3, 12), (-9_000_000, 12), (0, 11), (1, 12)]
 )
-def test_offsets_that_no_check_has_seen_give_nan_and_nothing_outside_is_read(bad, device):
+def test_cu_seqlens_that_no_check_saw_give_nan(bad, device):
     """A compiled call, and any call on a GPU, does not look at values."""
     tokens = torch.randn(12, device=device, requires_grad=True)
     logps = torch.compile(sequence_logps, fullgraph=True, backend="aot_eager")(
@@ -264,7 +264,7 @@ def test_offsets_that_no_check_has_seen_give_nan_and_nothing_outside_is_read(bad
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def test_checkpointing_gives_the_same_gradients(device, backend):
+def test_public_functions_under_checkpoint_have_the_same_gradients(device, backend):
     logits, labels, rewards, ref_logps = batch(device)
     weight = torch.randn(5, 5, device=device, requires_grad=True)
 
@@ -309,7 +309,7 @@ def differentiable_calls(device, backend="auto", to_number=squares, **options):
 # upstream constant, or depending on the logits
 @pytest.mark.parametrize("to_number", [torch.sum, squares])
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
-def test_second_derivatives_raise(name, to_number, inplace, device):
+def test_public_functions_raise_for_second_derivatives(name, to_number, inplace, device):
     """They are not implemented; a gradient penalty that went missing without a word would train
     another objective.
     """
@@ -324,7 +324,7 @@ def test_second_derivatives_raise(name, to_number, inplace, device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("to_number", [torch.sum, squares])
-def test_second_derivatives_of_sequence_log_probs_raise(reduction, to_number, device):
+def test_sequence_logps_raises_for_second_derivatives(reduction, to_number, device):
     _, _, rewards, ref_logps = batch(device)
     logps = torch.randn(4, device=device, requires_grad=True)
     loss = to_number(
@@ -335,7 +335,7 @@ def test_second_derivatives_of_sequence_log_probs_raise(reduction, to_number, de
 
 
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
-def test_a_gradient_in_place_is_the_same_and_lies_over_the_logits(name, device, backend):
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(name, device, backend):
     leaf = batch(device)[0]
     torch.manual_seed(0)
     expected = gradient(differentiable_calls(device, backend)[name](leaf * 1.0), leaf)
@@ -349,7 +349,7 @@ def test_a_gradient_in_place_is_the_same_and_lies_over_the_logits(name, device, 
 
 
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
-def test_a_second_backward_over_overwritten_logits_raises(name, device, backend):
+def test_inplace_backward_raises_the_second_time(name, device, backend):
     loss = differentiable_calls(device, backend, inplace_backward=True)[name](
         batch(device)[0] * 1.0
     )
@@ -359,7 +359,7 @@ def test_a_second_backward_over_overwritten_logits_raises(name, device, backend)
 
 
 @pytest.mark.parametrize("name", differentiable_calls("cpu"))
-def test_logits_that_are_needed_after_they_were_overwritten_raise(name, device, backend):
+def test_inplace_backward_raises_where_logits_are_needed_afterwards(name, device, backend):
     logits = batch(device)[0] * 1.0
     # saves the logits, and runs its backward after that of the loss
     penalty = logits.square().mean()
@@ -370,7 +370,7 @@ def test_logits_that_are_needed_after_they_were_overwritten_raise(name, device, 
 
 @pytest.mark.parametrize("bounds", [[0, 2, 4, 6], [0, 3, 3, 5, 6]], ids=["pairs", "ragged"])
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_a_loss_of_each_group_weights_its_own_gradient(bounds, packed, device, backend):
+def test_rpo_loss_of_each_group_weights_its_own_gradient(bounds, packed, device, backend):
     """Reduction "none" under any upstream w: the gradient is the sum of w_g dL_g, each group on its
     own.
     """
@@ -404,7 +404,7 @@ def test_a_loss_of_each_group_weights_its_own_gradient(bounds, packed, device, b
 
 
 @pytest.mark.parametrize("bounds", [[0, 2, 4, 6], [0, 3, 3, 5, 6]], ids=["pairs", "ragged"])
-def test_a_loss_of_each_group_of_log_probs_weights_its_own_gradient(bounds, device, backend):
+def test_preference_loss_of_each_group_weights_its_own_gradient(bounds, device, backend):
     logps, rewards, ref_logps = torch.randn(3, 6, device=device).unbind()
     logps.requires_grad_()
     groups = {} if bounds == [0, 2, 4, 6] else {"cu_groups": ints(*bounds, device=device)}
@@ -423,7 +423,7 @@ def test_a_loss_of_each_group_of_log_probs_weights_its_own_gradient(bounds, devi
     torch.testing.assert_close(gradient(losses, logps, grad_outputs=weights), expected)
 
 
-def test_only_logits_get_a_gradient(device, backend):
+def test_rpo_loss_gives_only_logits_a_gradient(device, backend):
     """Also below the public functions, which refuse constants that require one."""
     logits, labels, rewards, ref_logps = batch(device)
     constants = [
@@ -448,7 +448,7 @@ def test_only_logits_get_a_gradient(device, backend):
         assert [g is not None for g in grads] == [True, False, False, False]
 
 
-def test_no_graph_is_built_where_no_gradient_is_wanted(device, backend):
+def test_public_functions_build_no_graph_without_gradients(device, backend):
     logits, labels, rewards, ref_logps = batch(device)
     call = partial(
         rpo_loss,
@@ -466,7 +466,7 @@ def test_no_graph_is_built_where_no_gradient_is_wanted(device, backend):
 # ---- autocast ------------------------------------------------------------------------------------
 
 
-def test_autocast_around_a_call_leaves_float32_logits_alone(device, backend):
+def test_token_logps_under_autocast_keep_float32_logits(device, backend):
     logits, *_ = batch(device)
     call = differentiable_calls(device, backend)["rpo_loss"]
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -475,7 +475,7 @@ def test_autocast_around_a_call_leaves_float32_logits_alone(device, backend):
     assert torch.equal(gradient(loss, logits), gradient(call(logits), logits))
 
 
-def test_a_head_under_autocast_trains_through_its_bfloat16_logits(device, backend):
+def test_rpo_loss_under_autocast_trains_through_bfloat16_logits(device, backend):
     _, labels, rewards, ref_logps = batch(device)
     hidden, weight = (
         torch.randn(4, 3, 8, device=device),

@@ -109,18 +109,18 @@ def refuses(way, call: str, argument: str) -> None:
 
 @pytest.mark.parametrize("way", FORWARD_MODE)
 @pytest.mark.parametrize(("call", "argument"), ALL)
-def test_calls_refuse_forward_mode_derivatives_in_any_tensor(call, argument, way):
+def test_public_functions_refuse_forward_mode_in_any_tensor(call, argument, way):
     refuses(FORWARD_MODE[way], call, argument)
 
 
 @pytest.mark.parametrize("way", ASKED_FOR_GRADIENTS)
 @pytest.mark.parametrize(("call", "argument"), LEAVES)
-def test_calls_refuse_forward_mode_derivatives_beside_gradients(call, argument, way):
+def test_public_functions_refuse_forward_mode_with_gradients(call, argument, way):
     refuses(ASKED_FOR_GRADIENTS[way], call, argument)
 
 
 @pytest.mark.parametrize(("call", "argument"), LEAVES)
-def test_backwards_refuse_tangents_of_the_upstream_gradient(call, argument):
+def test_public_functions_refuse_tangents_of_the_upstream_gradient(call, argument):
     _, function, x = called(call, argument)
     out = function(x.requires_grad_())
     with forward_ad.dual_level():
@@ -130,7 +130,7 @@ def test_backwards_refuse_tangents_of_the_upstream_gradient(call, argument):
 
 
 @pytest.mark.parametrize(("call", "argument"), LEAVES)
-def test_calls_have_the_same_gradient_under_torch_func(call, argument):
+def test_public_functions_have_the_same_gradient_under_torch_func(call, argument):
     _, function, x = called(call, argument)
     value, gradient = torch.func.vjp(function, x)
     (gradient,) = gradient(torch.tensor(3.0))
@@ -143,7 +143,7 @@ def test_calls_have_the_same_gradient_under_torch_func(call, argument):
 
 @pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad])
 @pytest.mark.parametrize(("call", "argument"), ALL)
-def test_calls_refuse_vmap_or_are_right(call, argument, transform):
+def test_public_functions_refuse_vmap_or_are_right(call, argument, transform):
     _, function, x = called(call, argument)
     function, xs = transform(function), torch.stack([x, 2 * x])
     try:
@@ -175,7 +175,7 @@ def test_sequence_logps_of_packed_tokens_refuse_forward_mode():
 @pytest.mark.parametrize(
     ("call", "argument"), [("token_logps", "logits"), ("linear_rpo_loss", "weight")]
 )
-def test_calls_in_a_compiled_function_refuse_forward_mode(call, argument):
+def test_public_functions_refuse_forward_mode_when_compiled(call, argument):
     op, function, x = called(call, argument)
     compiled = torch.compile(function, backend="aot_eager")
     torch.testing.assert_close(compiled(x), function(x))
@@ -185,7 +185,7 @@ def test_calls_in_a_compiled_function_refuse_forward_mode(call, argument):
             refused()
 
 
-def test_calls_work_beside_other_functions_forward_mode_derivatives():
+def test_public_functions_work_next_to_forward_mode_of_others():
     with forward_ad.dual_level():
         for call, argument in LEAVES:
             _, function, x = called(call, argument)

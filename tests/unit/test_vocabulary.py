@@ -72,9 +72,7 @@ def rows(V, dtype, device, scale=8.0):
 
 @pytest.mark.parametrize("V", VOCABULARIES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_break_tiles(
-    V, transform, backend, device
-):
+def test_token_logps_and_gradients_are_as_good_as_pytorch(V, transform, backend, device):
     for dtype in kernel_dtypes(backend):
         x, labels = rows(V, dtype, device)
         weight = torch.randn(labels.shape, device=device)
@@ -96,7 +94,7 @@ def test_log_probs_and_gradients_are_as_good_as_pytorch_on_vocabularies_that_bre
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_entropy_and_its_gradient_match_float64(transform, backend, device):
+def test_token_logps_and_entropy_match_float64(transform, backend, device):
     for V in (1, 4097):
         x, labels = rows(V, torch.float32, device)
         a, b = torch.randn(2, *labels.shape, device=device)
@@ -111,7 +109,7 @@ def test_entropy_and_its_gradient_match_float64(transform, backend, device):
         assert torch.equal(logps, token_logps(x, labels, backend=backend, **transform))
 
 
-def test_confident_tokens_keep_their_digits(backend, device):
+def test_token_logps_of_confident_tokens_keep_their_digits(backend, device):
     """log p = -e^-30 and 1 - p are lost to a subtraction of logsumexps, which gives 0 (and a zero
     gradient).
     """
@@ -127,7 +125,7 @@ def test_confident_tokens_keep_their_digits(backend, device):
     assert abs(float(grad.double().sum())) < 1e-5 * -float(expected)
 
 
-def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
+def test_token_logps_treat_infinities_and_nans_as_log_softmax_does(backend, device):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor(
         [
@@ -161,7 +159,7 @@ def test_infinite_and_nan_logits_behave_as_in_log_softmax(backend, device):
     torch.testing.assert_close(grad.double(), onehot - p, rtol=1e-6, atol=1e-7)
 
 
-def test_a_default_dtype_of_float64_changes_nothing(backend, device):
+def test_token_logps_do_not_depend_on_the_default_dtype(backend, device):
     x, labels = (
         torch.randn(4, 9, device=device, requires_grad=True),
         torch.tensor([2, 0, -100, 8], device=device),
@@ -177,7 +175,7 @@ def test_a_default_dtype_of_float64_changes_nothing(backend, device):
     assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(*results))
 
 
-def test_ignored_rows_may_hold_anything(backend, device):
+def test_token_logps_of_ignored_rows_are_zero_whatever_they_hold(backend, device):
     x = torch.randn(4, 9, device=device)
     x[1], x[3] = float("nan"), float("inf")
     labels = torch.tensor([2, -100, 3, -100], device=device)
@@ -188,7 +186,7 @@ def test_ignored_rows_may_hold_anything(backend, device):
     assert (grad[[1, 3]] == 0).all() and grad.isfinite().all()
 
 
-def test_a_view_of_shifted_logits_is_read_where_it_lies(backend, device):
+def test_token_logps_read_views_of_shifted_logits(backend, device):
     full = torch.randn(3, 5, 33, device=device)
     labels = torch.randint(0, 33, (3, 4), device=device)
     view = full[:, :-1].requires_grad_()
@@ -203,7 +201,7 @@ def test_a_view_of_shifted_logits_is_read_where_it_lies(backend, device):
     assert torch.equal(token_logps(swapped, labels.t(), backend=backend), expected)
 
 
-def test_leading_dimensions_of_any_number_work(backend, device):
+def test_token_logps_take_any_number_of_leading_dimensions(backend, device):
     x = torch.randn(2, 3, 2, 7, device=device)
     labels = torch.randint(0, 7, (2, 3, 2), device=device)
     expected = reference.token_logps(x.double(), labels)
@@ -215,7 +213,7 @@ def test_leading_dimensions_of_any_number_work(backend, device):
     assert token_logps(x[:, :, :0], labels[:, :, :0], backend=backend).shape == (2, 3, 0)
 
 
-def test_a_row_does_not_depend_on_its_batch_and_repeats_bit_for_bit(backend, device):
+def test_token_logps_of_a_row_do_not_depend_on_its_batch(backend, device):
     x = torch.randn(9, 4099, device=device) * 5
     labels = torch.randint(0, 4099, (9,), device=device)
     together = token_logps(x, labels, backend=backend)
@@ -226,7 +224,7 @@ def test_a_row_does_not_depend_on_its_batch_and_repeats_bit_for_bit(backend, dev
         )
 
 
-def test_the_gradient_may_take_the_place_of_the_logits(backend, device):
+def test_token_logps_write_gradients_in_place(backend, device):
     for dtype in kernel_dtypes(backend):
         x, labels = rows(4097, dtype, device)
         expected = x.clone().requires_grad_()
@@ -240,7 +238,7 @@ def test_the_gradient_may_take_the_place_of_the_logits(backend, device):
         assert seen == [logits.data_ptr()]
 
 
-def test_labels_may_be_int32_or_strided(backend, device):
+def test_token_logps_take_int32_and_strided_labels(backend, device):
     x = torch.randn(4, 3, 11, device=device)
     labels = torch.randint(0, 11, (3, 4), device=device).t()
     expected = token_logps(x, labels.contiguous(), backend=backend)
@@ -251,7 +249,7 @@ def test_labels_may_be_int32_or_strided(backend, device):
 @pytest.mark.parametrize(
     "layout", ["every other", "last dimension", "expanded", "every other of one dimension"]
 )
-def test_strided_labels_are_read_where_they_lie(layout, device):
+def test_token_logps_read_strided_labels_without_a_copy(layout, device):
     """Flattened, these are views with strides 2, 2, 0 and 2."""
     big = torch.randint(0, 11, (4, 6), device=device)
     labels = {
@@ -283,7 +281,7 @@ def test_strided_labels_are_read_where_they_lie(layout, device):
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="on a CPU such labels raise (test_bad_input)")
-def test_a_label_outside_the_vocabulary_gives_nan_on_a_gpu():
+def test_token_logps_of_unchecked_bad_labels_are_nan():
     x = torch.randn(3, 11, device="cuda", requires_grad=True)
     logps = token_logps(x, torch.tensor([2, 11, -1], device="cuda"))
     (grad,) = torch.autograd.grad(logps.sum(), x)
@@ -316,7 +314,7 @@ def arch(request):
 
 
 @pytest.mark.parametrize("V", [5, 8, 1029, 4096 + 3])
-def test_values_and_gradients_have_the_same_bits_wherever_rows_begin(V, arch, device):
+def test_token_logps_have_the_same_bits_wherever_rows_begin(V, arch, device):
     """Rows begin at every offset from 16 bytes; with an odd V each row at another one.
 
     The kernel, not PyTorch, promises this.
@@ -351,7 +349,7 @@ def many_parts(monkeypatch):
     return switch
 
 
-def test_a_row_has_the_same_bits_whether_one_program_reads_it_or_several(many_parts, device):
+def test_token_logps_have_the_same_bits_however_many_programs_read_a_row(many_parts, device):
     V = 2048 + 777
     x = torch.randn(5, V, device=device) * 6
     # a part that is far above the label's, and one that is beyond all
@@ -389,7 +387,7 @@ BEYOND = {  # logits beside random ones, label, whether NaN is allowed
 
 
 @pytest.mark.parametrize("name", BEYOND)
-def test_logits_of_millions_are_right_and_larger_ones_right_or_nan(name, device):
+def test_token_logps_of_huge_logits_are_right_or_nan(name, device):
     """A chip rounds y * scale2 - shift once: of a product beyond 2^24 it keeps what rounding the
     shift has left.
     """
@@ -412,9 +410,7 @@ def test_logits_of_millions_are_right_and_larger_ones_right_or_nan(name, device)
         assert worst(ours.grad, truth.grad) <= 1e-5
 
 
-def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatever_their_batches(
-    many_parts, device
-):
+def test_token_logps_of_equal_rows_are_equal_in_any_batch(many_parts, device):
     V = 2048 + 777
     x = (torch.randn(6, V, device=device) * 6).half()
     labels = torch.randint(0, V, (6,), device=device)
@@ -427,7 +423,7 @@ def test_policy_and_reference_with_equal_inputs_differ_by_exactly_nothing_whatev
         )
 
 
-def test_more_rows_than_programs_are_all_done(monkeypatch, device):
+def test_token_logps_of_more_rows_than_programs(monkeypatch, device):
     x, labels = torch.randn(7, 33, device=device), torch.randint(0, 33, (7,), device=device)
     expected = with_gradient(x, labels, "triton")
     for module in (vocabulary_forward, vocabulary_backward):
@@ -435,7 +431,7 @@ def test_more_rows_than_programs_are_all_done(monkeypatch, device):
     assert all(map(torch.equal, with_gradient(x, labels, "triton"), expected))
 
 
-def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
+def test_token_logps_write_gradients_at_another_alignment(device):
     """Logits in padded rows, gradients in rows without padding: 16-byte writes, and reads as wide
     as the rows allow.
     """
@@ -455,7 +451,7 @@ def test_a_gradient_beside_its_logits_may_begin_elsewhere(device):
 
 
 @pytest.mark.parametrize("entropy", [False, True])
-def test_shards_without_a_finite_column_add_nothing(entropy, backend, device):
+def test_token_logps_of_shards_without_a_finite_column(entropy, backend, device):
     """A vocabulary that is padded with -inf meets them on its last rank; a part of a row may be one
     too.
     """
@@ -503,7 +499,7 @@ def test_shards_without_a_finite_column_add_nothing(entropy, backend, device):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_parts_of_a_row_without_a_finite_column_add_nothing(split, many_parts, device):
+def test_token_logps_of_parts_without_a_finite_column(split, many_parts, device):
     many_parts(split)
     V = 2048 + 777
     x = torch.full((4, V), float("-inf"), device=device)
@@ -549,7 +545,7 @@ def test_launch_settings_come_from_the_table_and_a_user_s_table_comes_first(monk
     launch.launch_settings.cache_clear(), launch._rows.cache_clear()
 
 
-def test_rows_that_one_backend_saved_serve_the_other(device):
+def test_token_logps_rows_that_one_backend_saved_serve_the_other(device):
     """Both keep the logsumexp in one unit. Triton's exponents are multiples of an fp32 log2 e,
     which is off by up to 2^-25: at logits near 300 the two differ by as much of them.
     """
