@@ -206,7 +206,7 @@ def test_public_functions_point_float64_to_the_reference():
     [case for case in TENSORS if case[1] in ("rewards", "ref_logps", "ref_weights")]
     + [(op, "normalizer", {"normalizer": torch.tensor(2.0)}) for op in GROUP_OPS],
 )
-def test_public_functions_refuse_leaves_whose_gradient_would_be_lost(op, name, good):
+def test_public_functions_refuse_tensors_whose_gradient_would_be_lost(op, name, good):
     wants = (GOOD[op] | good)[name].clone().requires_grad_()
     refuses(
         op,
@@ -449,7 +449,7 @@ def test_cu_seqlens_and_cu_groups_must_not_decrease(op, name, what, total, good)
     refuses(op, f"`{name}` must not decrease, got {bad.tolist()}", **good | {name: bad})
 
 
-def test_shift_labels_refuses_packed_ids_without_cu_seqlens():
+def test_shift_labels_refuses_rows_with_cu_seqlens():
     refuses(
         "shift_labels",
         "`input_ids` must be packed [N] with `cu_seqlens`, got [4, 3]",
@@ -491,7 +491,7 @@ def test_preference_loss_needs_lengths_where_the_loss_divides_by_them(objective)
         (torch.tensor([1, 2, -3, 4]), ValueError, "`lengths` must be >= 0, got -3"),
     ],
 )
-def test_preference_loss_refuses_negative_lengths(lengths, error, message):
+def test_preference_loss_refuses_bad_lengths(lengths, error, message):
     refuses("preference_loss", message, error, lengths=lengths)
 
 
@@ -541,7 +541,7 @@ def test_group_size_must_be_two_for_labels_of_pairs():
     refuses("rpo_loss", message, cu_groups=offsets(0, 4), **pairs)
 
 
-def test_group_size_of_an_empty_batch():
+def test_group_size_needs_at_least_one_group():
     message = "at least one group of `group_size` responses is needed, got S = 0 sequences"
     nothing = {"rewards": REWARDS[:0], "ref_logps": REF_LOGPS[:0]}
     refuses("rpo_loss", message, logits=LOGITS[:0], labels=LABELS[:0], **nothing)

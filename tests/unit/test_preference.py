@@ -194,7 +194,7 @@ def test_preference_loss_takes_infinite_rewards_as_hard_targets(backend, device)
         assert worst(torch.autograd.grad(ours.loss, logps)[0], expected) < 1e-6
 
 
-def test_rpo_loss_of_131072_tokens_keeps_its_log_ratio(backend, device):
+def test_group_pass_of_131072_tokens_keeps_the_log_ratio(backend, device):
     """Policy and reference near -0.7 nats a token differ by 1e-3: the ratio is 1e-3 of the sums."""
     T = 131_072
     lp = -torch.rand(2, T, device=device) * 1.4
