@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .backend import BACKENDS
-from .objectives import DISTANCES, RPOObjective
+from .objectives import DISTANCES, AnyObjective, Objective, ObjectiveSum, RPOObjective
 from .tangents import check_tangents
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -174,16 +174,27 @@ def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> 
     check_device(op, name, offsets, device)
 
 
-def check_objective(op: str, objective: object) -> None:
-    if not isinstance(objective, RPOObjective):
+def check_objective(op: str, objective: AnyObjective) -> Objective:
+    if isinstance(objective, RPOObjective | ObjectiveSum):
+        return objective
+    if (
+        not isinstance(objective, (list, tuple))
+        or not objective
+        or not all(isinstance(part, (list, tuple)) and len(part) == 2 for part in objective)
+    ):
         raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example "
-            "RPOObjective.dpo(beta=0.1)"
+            f"{op}: `objective` must be an RPOObjective, or pairs (weight, RPOObjective) for a "
+            f"weighted sum, got {objective!r}; for example RPOObjective.dpo(beta=0.1)"
         )
+    try:
+        return ObjectiveSum.of(objective)
+    except (TypeError, ValueError) as error:
+        message = str(error).removeprefix("RPOObjective: ")
+        raise type(error)(f"{op}: `objective` is no sum: {message}") from None
 
 
 def check_rewards(
-    op: str, rewards: Tensor | None, objective: RPOObjective, S: int, device: torch.device
+    op: str, rewards: Tensor | None, objective: Objective, S: int, device: torch.device
 ) -> None:
     if rewards is None:
         if objective.uses_rewards:
@@ -213,7 +224,7 @@ def check_rewards(
 
 def check_groups(
     op: str,
-    objective: RPOObjective,
+    objective: Objective,
     S: int,
     group_size: object,
     cu_groups: Tensor | None,
@@ -224,8 +235,9 @@ def check_groups(
         raise ValueError(
             f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences"
         )
+    labels_pairs = any(part.label is not None for part in objective.parts)
     if cu_groups is not None:
-        if objective.label is not None:
+        if labels_pairs:
             raise ValueError(
                 f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; "
                 "pass group_size=2"
@@ -241,17 +253,18 @@ def check_groups(
         group_size = 2
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
-    least = 1 if objective.comparison == "pointwise" else 2
-    if group_size < least:
-        raise ValueError(
-            f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, "
-            f"got {group_size}"
-        )
+    for comparison in {part.comparison: None for part in objective.parts}:
+        least = 1 if comparison == "pointwise" else 2
+        if group_size < least:
+            raise ValueError(
+                f"{op}: `group_size` must be at least {least} for comparison {comparison!r}, got "
+                f"{group_size}"
+            )
     if S % group_size:
         raise ValueError(
             f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}"
         )
-    if objective.label is not None and group_size != 2:
+    if labels_pairs and group_size != 2:
         raise ValueError(
             f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}"
         )
@@ -260,7 +273,7 @@ def check_groups(
 
 def check_reference(
     op: str,
-    objective: RPOObjective,
+    objective: Objective,
     ref_logps: Tensor | None,
     ref_weights: Tensor | None,
     shapes: list[tuple[int, ...]],
@@ -338,6 +351,22 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
         raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
 
 
+def check_group_weights(
+    op: str, group_weights: Tensor | None, G: int, device: torch.device
+) -> None:
+    if group_weights is None:
+        return
+    check_tensor(op, "group_weights", group_weights)
+    check_float(op, "group_weights", group_weights)
+    if group_weights.shape != (G,):
+        raise ValueError(
+            f"{op}: `group_weights` must be one number per group, [G] = [{G}]; got "
+            f"{shape_of(group_weights)}"
+        )
+    check_constant(op, "group_weights", group_weights)
+    check_device(op, "group_weights", group_weights, device)
+
+
 # ---- values, looked at on a CPU only -------------------------------------------------------------
 
 
@@ -372,18 +401,21 @@ def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, 
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
 
 
-def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective) -> None:
+def check_reward_values(op: str, rewards: Tensor | None, objective: Objective) -> None:
     if not _readable(rewards):
         return
     if rewards.isnan().any():
         raise ValueError(
             f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}"
         )
-    if rewards.isinf().any() and not objective.rules.infinite_targets:
+    finite = [
+        x.distance for x in objective.parts if x.uses_rewards and not x.rules.infinite_targets
+    ]
+    if finite and rewards.isinf().any():
         legal = " or ".join(repr(name) for name, x in DISTANCES.items() if x.infinite_targets)
         raise ValueError(
             f"{op}: infinite `rewards` are legal as targets of distance {legal} only, got one at "
-            f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"
+            f"{int(rewards.isinf().nonzero()[0])} with {finite[0]!r}"
         )
 
 
@@ -405,6 +437,11 @@ def check_normalizer_value(op: str, normalizer: Tensor | None) -> None:
         raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {float(normalizer)}")
 
 
+def check_group_weight_values(op: str, group_weights: Tensor | None) -> None:
+    if _readable(group_weights) and not group_weights.isfinite().all():
+        raise ValueError(f"{op}: `group_weights` must be finite, got {group_weights.tolist()[:16]}")
+
+
 def check_length_values(op: str, lengths: Tensor | None) -> None:
     if _readable(lengths) and (lengths < 0).any():
         raise ValueError(f"{op}: `lengths` must be >= 0, got {int(lengths.min())}")
@@ -413,7 +450,7 @@ def check_length_values(op: str, lengths: Tensor | None) -> None:
 def check_group_values(
     op: str,
     device: torch.device,
-    objective: RPOObjective,
+    objective: Objective,
     S: int,
     N: int,
     cu_seqlens: Tensor | None,
@@ -421,6 +458,7 @@ def check_group_values(
     rewards: Tensor | None,
     ref_weights: Tensor | None,
     normalizer: Tensor | None,
+    group_weights: Tensor | None,
 ) -> None:
     """What a group pass over S sequences of N tokens takes, all on one device."""
     if not _may_look(device):
@@ -430,3 +468,4 @@ def check_group_values(
     check_reward_values(op, rewards, objective)
     check_weight_values(op, ref_weights)
     check_normalizer_value(op, normalizer)
+    check_group_weight_values(op, group_weights)

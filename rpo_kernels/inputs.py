@@ -4,13 +4,13 @@ made, and handed on whole.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .objectives import RPOObjective
+from .objectives import Objective, weighted_parts
 
 
 class LogitTransform(NamedTuple):
@@ -89,7 +89,7 @@ class Sequences(NamedTuple):
 class Groups(NamedTuple):
     """What the group pass takes beside log-probabilities. All tensors are constants."""
 
-    objective: RPOObjective
+    objective: Objective
     rewards: Tensor | None  # [S] fp32
     ref_logps: Tensor | None  # [R, S] fp32, or [R, N] of tokens
     ref_weights: Tensor | None  # [R] or [R, G] fp32
@@ -98,6 +98,7 @@ class Groups(NamedTuple):
     group_size: int
     mean: bool
     ref_per_token: bool = False
+    group_weights: Tensor | None = None  # [G] fp32; factors on the losses of the groups
     sft_share: Tensor | None = (
         None  # [] fp32, counted groups / tokens of their chosen responses, of a batch seen in parts
     )
@@ -105,7 +106,7 @@ class Groups(NamedTuple):
     @staticmethod
     def of(
         op: str,
-        objective: RPOObjective,
+        objective: Objective,
         sequences: Sequences,
         tokens: tuple[int, ...] | None,
         device: torch.device,
@@ -117,6 +118,7 @@ class Groups(NamedTuple):
         cu_groups: Tensor | None,
         reduction: str,
         normalizer: Tensor | float | None,
+        group_weights: Tensor | None,
         is_live: bool = False,
     ) -> Groups:
         """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they
@@ -129,6 +131,7 @@ class Groups(NamedTuple):
         shapes: list[tuple[int, ...]] = [(S,)] if tokens is None else [(S,), tokens]
         checks.check_reference(op, objective, ref_logps, ref_weights, shapes, G, device, is_live)
         checks.check_normalizer(op, reduction, normalizer, device)
+        checks.check_group_weights(op, group_weights, G, device)
         per_token = False
         if ref_logps is not None:
             several = objective.reference in ("harmonic", "geometric")
@@ -155,7 +158,19 @@ class Groups(NamedTuple):
             group_size,
             reduction == "mean",
             per_token,
+            None if group_weights is None else _constant(group_weights),
         )
+
+    def parts(self) -> list[Groups]:
+        """What the group pass takes for each part of the objective."""
+        return [
+            self._replace(
+                objective=part,
+                rewards=self.rewards if part.uses_rewards else None,
+                **({} if part.reference != "none" else WITHOUT_REFERENCE),
+            )
+            for part in weighted_parts(self.objective)
+        ]
 
     def number(self, S: int) -> int:
         """G, of S sequences."""
@@ -174,7 +189,15 @@ class Groups(NamedTuple):
             self.rewards,
             self.ref_weights,
             self.normalizer,
+            self.group_weights,
         )
+
+
+WITHOUT_REFERENCE: dict[str, Any] = {
+    "ref_logps": None,
+    "ref_weights": None,
+    "ref_per_token": False,
+}
 
 
 class PerSequence(NamedTuple):

@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeAlias
 
 
 class Distance(NamedTuple):
@@ -93,6 +93,8 @@ class RPOObjective:
         reference: ``"single"``; ``"none"`` for reference-free objectives (lref = 0); or several
             references, of which ``"harmonic"`` is lref = -logsumexp_k(log alpha_k - lref_k) (MRPO,
             arXiv 2405.16388) and ``"geometric"`` is lref = sum_k alpha_k lref_k.
+        name: what metrics of a sum of objectives call this part; by default its preset's name, or
+            its distance.
 
     Raises:
         ValueError: for an unknown name, or a number outside its range.
@@ -112,6 +114,7 @@ class RPOObjective:
     scale: float = field(default=1.0, kw_only=True)
     leave_one_out: bool = field(default=True, kw_only=True)
     reference: str = field(default="single", kw_only=True)
+    name: str = field(default="", kw_only=True, compare=False, repr=False)
     spec: ClassVar[str]  # no field: made of them, for each object
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class RPOObjective:
                 raise TypeError(
                     f"RPOObjective: `{name}` must be True or False, got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.name, str):
+            raise TypeError(f"RPOObjective: `name` must be a string, got {self.name!r}")
         self._check_target()
         # The objective as one string, for operators that take only plain types. Inverse: from_spec.
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
@@ -180,6 +185,11 @@ class RPOObjective:
             )
 
     @property
+    def parts(self) -> tuple[RPOObjective, ...]:
+        """Itself: one objective is a sum of one part."""
+        return (self,)
+
+    @property
     def rules(self) -> Distance:
         """Those of its distance."""
         return DISTANCES[self.distance]
@@ -216,7 +226,9 @@ class RPOObjective:
     def dpo(cls, beta: float = 0.1, label_smoothing: float = 0.0) -> RPOObjective:
         """DPO (arXiv 2305.18290): -log sigmoid(d). With label smoothing 0 < eps < 1/2, cDPO:
         -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)."""
-        return cls("backward_kl", beta, target=_log_odds(label_smoothing), cross_entropy=True)
+        return cls(
+            "backward_kl", beta, target=_log_odds(label_smoothing), cross_entropy=True, name="dpo"
+        )
 
     @classmethod
     def robust_dpo(cls, beta: float = 0.1, label_smoothing: float = 0.1) -> RPOObjective:
@@ -225,7 +237,7 @@ class RPOObjective:
         """
         _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         label = (1 - label_smoothing) / (1 - 2 * label_smoothing)
-        return cls("backward_kl", beta, label=label, cross_entropy=True)
+        return cls("backward_kl", beta, label=label, cross_entropy=True, name="robust_dpo")
 
     @classmethod
     def ipo(cls, tau: float = 0.1, average: bool = False) -> RPOObjective:
@@ -233,7 +245,7 @@ class RPOObjective:
         length averages (TRL).
         """
         _number("tau", tau, low=0.0, strict=True)
-        return cls("squared", 1.0, average=average, target=1 / (2 * tau), scale=2.0)
+        return cls("squared", 1.0, average=average, target=1 / (2 * tau), scale=2.0, name="ipo")
 
     @classmethod
     def simpo(cls, beta: float = 2.0, gamma: float = 1.0) -> RPOObjective:
@@ -248,6 +260,7 @@ class RPOObjective:
             target=math.inf,
             cross_entropy=True,
             reference="none",
+            name="simpo",
         )
 
     @classmethod
@@ -263,12 +276,13 @@ class RPOObjective:
             target=math.inf,
             cross_entropy=True,
             reference="none",
+            name="cpo",
         )
 
     @classmethod
     def distill_dpo(cls, beta: float = 0.1) -> RPOObjective:
         """Distilled DPO (arXiv 2405.19316): (beta h - (r_1 - r_2))^2."""
-        return cls("squared", beta, scale=2.0)
+        return cls("squared", beta, scale=2.0, name="distill_dpo")
 
     @classmethod
     def rebel(cls, eta: float = 1.0) -> RPOObjective:
@@ -276,26 +290,26 @@ class RPOObjective:
         policy.
         """
         _number("eta", eta, low=0.0, strict=True)
-        return cls("squared", 1 / eta, scale=2.0)
+        return cls("squared", 1 / eta, scale=2.0, name="rebel")
 
     @classmethod
     def exo(cls, beta: float = 0.1, label_smoothing: float = 1e-3) -> RPOObjective:
         """EXO-pref (arXiv 2402.00856): KL(B(sigmoid(d)) || B(1 - eps)), 0 < eps < 1/2."""
         _number("label_smoothing", label_smoothing, low=0.0, high=0.5, strict=True)
-        return cls("forward_kl", beta, target=_log_odds(label_smoothing))
+        return cls("forward_kl", beta, target=_log_odds(label_smoothing), name="exo")
 
     @classmethod
     def softmax_dpo(cls, beta: float = 0.1) -> RPOObjective:
         """Softmax-DPO (arXiv 2406.09215): -log softmax(s)_1 over K responses, the first one
         chosen.
         """
-        return cls("backward_kl", beta, target=math.inf, cross_entropy=True)
+        return cls("backward_kl", beta, target=math.inf, cross_entropy=True, name="softmax_dpo")
 
     @classmethod
     def infonca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
         """InfoNCA (arXiv 2402.05369): -sum_i softmax(r / alpha)_i log softmax(s)_i."""
         _number("alpha", alpha, low=0.0, strict=True)
-        return cls("backward_kl", beta, eta=1 / alpha, cross_entropy=True)
+        return cls("backward_kl", beta, eta=1 / alpha, cross_entropy=True, name="infonca")
 
     @classmethod
     def rloo(cls, beta: float = 0.1) -> RPOObjective:
@@ -303,12 +317,12 @@ class RPOObjective:
         policy:
         -(1/K) sum_i A_i l_i with A_i the leave-one-out advantage of r_i - beta (l_i - lref_i)."""
         _number("beta", beta, low=0.0, strict=True)
-        return cls("squared", beta, scale=1 / beta, leave_one_out=False)
+        return cls("squared", beta, scale=1 / beta, leave_one_out=False, name="rloo")
 
     @classmethod
     def gvpo(cls, beta: float = 0.1) -> RPOObjective:
         """GVPO (arXiv 2504.19599): 1/2 Var_unbiased(s - r) over the group."""
-        return cls("squared", beta, leave_one_out=False)
+        return cls("squared", beta, leave_one_out=False, name="gvpo")
 
     @classmethod
     def sppo(cls, beta: float = 1e-3) -> RPOObjective:
@@ -316,7 +330,9 @@ class RPOObjective:
         l_i - lref_i.
         """
         _number("beta", beta, low=0.0, strict=True)
-        return cls("squared", beta, comparison="pointwise", target=1.0, scale=4 / beta / beta)
+        return cls(
+            "squared", beta, comparison="pointwise", target=1.0, scale=4 / beta / beta, name="sppo"
+        )
 
     @classmethod
     def nca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
@@ -331,6 +347,7 @@ class RPOObjective:
             comparison="pointwise",
             target="softmax",
             cross_entropy=True,
+            name="nca",
         )
 
     @classmethod
@@ -345,7 +362,82 @@ class RPOObjective:
             target=math.inf,
             cross_entropy=True,
             scale=2.0,
+            name="bco",
         )
+
+
+@dataclass(frozen=True)
+class ObjectiveSum:
+    """A weighted sum of objectives, sum_p w_p L_p."""
+
+    weights: tuple[float, ...]
+    parts: tuple[RPOObjective, ...]
+
+    @staticmethod
+    def of(weighted: Sequence[tuple[float, RPOObjective]]) -> ObjectiveSum:
+        for weight, part in weighted:
+            _number("weight", weight, low=0.0, strict=True)
+            if not isinstance(part, RPOObjective):
+                raise TypeError(f"the parts must be RPOObjectives, got {part!r}")
+        kinds = sorted({part.reference for _, part in weighted} - {"none"})
+        if len(kinds) > 1:
+            raise ValueError(
+                f"the parts must take the same kind of reference, got {kinds[0]!r} and {kinds[1]!r}"
+            )
+        return ObjectiveSum(*(tuple(x) for x in zip(*weighted)))
+
+    @property
+    def spec(self) -> str:
+        """As that of an objective: those of the parts, with tabs between them."""
+        return "\t".join([f"{w!r} {part.spec}" for w, part in zip(self.weights, self.parts)])
+
+    @property
+    def uses_rewards(self) -> bool:
+        return any(part.uses_rewards for part in self.parts)
+
+    @property
+    def needs_lengths(self) -> bool:
+        return any(part.needs_lengths for part in self.parts)
+
+    @property
+    def reference(self) -> str:
+        """The kind that the parts share which take one."""
+        return next((x.reference for x in self.parts if x.reference != "none"), "none")
+
+
+# What loss functions minimise, and how a caller writes it down.
+Objective: TypeAlias = RPOObjective | ObjectiveSum
+AnyObjective: TypeAlias = RPOObjective | ObjectiveSum | Sequence[tuple[float, RPOObjective]]
+
+
+@lru_cache(maxsize=256)
+def objective_from_spec(spec: str) -> Objective:
+    """The objective that ``spec`` describes."""
+    if spec.startswith("{"):
+        return RPOObjective.from_spec(spec)
+    lines = [line.split(" ", 1) for line in spec.split("\t")]
+    return ObjectiveSum(
+        tuple(float(weight) for weight, _ in lines),
+        tuple(RPOObjective.from_spec(part) for _, part in lines),
+    )
+
+
+@lru_cache(maxsize=256)
+def weighted_parts(objective: Objective) -> tuple[RPOObjective, ...]:
+    """The parts of an objective with their weights in their own factors."""
+    if isinstance(objective, RPOObjective):
+        return (objective,)
+    return tuple(
+        replace(x, scale=x.scale * weight, sft_weight=x.sft_weight * weight)
+        for weight, x in zip(objective.weights, objective.parts)
+    )
+
+
+def names_of(parts: Sequence[RPOObjective]) -> list[str]:
+    """The name of each part; the second of a name is numbered 2."""
+    names = [part.name or part.distance for part in parts]
+    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, numbers)]
 
 
 # Names of the methods that build a published loss.

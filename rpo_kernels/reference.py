@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -187,7 +187,7 @@ def log_ratios(
 def preference_loss(
     logps: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: RPOObjective | Sequence[tuple[float, RPOObjective]],
     *,
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
@@ -196,28 +196,35 @@ def preference_loss(
     cu_groups: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    group_weights: Tensor | None = None,
 ) -> ReferenceOutput:
-    """L = mean_g [ scale D[s || t] + sft_weight NLL(chosen) ] from sequence log-probabilities.
+    """L = mean_g w_g [ scale D[s || t] + sft_weight NLL(chosen) ] from sequence log-probabilities.
 
     ``logps`` [S] sums in nats (never averages: ``objective.average`` divides by ``lengths``),
     ``rewards`` [S] the explicit r* or None, ``ref_logps`` [S] or [R, S], ``lengths`` [S] scored
     tokens. A response without a scored token is dropped from its group. A group that is left with
     fewer than two (pointwise: none), or that has no rewards and lost its first response, has loss
-    0, no gradient, and does not count.
+    0, no gradient, and does not count. ``group_weights`` [G] are factors on the groups' losses. A
+    sum of objectives, pairs (weight, objective), is the weighted sum of their outputs.
     """
+    if isinstance(objective, Sequence):
+        options = {name: x for name, x in locals().items() if name != "objective"}
+        return _sum_of(objective, lambda part: preference_loss(objective=part, **options))
     logps = _promoted(logps)
     ratios = _log_ratios(
         logps, objective, ref_logps, ref_weights, None, group_size, cu_groups, None, -100
     )
     groups = _groups(len(logps), group_size, cu_groups)
-    return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
+    return _loss(
+        logps, ratios, rewards, objective, lengths, groups, reduction, normalizer, group_weights
+    )
 
 
 def rpo_loss(
     logits: Tensor,
     labels: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: RPOObjective | Sequence[tuple[float, RPOObjective]],
     *,
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
@@ -226,6 +233,7 @@ def rpo_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    group_weights: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -236,6 +244,9 @@ def rpo_loss(
     ``labels`` [S, T] (packed [N]). ``ref_logps`` [S] or in the shape of ``labels``; with several
     references [R, S] or [R, *labels.shape].
     """
+    if isinstance(objective, Sequence):
+        options = {name: x for name, x in locals().items() if name != "objective"}
+        return _sum_of(objective, lambda part: rpo_loss(objective=part, **options))
     tokens = token_logps(
         logits,
         labels,
@@ -258,7 +269,9 @@ def rpo_loss(
         ignore_index,
     )
     groups = _groups(len(logps), group_size, cu_groups)
-    return _loss(logps, ratios, rewards, objective, lengths, groups, reduction, normalizer)
+    return _loss(
+        logps, ratios, rewards, objective, lengths, groups, reduction, normalizer, group_weights
+    )
 
 
 def linear_rpo_loss(
@@ -266,7 +279,7 @@ def linear_rpo_loss(
     weight: Tensor,
     labels: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: RPOObjective | Sequence[tuple[float, RPOObjective]],
     *,
     bias: Tensor | None = None,
     **options: Any,
@@ -279,6 +292,19 @@ def linear_rpo_loss(
     return rpo_loss(logits, labels, rewards, objective, **options)
 
 
+def _sum_of(
+    objective: Sequence[tuple[float, RPOObjective]],
+    output_of: Callable[[RPOObjective], ReferenceOutput],
+) -> ReferenceOutput:
+    """Losses of a weighted sum of objectives; the other fields are those of its first part."""
+    outputs = [output_of(part) for _, part in objective]
+    weights = [weight for weight, _ in objective]
+    return outputs[0]._replace(
+        loss=_sum(w * x.loss for w, x in zip(weights, outputs, strict=True)),
+        losses=_sum(w * x.losses for w, x in zip(weights, outputs, strict=True)),
+    )
+
+
 def _loss(
     logps: Tensor,
     ratios: list[Tensor],
@@ -288,6 +314,7 @@ def _loss(
     groups: list[range],
     reduction: str,
     normalizer: float | Tensor | None,
+    group_weights: Tensor | None,
 ) -> ReferenceOutput:
     """The loss from sequence log-probabilities l_i and log-ratios h_i = l_i - lref_i."""
     if reduction not in ("mean", "sum", "none"):
@@ -365,6 +392,8 @@ def _loss(
             loss = loss + objective.sft_weight * nll
         by_group.append(loss)
     losses = _stack(by_group, logps)
+    if group_weights is not None:
+        losses = losses * group_weights.to(logps)
 
     if reduction == "none":
         loss = losses

@@ -35,6 +35,7 @@ class Flags(NamedTuple):
     has_weights: bool
     has_normalizer: bool
     has_sft_share: bool
+    has_group_weights: bool
     is_mean: bool
     block_s: int  # tiles of sequences and their tokens
     block_t: int
@@ -52,6 +53,7 @@ class Pointers(NamedTuple):
     cu_groups: tl.tensor
     ref_logps: tl.tensor
     ref_weights: tl.tensor
+    group_weights: tl.tensor
     given: tl.tensor  # explicit rewards
     lengths: tl.tensor
     coef: tl.tensor

@@ -70,6 +70,7 @@ def _group_pass_kernel(
     cu_groups_ptr,  # in   [G+1] int32 (ragged groups), or unused
     ref_logps_ptr,  # in   [R, N] or [R, S] fp32, or unused
     ref_weights_ptr,  # in   [R] or [R, G] fp32, or unused (R = 1)
+    group_weights_ptr,  # in   [G] fp32, or unused
     rewards_ptr,  # in   [S] fp32, or unused
     normalizer_ptr,  # in   [] fp32, or unused
     sft_share_ptr,  # in   [] fp32, counted groups / tokens of their chosen responses, or unused
@@ -115,6 +116,7 @@ def _group_pass_kernel(
         cu_groups_ptr,
         ref_logps_ptr,
         ref_weights_ptr,
+        group_weights_ptr,
         rewards_ptr,
         lengths_ptr,
         coef_ptr,
@@ -172,6 +174,8 @@ def _group_pass_kernel(
                     nll = nll * per_token
                 share += sft_weight * nll
             group_loss += tl.sum(share, axis=1)
+        if FLAGS.has_group_weights:
+            group_loss *= tl.load(p.group_weights + g, mask=live, other=0.0)
         tl.store(losses_ptr + g, group_loss, mask=live)
         loss += tl.sum(tl.where(live, group_loss, 0.0), axis=0)
     tl.store(loss_ptr, loss * factor)
@@ -248,7 +252,7 @@ def group_pass(
     int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty without labels). ``lengths`` ``[S]`` are
     given where log-probabilities of sequences are.
     """
-    S, has_tokens, objective = sequences.number, labels is not None, groups.objective
+    S, has_tokens, (objective,) = sequences.number, labels is not None, groups.objective.parts
     # kernels know no strides of these
     lengths, cu_seqlens, cu_groups = (
         None if x is None else x.contiguous()
@@ -278,6 +282,7 @@ def group_pass(
         has_weights=ref_weights is not None,
         has_normalizer=groups.normalizer is not None,
         has_sft_share=groups.sft_share is not None,
+        has_group_weights=groups.group_weights is not None,
         is_mean=groups.mean,
     )
     with on_device_of(logps):
@@ -289,6 +294,7 @@ def group_pass(
             cu_groups,
             ref_logps,
             ref_weights,
+            groups.group_weights,
             groups.rewards,
             groups.normalizer,
             groups.sft_share,

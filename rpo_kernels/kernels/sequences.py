@@ -149,6 +149,9 @@ def spread_coefficients(p, n, o, per_token, factor, FLAGS: tl.constexpr):
                 pull = pull * per_token
             coef -= pull
         coef = coef * factor
+        if FLAGS.has_group_weights:
+            g = group_of(s, p, n, FLAGS)
+            coef *= tl.load(p.group_weights + g, mask=live & (g < n.G), other=1.0)
         tl.store(p.sequence + DLOGPS * n.S + s, coef, mask=live)
         if FLAGS.has_tokens:
             start, end, _ = bounds_of_sequence(s, p, n, FLAGS, live)

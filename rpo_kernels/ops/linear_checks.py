@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import LogitTransform
-from ..objectives import RPOObjective
+from ..objectives import Objective
 from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves, Options
 from .token_logps import shard_of
 from .windows import Reference
@@ -308,7 +308,7 @@ def local_reference(
 
 def check_live_reference(
     op: str,
-    objective: RPOObjective,
+    objective: Objective,
     leaves: Leaves,
     labels: Tensor,
     ignore_index: int,

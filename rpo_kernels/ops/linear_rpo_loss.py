@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import Groups, Sequences, groups_of
-from ..objectives import RPOObjective
+from ..objectives import AnyObjective
 from .gradients import (
     Gradients,
     Kept,
@@ -21,6 +21,7 @@ from .gradients import (
     over_tokens,
     spared_bytes,
 )
+from .group_pass import Losses, fake_losses
 from .head import Head, Leaves, OnLogits, Options, Rows, shown_to
 from .linear_checks import (
     check_counts,
@@ -45,7 +46,7 @@ def linear_rpo_loss(
     weight: Tensor,
     labels: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: AnyObjective,
     *,
     bias: Tensor | None = None,
     lora_hidden: Tensor | None = None,
@@ -61,6 +62,7 @@ def linear_rpo_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    group_weights: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -100,9 +102,9 @@ def linear_rpo_loss(
             forward twice.
         labels: ``[S, T]`` or ``[N]``, aligned with hidden; rows that hold ignore_index take part in
             no GEMM.
-        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for
-            :func:`preference_loss`. ``reduction="none"`` has a free upstream gradient, so that its
-            gradients are computed in the backward, at the same cost.
+        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer,
+            group_weights: as for :func:`preference_loss`. ``reduction="none"`` has a free upstream
+            gradient, so that its gradients are computed in the backward, at the same cost.
         ref_logps: ``[S]``, or per token in the shape of labels; with a leading ``R`` for several
             references.
         ref_hidden: instead, the reference's hidden states ``[S, T, H']`` or ``[N, H']``, processed
@@ -135,7 +137,7 @@ def linear_rpo_loss(
     """
     op = "linear_rpo_loss"
     with distributed.raising_together(op, process_group=process_group, context_group=context_group):
-        checks.check_objective(op, objective)
+        whole = checks.check_objective(op, objective)
         leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
         leaves, process_group, reduce_dhidden = local_leaves(
             op, leaves, weight_grad, process_group, reduce_dhidden
@@ -169,11 +171,11 @@ def linear_rpo_loss(
         sequences = Sequences.of(op, "labels", labels, cu_seqlens)
         counts = check_counts(op, counts, sequences.number)
         reference = check_live_reference(
-            op, objective, leaves, labels, ignore_index, ref_logps, reference, bool(vocab_ranks)
+            op, whole, leaves, labels, ignore_index, ref_logps, reference, bool(vocab_ranks)
         )
         groups = Groups.of(
             op,
-            objective,
+            whole,
             sequences,
             tuple(labels.shape),
             leaves.hidden.device,
@@ -184,6 +186,7 @@ def linear_rpo_loss(
             cu_groups=cu_groups,
             reduction=reduction,
             normalizer=normalizer,
+            group_weights=group_weights,
             is_live=reference.hidden is not None,
         )
         needs = leaves.needs()
@@ -192,7 +195,7 @@ def linear_rpo_loss(
             if reduction == "none" and any(needs):
                 size = labels.numel() if counts is None else sum(counts)
                 call = _per_group.on(hidden)
-                losses, by_sequence, lengths, *_ = call(
+                results = call(
                     *leaves,
                     weight_grad,
                     data,
@@ -200,16 +203,16 @@ def linear_rpo_loss(
                     -1 if call is _per_group.eager else size,
                     options,
                 )
-                return output(reduction, losses, losses, by_sequence, lengths, cu_groups)
+                return output(reduction, Losses(*results[:4]), results[4], groups)
             detached = (None if x is None else x.detach() for x in leaves)
-            loss, losses, by_sequence, lengths, *gradients = _loss.on(hidden)(
+            loss, *others, lengths, _, _, _, _, _ = results = _loss.on(hidden)(
                 *detached, weight_grad, data, needs, options
             )
         if any(needs):
             loss = _ready.on(loss)(
-                *leaves, loss, Leaves(*gradients), needs, weight_grad is not None, backend
+                *leaves, loss, Leaves(*results[5:]), needs, weight_grad is not None, backend
             )
-    return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
+    return output(reduction, Losses(loss, *others), lengths, groups)
 
 
 # ---- gradients with the loss: mean and sum -------------------------------------------------------
@@ -262,9 +265,9 @@ def _forward(
     data: Batch,
     needs: list[bool],
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, losses, ``[5, S]`` of the group pass, lengths, and the gradients of the leaves for an
-    upstream gradient of 1.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`Losses`, lengths, and the gradients of the leaves for an upstream
+    gradient of 1.
     """
     op, leaves, training = (
         "linear_rpo_loss",
@@ -288,21 +291,21 @@ def _forward(
         gradients = Gradients(
             leaves, needs, rows, options, once=once, weight_grad=weight_grad, early=True
         )
-    results = []
+    results: list[Losses] = []
     for window in windows:
         store.read(window.rows, reference)
-        *result, coef = layout.group_pass(window, store.logps)
+        result, coef = layout.group_pass(window, store.logps)
         results.append(result)
         if training:
             store.settle(window.rows, coef, gradients)
-    loss, losses, by_sequence = (list(x) for x in zip(*results))
-    lengths = layout.lengths
+    loss, losses, part_losses, by_sequence = zip(*results)
     del store  # the workspace is free before gradients are rounded
     return (
         torch.stack(loss).sum(),
         torch.cat(losses),
+        torch.cat(part_losses, 1),
         torch.cat(by_sequence, 1),
-        lengths,
+        layout.lengths,
         *(
             gradients.finish()
             if training
@@ -313,14 +316,11 @@ def _forward(
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     *tensors, weight_grad, data, needs, _ = inputs
-    leaves = Leaves(*tensors)
-    x, S = leaves.hidden.new_empty((), dtype=torch.float32), data.sequences.number
-    losses, lengths = x.new_empty(data.groups.number(S)), x.new_empty(S, dtype=torch.int32)
+    leaves, S = Leaves(*tensors), data.sequences.number
+    losses = fake_losses(leaves.hidden, data.groups, S)
     return (
-        x,
-        losses,
-        x.new_empty(5, S),
-        lengths,
+        *losses,
+        losses.loss.new_empty(S, dtype=torch.int32),
         *empty_gradients(leaves, needs, weight_grad, early=True),
     )
 
@@ -411,9 +411,11 @@ def _forward_per_group(
     Tensor,
     Tensor,
     Tensor,
+    Tensor,
+    Tensor,
 ]:
-    """losses, ``[5, S]`` and lengths of the group pass; of each row dL/dlogp and its group; and the
-    fields of :class:`Kept`.
+    """The fields of :class:`Losses` and lengths; of each row dL/dlogp and its group; and the fields
+    of :class:`Kept`.
     """
     op, leaves = "linear_rpo_loss", Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     head, layout, rows, reference = _begin(op, leaves, data, needs, options)
@@ -422,12 +424,12 @@ def _forward_per_group(
     (window,) = layout.windows(max(1, sum(layout.most)))
     store = Store.new(head, rows, needs, chunks, size=n)
     store.read(window.rows, reference)
-    _, losses, by_sequence, coef = layout.group_pass(window, store.logps)
+    losses, coef = layout.group_pass(window, store.logps)
     S, groups = data.sequences.number, data.groups
     group = groups_of(S, groups.group_size, groups.cu_groups, head.device)
     group = group.long().repeat_interleave(layout.offsets.diff(), output_size=rows.size)
     coef, group = (torch.nn.functional.pad(x, (0, n - rows.size)) for x in (coef, group))
-    return (losses, by_sequence, layout.lengths, coef, group, *store.kept())
+    return (*losses, layout.lengths, coef, group, *store.kept())
 
 
 def _fake_per_group(*inputs: Any) -> tuple[Tensor, ...]:
@@ -437,11 +439,10 @@ def _fake_per_group(*inputs: Any) -> tuple[Tensor, ...]:
         "linear_rpo_loss", leaves, needs, options, leaves.weight.shape[0], size, weight_grad
     )
     x, S = leaves.hidden.new_empty(size, dtype=torch.float32), data.sequences.number
-    per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
     kept = Store.fake_kept(leaves, needs, options, chunks, size, False)
     return (
-        x.new_empty(data.groups.number(S)),
-        *per_sequence,
+        *fake_losses(leaves.hidden, data.groups, S),
+        x.new_empty(S, dtype=torch.int32),
         x,
         x.new_empty(size, dtype=torch.int64),
         *kept,
@@ -450,12 +451,12 @@ def _fake_per_group(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _setup_per_group(ctx: Any, inputs: tuple, output: tuple) -> None:
     *leaves, ctx.weight_grad, _, _, _, ctx.options = inputs
-    ctx.save_for_backward(*leaves, *output[3:])
+    ctx.save_for_backward(*leaves, *output[5:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[0], *output[2:])
 
 
-def _backward_per_group(ctx: Any, dlosses: Tensor | None, *_: Tensor | None) -> tuple:
+def _backward_per_group(ctx: Any, _: None, dlosses: Tensor | None, *__: None) -> tuple:
     if dlosses is None:
         return (None,) * 6
     saved = ctx.saved_tensors

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backend import module_of
-from ..objectives import RPOObjective
+from ..objectives import Objective, objective_from_spec
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -158,7 +158,7 @@ def _layout(hint: Any) -> Any:
         bool: "bool",
         float: "float",
         str: "text",
-        RPOObjective: "objective",
+        Objective: "objective",
         torch.dtype: "dtype",
     }[hint]
 
@@ -194,7 +194,7 @@ def _unpack(layout: Any, streams: tuple[Iterator, Iterator, Iterator, Iterator])
         value = next(ints)
         return bool(value) if layout == "bool" else _DTYPES[value] if layout == "dtype" else value
     if layout == "objective":
-        return RPOObjective.from_spec(next(text))
+        return objective_from_spec(next(text))
     return next(tensors if layout == "tensor" else floats if layout == "float" else text)
 
 

@@ -22,6 +22,8 @@ class RPOOutput(NamedTuple):
         lengths: ``[S]`` int32, scored tokens; None where the caller gave none.
         targets: ``[S]``, target rewards t_i.
         cu_groups: ``[G+1]`` int32 for ragged groups, None for groups of one size.
+        parts: of a sum of objectives, the output of each part by its name, whose losses add up to
+            this one's; rewards and targets above are those of the first part. None otherwise.
     """
 
     loss: Tensor
@@ -31,6 +33,7 @@ class RPOOutput(NamedTuple):
     lengths: Tensor | None
     targets: Tensor
     cu_groups: Tensor | None = None
+    parts: dict[str, RPOOutput] | None = None
 
     @property
     def implicit_rewards(self) -> Tensor:
@@ -46,8 +49,20 @@ class RPOOutput(NamedTuple):
         Other groups have ``rewards/mean``, ``rewards/agreement`` (share of response pairs with
         different targets that the implicit rewards order alike) and ``rewards/spread`` (standard
         deviation of implicit rewards within a group, averaged). Responses without scored tokens,
-        and pairs that lack one, do not count; a mean over nothing is NaN.
+        and pairs that lack one, do not count; a mean over nothing is NaN. A sum of objectives has
+        the metrics of its first part, and ``NAME/loss``, ``NAME/rewards/...`` of each part.
         """
+        metrics = self._metrics()
+        for name, part in (self.parts or {}).items():
+            metrics[f"{name}/loss"] = part.losses.mean() if part.loss.dim() else part.loss
+            metrics |= {
+                f"{name}/{key}": x
+                for key, x in part._metrics().items()
+                if key.startswith("rewards/")
+            }
+        return metrics
+
+    def _metrics(self) -> dict[str, Tensor]:
         S, G = self.rewards.shape[0], self.losses.shape[0]
         present = (
             torch.ones_like(self.rewards, dtype=torch.bool)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
-from ..backend import module_of
 from ..inputs import Groups, PerSequence, Sequences, groups_of
-from ..objectives import RPOObjective
+from ..objectives import AnyObjective, names_of
+from .group_pass import Losses, fake_losses, group_pass, total
 from .operator import Operator, once_differentiable
 from .output import RPOOutput
 from .ranks import gather
@@ -20,7 +20,7 @@ from .ranks import gather
 def preference_loss(
     logps: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: AnyObjective,
     *,
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
@@ -29,6 +29,7 @@ def preference_loss(
     cu_groups: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    group_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> RPOOutput:
     """RPO loss D[s || t] of groups of responses, from the log-probabilities of whole sequences.
@@ -42,7 +43,9 @@ def preference_loss(
             objectives that average.
         rewards: ``[S]`` explicit rewards r*, or None for objectives with a target of their own,
             where the first response of each group is the chosen one.
-        objective: what to minimise.
+        objective: what to minimise; or a weighted sum of objectives, ``[(weight, objective), ...]``
+            with weights > 0, whose parts share groups and references (a part without either takes
+            none).
         ref_logps: ``[S]`` of the reference policy; ``[R, S]`` for objectives with several
             references; None for reference-free ones. No gradient.
         ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing
@@ -55,6 +58,8 @@ def preference_loss(
             ``"none"`` for ``[G]``.
         normalizer: number or scalar tensor that divides the sum of losses instead, for gradient
             accumulation and data parallelism.
+        group_weights: ``[G]``, factors on the losses of the groups; a mean still divides by the
+            number of groups.
         backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -72,9 +77,9 @@ def preference_loss(
             f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}"
         )
     S = logps.shape[0]
-    checks.check_objective(op, objective)
+    whole = checks.check_objective(op, objective)
     if lengths is None:
-        if objective.needs_lengths:
+        if whole.needs_lengths:
             raise ValueError(
                 f"{op}: `lengths` are missing: this objective divides by the number of scored "
                 "tokens"
@@ -92,7 +97,7 @@ def preference_loss(
     checks.check_backend(op, backend)
     groups = Groups.of(
         op,
-        objective,
+        whole,
         Sequences(S),
         None,
         logps.device,
@@ -103,9 +108,10 @@ def preference_loss(
         cu_groups=cu_groups,
         reduction=reduction,
         normalizer=normalizer,
+        group_weights=group_weights,
     )
-    loss, losses, by_sequence = _preference_loss.on(logps)(logps.float(), lengths, groups, backend)
-    return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
+    results = Losses(*_preference_loss.on(logps)(logps.float(), lengths, groups, backend))
+    return output(reduction, results, lengths, groups)
 
 
 def sequence_logps(
@@ -175,56 +181,67 @@ def _sequence_logps(
     return (sums[0] / sums[1].clamp(min=1) if average else sums[0]).float()
 
 
-def output(
-    reduction: str,
-    loss: Tensor,
-    losses: Tensor,
-    by_sequence: Tensor,
-    lengths: Tensor | None,
-    cu_groups: Tensor | None,
-) -> RPOOutput:
-    rewards, logps, targets, *_ = PerSequence(*by_sequence.unbind())
-    return RPOOutput(
-        losses if reduction == "none" else loss,
-        losses.detach(),
-        rewards,
-        logps,
-        lengths,
-        targets,
-        cu_groups,
-    )
+def output(reduction: str, results: Losses, lengths: Tensor | None, groups: Groups) -> RPOOutput:
+    def of_part(loss: Tensor, losses: Tensor, part: PerSequence) -> RPOOutput:
+        return RPOOutput(
+            losses if reduction == "none" else loss,
+            losses.detach(),
+            part.rewards,
+            part.logps,
+            lengths,
+            part.targets,
+            groups.cu_groups,
+        )
+
+    loss, losses, part_losses, _ = results
+    parts = results.parts()
+    whole = of_part(loss, losses, parts[0])
+    if len(parts) == 1:
+        return whole
+    by_name = {
+        name: of_part(x.sum() / _divisor(reduction, groups, part), x, part)
+        for name, x, part in zip(names_of(groups.objective.parts), part_losses, parts)
+    }
+    return whole._replace(parts=by_name)
+
+
+def _divisor(reduction: str, groups: Groups, part: PerSequence) -> Tensor | float:
+    """What the sum of the losses of a part is divided by."""
+    if groups.normalizer is not None:
+        return groups.normalizer
+    return (part.roles == 2).sum().clamp(min=1) if reduction == "mean" else 1.0
 
 
 def _forward(
     logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op, sequences = "preference_loss", Sequences(logps.shape[0])
     checks.check_length_values(op, lengths)
     groups.check_values(op, logps.device, sequences, 0)
-    group_pass = module_of(op, backend, logps.device, "group_pass").group_pass
-    return group_pass(logps.contiguous(), None, lengths, sequences, groups, 0)[:3]
+    x, parts = logps.contiguous(), groups.parts()
+    return group_pass(op, backend, x, None, lengths, sequences, parts, 0)[0]
 
 
 def _fake_forward(
     logps: Tensor, lengths: Tensor | None, groups: Groups, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    S = logps.shape[0]
-    return logps.new_empty(()), logps.new_empty(groups.number(S)), logps.new_empty(5, S)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_losses(logps, groups, logps.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logps, _, groups, _ = inputs
-    ctx.save_for_backward(logps, output[2], groups.cu_groups)
+    results = Losses(*output)
+    dlogps = total(part.dlogps for part in results.parts())
+    ctx.save_for_backward(logps, dlogps, groups.cu_groups)
     ctx.group_size = groups.group_size
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*results[2:])
 
 
 def _backward(
-    ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, _: None
+    ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *_: None
 ) -> tuple[Tensor | None]:
-    logps, by_sequence, cu_groups = ctx.saved_tensors
-    coef = PerSequence(*by_sequence.unbind()).dlogps
+    logps, coef, cu_groups = ctx.saved_tensors
     upstream = dloss
     if dlosses is not None:  # reduction "none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
-from ..backend import module_of
 from ..inputs import Groups, LogitTransform, Sequences, groups_of
-from ..objectives import RPOObjective
+from ..objectives import AnyObjective
+from .group_pass import Losses, fake_losses, group_pass
 from .operator import Operator, only_once
 from .output import RPOOutput
 from .preference import output
@@ -23,7 +23,7 @@ def rpo_loss(
     logits: Tensor,
     labels: Tensor,
     rewards: Tensor | None,
-    objective: RPOObjective,
+    objective: AnyObjective,
     *,
     ref_logps: Tensor | None = None,
     ref_weights: Tensor | None = None,
@@ -32,6 +32,7 @@ def rpo_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
+    group_weights: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -54,8 +55,8 @@ def rpo_loss(
         logits: ``[S, T, V]``, or packed ``[N, V]`` with cu_seqlens; float32, float16 or bfloat16.
         labels: ``[S, T]`` or ``[N]``, aligned with logits; ignore_index where a token is not scored
             (prompt, padding).
-        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer: as for
-            :func:`preference_loss`.
+        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer,
+            group_weights: as for :func:`preference_loss`.
         ref_logps: per sequence ``[S]``, or per token in the shape of labels (more accurate: the
             difference is summed, not the sums subtracted); with a leading ``R`` for objectives with
             several references.
@@ -74,7 +75,7 @@ def rpo_loss(
     with distributed.raising_together(op, process_group=process_group):
         logits, process_group = distributed.local_logits(op, logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
-        checks.check_objective(op, objective)
+        whole = checks.check_objective(op, objective)
         checks.check_logits(
             op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None
         )
@@ -83,7 +84,7 @@ def rpo_loss(
         sequences = Sequences.of(op, "labels", labels, cu_seqlens)
         groups = Groups.of(
             op,
-            objective,
+            whole,
             sequences,
             tuple(labels.shape),
             logits.device,
@@ -94,12 +95,13 @@ def rpo_loss(
             cu_groups=cu_groups,
             reduction=reduction,
             normalizer=normalizer,
+            group_weights=group_weights,
         )
         call = _rpo_loss.on(logits)
-        loss, losses, by_sequence, lengths, *_ = call(
+        *results, lengths, _, _, _, _ = call(
             logits, labels, sequences, groups, transform, inplace_backward, backend, vocab_ranks
         )
-    return output(reduction, loss, losses, by_sequence, lengths, cu_groups)
+    return output(reduction, Losses(*results), lengths, groups)
 
 
 def _forward(
@@ -111,37 +113,46 @@ def _forward(
     inplace: bool,
     backend: str,
     vocab_ranks: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, losses, ``[5, S]`` and lengths of the group pass; coefficients, log-probabilities and
-    logsumexps of the tokens; and of a shard its labels."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of :class:`Losses`, lengths; coefficients, log-probabilities and logsumexps of the
+    tokens; and of a shard its labels."""
     op = "rpo_loss"
     check = functools.partial(groups.check_values, op, logits.device, sequences, labels.numel())
     read = row_pass(
         op, logits, labels, transform, backend, vocab_ranks, check, objective=groups.objective.spec
     )
     logps, lse, _ = read.forward(read.rows, read.labels, transform, False)
-    group_pass = module_of(op, backend, logits.device, "group_pass").group_pass
-    results = group_pass(logps, flat(labels), None, sequences, groups, transform.ignore_index)
-    return (*results, logps, lse, read.labels if vocab_ranks else labels.new_empty(0))
+    results, lengths, coef = group_pass(
+        op,
+        backend,
+        logps,
+        flat(labels),
+        None,
+        sequences,
+        groups.parts(),
+        transform.ignore_index,
+    )
+    shard_labels = read.labels if vocab_ranks else labels.new_empty(0)
+    return (*results, lengths, coef, logps, lse, shard_labels)
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     logits, labels, sequences, groups, *_, vocab_ranks = inputs
     S, N = sequences.number, labels.numel()
-    x = torch.empty((), dtype=torch.float32, device=logits.device)
-    per_sequence = x.new_empty(5, S), x.new_empty(S, dtype=torch.int32)
+    losses = fake_losses(logits, groups, S)
+    x = losses.loss
     per_token = (
         x.new_empty(N),
         x.new_empty(N),
         x.new_empty(2, N),
         labels.new_empty(N if vocab_ranks else 0),
     )
-    return (x, x.new_empty(groups.number(S)), *per_sequence, *per_token)
+    return (*losses, x.new_empty(S, dtype=torch.int32), *per_token)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, sequences, groups, ctx.transform, ctx.inplace, ctx.backend, vocab_ranks = inputs
-    loss, losses, by_sequence, lengths, coef, logps, lse, shard_labels = output
+    coef, logps, lse, shard_labels = output[5:]
     if vocab_ranks:
         labels, ctx.transform = (
             shard_labels,
@@ -150,7 +161,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.number, ctx.group_size = sequences.number, groups.group_size
     ctx.save_for_backward(logits, labels, logps, lse, coef, sequences.cu_seqlens, groups.cu_groups)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(by_sequence, lengths, coef, logps, lse, shard_labels)
+    ctx.mark_non_differentiable(*output[2:])
 
 
 def _backward(

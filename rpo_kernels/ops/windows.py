@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import distributed
-from ..backend import module_of
-from ..inputs import Groups, PerSequence, Sequences
+from ..inputs import WITHOUT_REFERENCE, Groups, Sequences
+from .group_pass import Losses, group_pass
 from .head import Options
 from .ranks import Context
 
@@ -90,7 +90,7 @@ class Layout:
         self, op: str, data: Batch, options: Options, needs: list[bool], widest: int
     ) -> None:
         labels, sequences, groups = data.labels, data.sequences, data.groups
-        self.op, self.groups, self.backend = op, groups, options.backend
+        self.op, self.backend = op, options.backend
         S, self.device = sequences.number, labels.device
         own = sequences.sum((labels != options.transform.ignore_index).double()).int()
         offsets = groups.cu_groups
@@ -129,7 +129,13 @@ class Layout:
         self.most, self.lengths = self.counts, own
         self.context: Context | None = None
         if data.context_ranks:
-            values = groups.cu_groups, groups.rewards, groups.normalizer, groups.ref_weights
+            values = (
+                groups.cu_groups,
+                groups.rewards,
+                groups.normalizer,
+                groups.ref_weights,
+                groups.group_weights,
+            )
             facts = {
                 "gradients": needs,
                 "`objective`": groups.objective.spec,
@@ -151,16 +157,24 @@ class Layout:
                 facts,
             )
             self.most, self.lengths = self.context.most, self.context.lengths
-            self.groups = groups._replace(ref_per_token=self.context.ref_per_token)
+            groups = groups._replace(ref_per_token=self.context.ref_per_token)
+        self.parts = groups.parts()
 
     def refer(self, index: Tensor, logps: Tensor | None) -> None:
         """Reference log-probabilities of the scored rows: those of an own pass ``[n]``, or of the
         positions ``index``.
         """
-        if logps is not None:
-            self.groups = self.groups._replace(ref_logps=logps[None], ref_per_token=True)
-        elif self.groups.ref_logps is not None and self.groups.ref_per_token:
-            self.groups = self.groups._replace(ref_logps=self.groups.ref_logps[:, index])
+
+        def referred(part: Groups) -> Groups:
+            if part.objective.reference == "none":
+                return part
+            if logps is not None:
+                return part._replace(ref_logps=logps[None], ref_per_token=True)
+            if part.ref_logps is not None and part.ref_per_token:
+                return part._replace(ref_logps=part.ref_logps[:, index])
+            return part
+
+        self.parts = [referred(part) for part in self.parts]
 
     def windows(self, rows: int) -> list[Window]:
         """Of at most ``rows`` rows.
@@ -170,85 +184,84 @@ class Layout:
         windows = list(split_into_windows(self.counts, self.bounds, rows, self.most))
         context = None if self.device.type == "cpu" else self.context
         if len(windows) > 1 or context is not None:
-            self._normalize()
+            self.parts = [self._normalized(part) for part in self.parts]
         if context is not None:  # a rank that told the others wrong counts gives NaN
             own = context.by_rank[context.group.rank()] == self.offsets.diff()
-            one = (
-                torch.ones((), device=self.device)
-                if self.groups.normalizer is None
-                else self.groups.normalizer
-            )
-            self.groups = self.groups._replace(normalizer=torch.where(own.all(), one, torch.nan))
+            one = torch.ones((), device=self.device)
+            self.parts = [
+                part._replace(
+                    normalizer=torch.where(
+                        own.all(), one if part.normalizer is None else part.normalizer, torch.nan
+                    )
+                )
+                for part in self.parts
+            ]
         return windows
 
-    def _normalize(self) -> None:
-        """The number of groups that count, and their share of the chosen responses' tokens, of the
-        whole batch.
+    def _normalized(self, part: Groups) -> Groups:
+        """With the number of groups that count, and their share of the chosen responses' tokens, of
+        the whole batch.
 
         Which groups count does not depend on log-probabilities, and the group pass knows it.
         """
-        groups, objective = self.groups, self.groups.objective
+        (objective,) = part.objective.parts
         by_tokens = objective.sft_weight > 0 and objective.sft_normalizer == "tokens"
-        if by_tokens or (groups.mean and groups.normalizer is None):
-            alone = groups._replace(
-                objective=replace(objective, reference="none"),
-                ref_logps=None,
-                ref_weights=None,
-                ref_per_token=False,
-                normalizer=None,
-            )
+        is_mean = part.mean and part.normalizer is None
+        if by_tokens or is_mean:
+            objective = replace(objective, reference="none")
+            counting = part._replace(objective=objective, normalizer=None, **WITHOUT_REFERENCE)
             zeros = torch.zeros(len(self.lengths), device=self.device)
-            by_sequence = self._group_pass(zeros, None, self.lengths, Sequences(len(zeros)), alone)[
-                2
-            ]
-            is_chosen = PerSequence(*by_sequence).roles == 2
+            sequences = Sequences(len(zeros))
+            losses, *_ = group_pass(
+                self.op, self.backend, zeros, None, self.lengths, sequences, [counting], -1
+            )
+            is_chosen = losses.parts()[0].roles == 2
             counted = is_chosen.sum()
             if by_tokens:
                 share = counted / torch.where(is_chosen, self.lengths, 0).sum().clamp(min=1)
-                groups = groups._replace(sft_share=share.float())
-            if groups.mean and groups.normalizer is None:
-                groups = groups._replace(normalizer=counted.clamp(min=1).float())
-        self.groups = groups._replace(mean=False)
+                part = part._replace(sft_share=share.float())
+            if is_mean:
+                part = part._replace(normalizer=counted.clamp(min=1).float())
+        return part._replace(mean=False)
 
-    def group_pass(self, window: Window, logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """loss, losses ``[G]``, ``[5, S]`` of the window, and dL/dlogp of this rank's rows of it;
-        logps ``[n]`` of all rows.
+    def group_pass(self, window: Window, logps: Tensor) -> tuple[Losses, Tensor]:
+        """Losses of the window, and dL/dlogp of this rank's rows of it.
+
+        logps ``[n]`` are those of all rows.
         """
-        _, s, part = window
-        groups, offsets = self.groups, self.offsets[s.start : s.stop + 1] - part.start
-        logps, ref_logps = logps[part], groups.ref_logps
-        if ref_logps is not None:
-            ref_logps = ref_logps[:, part if groups.ref_per_token else s].contiguous()
-        merged = None
-        if self.context is not None:
-            merged = self.context.merged(s)
+        _, s, rows = window
+        offsets, logps = self.offsets[s.start : s.stop + 1] - rows.start, logps[rows]
+        merged = None if self.context is None else self.context.merged(s)
+        if merged is not None:
             logps, offsets = merged.merge(logps), merged.offsets
-            if ref_logps is not None and groups.ref_per_token:
-                ref_logps = merged.merge(ref_logps)
-        groups = groups._replace(
-            ref_logps=ref_logps,
-            rewards=None if groups.rewards is None else groups.rewards[s],
-            ref_weights=groups.ref_weights
-            if groups.ref_weights is None or groups.ref_weights.dim() == 1
-            else (groups.ref_weights[:, window.groups]),
-            cu_groups=None
-            if groups.cu_groups is None
-            else groups.cu_groups[window.groups.start : window.groups.stop + 1] - s.start,
-        )
-        everything_scored = torch.zeros_like(logps, dtype=torch.int32)
-        sequences = Sequences(s.stop - s.start, offsets)
-        loss, losses, by_sequence, _, coef = self._group_pass(
-            logps, everything_scored, None, sequences, groups
-        )
-        return loss, losses, by_sequence, coef if merged is None else coef[merged.mine]
 
-    def _group_pass(
-        self,
-        logps: Tensor,
-        labels: Tensor | None,
-        lengths: Tensor | None,
-        sequences: Sequences,
-        groups: Groups,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        function = module_of(self.op, self.backend, self.device, "group_pass").group_pass
-        return function(logps, labels, lengths, sequences, groups, -1)
+        def within(part: Groups) -> Groups:
+            ref_logps, cu_groups = part.ref_logps, part.cu_groups
+            if ref_logps is not None:
+                ref_logps = ref_logps[:, rows if part.ref_per_token else s].contiguous()
+                if merged is not None and part.ref_per_token:
+                    ref_logps = merged.merge(ref_logps)
+            if cu_groups is not None:
+                cu_groups = cu_groups[window.groups.start : window.groups.stop + 1] - s.start
+            ref_weights, group_weights = part.ref_weights, part.group_weights
+            if ref_weights is not None and ref_weights.dim() == 2:
+                ref_weights = ref_weights[:, window.groups]
+            return part._replace(
+                rewards=None if part.rewards is None else part.rewards[s],
+                ref_logps=ref_logps,
+                ref_weights=ref_weights,
+                cu_groups=cu_groups,
+                group_weights=None if group_weights is None else group_weights[window.groups],
+            )
+
+        losses, _, coef = group_pass(
+            self.op,
+            self.backend,
+            logps,
+            torch.zeros_like(logps, dtype=torch.int32),  # every row is scored
+            None,
+            Sequences(s.stop - s.start, offsets),
+            [within(part) for part in self.parts],
+            -1,
+        )
+        return losses, coef if merged is None else coef[merged.mine]

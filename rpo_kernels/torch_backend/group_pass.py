@@ -27,7 +27,7 @@ def group_pass(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The group pass over log-probabilities of tokens or sequences; see ``kernels.group_pass``."""
     (
-        objective,
+        whole,
         rewards,
         ref_logps,
         ref_weights,
@@ -36,8 +36,10 @@ def group_pass(
         group_size,
         mean,
         ref_per_token,
+        group_weights,
         sft_share,
     ) = groups
+    (objective,) = whole.parts
     S, cu_seqlens, device = sequences.number, sequences.cu_seqlens, logps.device
     members = _members(S, group_size, cu_groups, device)
     group_of = torch.empty(S, dtype=torch.int64, device=device)
@@ -102,6 +104,8 @@ def group_pass(
             counted, sft[chosen] * torch.where(sft[chosen] > 0, l[chosen], 0), 0
         )
 
+    if group_weights is not None:
+        losses = losses * group_weights.double()
     factor = torch.ones((), dtype=torch.float64, device=device)
     if normalizer is not None:
         factor = 1 / normalizer.double()
@@ -115,6 +119,8 @@ def group_pass(
     role[members[live]] = 1
     role[chosen[counted]] = 2
     dl = (unit * slope - sft) * factor
+    if group_weights is not None:
+        dl = dl * group_weights.double()[group_of]
     s_out, t_out = torch.where(lengths > 0, s_out, 0), torch.where(lengths > 0, t_out, 0)
 
     coef = torch.empty(0, dtype=torch.float32, device=device)

@@ -552,8 +552,8 @@ def test_group_size_needs_at_least_one_group():
 @pytest.mark.parametrize("value", ["dpo", None, RPOObjective])
 def test_objective_must_be_an_rpo_objective(op, value):
     message = (
-        f"`objective` must be an RPOObjective, got {value!r}; for example "
-        "RPOObjective.dpo(beta=0.1)"
+        "`objective` must be an RPOObjective, or pairs (weight, RPOObjective) for a weighted sum, "
+        f"got {value!r}; for example RPOObjective.dpo(beta=0.1)"
     )
     refuses(op, message, TypeError, objective=value)
 
