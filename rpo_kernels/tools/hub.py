@@ -72,10 +72,10 @@ Tested on CPUs, the kernels in Triton's interpreter; compiled for sm_80, sm_90, 
 gfx942. Not yet run on a GPU.
 
 ## Public names
-{% for function in functions %}
 
+{% for function in functions %}
 - `{{ function }}`
-{%- endfor %}
+{% endfor %}
 """
 
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "tools": {"face", "ops", "kernels", "torch_backend", "reference", *BACKEND, "_ops"},
     "adapters": {"face", "objectives"},  # like any user; of objectives the names on command lines
     "face": {"ops", "objectives"},
-    "ops": {"distributed", "gemm", *BACKEND, "_ops"},  # the backend is chosen by backend, at run time
+    "ops": {"distributed", "gemm", *BACKEND, "_ops"},  # the backend is chosen at run time
     "kernels": BACKEND,
     "torch_backend": BACKEND,
     "distributed": BACKEND,
