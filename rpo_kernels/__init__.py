@@ -12,7 +12,7 @@ from .ops.ranks import gather_responses
 from .ops.rpo_loss import rpo_loss
 from .ops.token_logps import token_logps, token_logps_and_entropy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "RPOObjective",

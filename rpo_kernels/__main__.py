@@ -1,5 +1,5 @@
-"""`python -m rpo_kernels audit | verify | traffic | tune | info`: instruments to check the kernels
-with, on your own machine.
+"""`python -m rpo_kernels audit | verify | traffic | tune | info | hub`: instruments to check the
+kernels with, on your own machine, and the package as a kernel of the Hugging Face kernels hub.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ COMMANDS = {
     "tune": "choose launch settings for your vocabularies: on a GPU by the clock, without by "
     "machine code",
     "info": "versions, devices, backends, launch settings",
+    "hub": "write the package as a kernel of the Hugging Face kernels hub",
 }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .._ops import add_op_namespace_prefix
 from ..backend import module_of
 from ..objectives import Objective, objective_from_spec
 
@@ -28,7 +29,7 @@ class Operator:
     its derivative.
 
     Args:
-        name: of the operator, ``rpo_kernels::name``.
+        name: of the operator, in the namespace of :mod:`rpo_kernels._ops`.
         tensors: how many of the first parameters are tensors (or None); the only ones that may be
             differentiated or changed.
             The others are values: tensors, numbers, strings, NamedTuples of these.
@@ -72,7 +73,7 @@ class Operator:
             f"({leading}, Tensor?[] tensors, SymInt[] ints, float[] floats, str text) -> {returns}"
         )
         operator = torch.library.custom_op(
-            f"rpo_kernels::{name}",
+            add_op_namespace_prefix(name),
             lambda *args: forward(*self._unpacked(args)),
             mutates_args=mutates,
             schema=schema,

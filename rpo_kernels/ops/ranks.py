@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
+from .._ops import add_op_namespace_prefix
 from .operator import once_differentiable
 
 
@@ -106,7 +107,7 @@ def gather(op: str, x: Tensor, process_group: ProcessGroup) -> Tensor:
     return _gather_op(x, process_group.group_name, process_group.size(), op)
 
 
-@torch.library.custom_op("rpo_kernels::gather", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gather"), mutates_args=())
 def _gather_op(x: Tensor, group: str, ranks: int, op: str) -> Tensor:
     facts = {"the shape of what is gathered": tuple(x.shape), "its dtype": x.dtype}
     distributed.agree(op, group, 0, facts, lambda: None)
@@ -130,7 +131,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 _gather_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("rpo_kernels::gather_ragged", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("gather_ragged"), mutates_args=())
 def _gather_ragged_op(x: Tensor, cu_groups: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     op, ranks = "gather_responses", distributed.resolve(group)
     facts = {

@@ -28,10 +28,10 @@ PACKAGE = ROOT / "rpo_kernels"
 BACKEND = {"backend", "inputs", "checks", "objectives"}
 MAY_IMPORT = {
     "__main__": {"tools"},
-    "tools": {"face", "ops", "kernels", "torch_backend", "reference", *BACKEND},
+    "tools": {"face", "ops", "kernels", "torch_backend", "reference", *BACKEND, "_ops"},
     "adapters": {"face", "objectives"},  # like any user; of objectives the names on command lines
     "face": {"ops", "objectives"},
-    "ops": {"distributed", "gemm", *BACKEND},  # the backend is chosen by backend, at run time
+    "ops": {"distributed", "gemm", *BACKEND, "_ops"},  # the backend is chosen at run time
     "kernels": BACKEND,
     "torch_backend": BACKEND,
     "distributed": BACKEND,
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "backend": {"objectives"},
     "reference": {"objectives"},  # the truth shares no code with what it is the truth of
     "objectives": set(),
+    "_ops": set(),
 }
 # Exceptions, inside functions only. Choosing a backend is importing it.
 MAY_IMPORT_LAZILY = {"backend": {"kernels", "torch_backend"}}

@@ -36,6 +36,8 @@ NOT_RUN = {
     "make sanitize": f"{ELSEWHERE}; tests/evidence/test_sanitize.py runs some cases",
     "make bench": f"{LONG}; tests/evidence/test_benchmarks.py runs it with --smoke",
     "make gpu": "needs a GPU",
+    "python -m build": f"{ELSEWHERE}; tests/evidence/test_release.py runs it",
+    "python -m twine check --strict dist/*": "follows `python -m build`",
     "python -m rpo_kernels verify": f"{LONG}; tests/evidence/test_verify.py runs it with --quick",
     "python -m rpo_kernels audit": f"{LONG}; tests/evidence/test_compile.py audits every chip",
     "python examples/align.py": f"{LONG}; what `make demo` runs",
