@@ -1,6 +1,4 @@
-"""`python -m rpo_kernels audit | verify | traffic | tune | info`: instruments to check the kernels
-with, on your own machine.
-"""
+"""Command line: `python -m rpo_kernels audit | verify | traffic | tune | info`."""
 
 from __future__ import annotations
 
