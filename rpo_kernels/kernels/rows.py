@@ -209,8 +209,8 @@ def sums_of_exponentials(
     """Return (sum of 2^t, sum of 2^t t) over columns [first, stop), without the label's.
 
     Columns that are a whole number of tiles apart share a partial sum, in order; the partial sums
-    are added exactly. The result therefore has the same bits wherever the row lies in memory. `stop
-    - first` is a multiple of the tile, except in the last part of a row.
+    are added exactly. The result therefore has the same bits wherever the row lies in memory. The
+    width stop - first is a multiple of the tile, except in the last part of a row.
     """
     width = stop - first
     label -= first

@@ -47,8 +47,8 @@ def gather_responses(
         boundaries `[G+1]` int32 of the whole groups. Every rank must compute the same loss from it;
         its x then gets the gradient of that one loss, so the gradient of a parameter is the sum
         over the ranks, not the mean. Second derivatives raise. Under `torch.compile` the S of
-        ragged groups is known only at run time: call `torch._check(rewards.shape[0] ==
-        logps.shape[0])` for two results of equal length.
+        ragged groups is known only at run time: for two results of equal length call
+        `torch._check(rewards.shape[0] == logps.shape[0])`.
 
     Raises:
         ValueError, TypeError: if an argument does not fit; on all ranks.
