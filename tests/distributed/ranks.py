@@ -1,8 +1,8 @@
 """Many cases in one set of gloo processes, because starting them takes longer than any case.
 
-``python -m tests.distributed.ranks MODULE WORLD RANK FOLDER`` is one rank: it runs every case of a
-module, each in a process group of its own, so that a case that fails on one rank leaves the
-next one alone.
+`python -m tests.distributed.ranks MODULE WORLD RANK FOLDER` is one rank. It runs every case of a
+module, each in its own process group, so that a case that fails on one rank does not affect the
+next.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=20)  # of a collective that a failed rank does not 
 
 
 def run(module: str, world: int, folder: Path) -> dict[str, list[str]]:
-    """Names of the cases that ran on so many ranks, with the failures of each."""
+    """Return the names of the cases that ran on `world` ranks, with the failures of each."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -75,9 +75,8 @@ def main(module: str, world: int, rank: int, folder: Path) -> None:
     )
     results = {}
     for name, (case, worlds) in cases.items():
-        if world not in worlds or name not in os.environ.get(
-            "CASES", name
-        ):  # CASES: some alone, by hand
+        # CASES: some cases only, by hand
+        if world not in worlds or name not in os.environ.get("CASES", name):
             continue
         torch.manual_seed(0)  # the same tensors on all ranks
         group = dist.new_group(timeout=PATIENCE)
@@ -87,7 +86,7 @@ def main(module: str, world: int, rank: int, folder: Path) -> None:
         except Exception:
             results[name] = traceback.format_exc()
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
-    os._exit(0)  # groups that a failed case left in disorder need no goodbye
+    os._exit(0)  # process groups of a failed case cannot be shut down cleanly
 
 
 if __name__ == "__main__":
