@@ -47,7 +47,7 @@ def is_json_answer(text: str) -> bool:
 
 
 def has_title(text: str) -> bool:
-    """A title in <<angular brackets>>, on its own line."""
+    """A title in <<angular brackets>> that is not just "title"."""
     return re.search(r"<<(?! *title *>)[^<>]*\w[^<>]*>>", text, re.IGNORECASE) is not None
 
 
