@@ -82,7 +82,7 @@ def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None
 
 
 def bias_gradient(p: Tensor, coef: Tensor, total: Tensor) -> None:
-    """Compute total `[V]` fp32 += p^T coef for p `[n, V]` and coef `[n]` fp32, not rounded."""
+    """Compute total `[V]` fp32 += p^T coef for p `[n, V]` and coef `[n]`, which stays fp32."""
     for out, columns in blocks(total[:, None], p.t()):
         out[:, 0].addmv_(columns.float(), coef)
 

@@ -138,7 +138,7 @@ class Store:
         return self.tensors.logps
 
     def _chunk(self, size: int) -> Tensor:
-        """Return memory for a chunk of logits that is not stored where P goes."""
+        """Return memory for a chunk of logits that is not computed in P's buffer."""
         if self.scratch is None:
             rows = min(len(self.logps), self.chunks.logits)
             self.scratch = self.head.buffer(rows, self.head.options.logits_dtype)
