@@ -2,9 +2,9 @@
 
     python benchmarks/against.py COMMIT [--rounds 15] [--threads 1] [--json FILE]
 
-One process for each version, which take turns: a busy machine slows both. A round is one forward
-and backward of each, in processor seconds; the figures are medians over the rounds, and the ratio
-is the median of the rounds' ratios, with its quartiles.
+The versions run in two processes, which take turns, so that a busy machine slows both. A round is
+one forward and backward of each, in processor seconds. The figures are medians over the rounds; the
+ratio is the median of the rounds' ratios, with its quartiles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 H, V = 576, 16_384  # SmolLM2-135M, a third of its vocabulary
-# (groups, responses, tokens of a response, whether the head is trained, workspace in rows of fp32)
+# (groups, responses, tokens per response, whether the head is trained, workspace in rows of fp32)
 CASES = {
     "frozen, one group of 4 workspaces": (1, 8, 128, False, 256),
     "frozen, small groups": (16, 4, 16, False, 512),
@@ -33,7 +33,7 @@ CASES = {
 
 
 def step_of(case: str):
-    """A forward and backward of one case."""
+    """Return a function that runs forward and backward of one case."""
     import torch
 
     from rpo_kernels import RPOObjective, linear_rpo_loss
@@ -63,7 +63,7 @@ def step_of(case: str):
 
 
 def serve(threads: int) -> None:
-    """Time the cases that are named line by line on the standard input."""
+    """Time the cases whose names arrive line by line on standard input."""
     import torch
 
     torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def serve(threads: int) -> None:
 
 
 class Version:
-    """A process that runs the package of one folder."""
+    """A process that runs the package in one folder."""
 
     def __init__(self, folder: Path, threads: int):
         environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}

@@ -1,10 +1,10 @@
-"""The loss head of every provider: checked against float64, then timed.
+"""Benchmark the loss head of every provider: check it against float64, then time it.
 
     make bench                      # full sizes on a GPU, small ones on a CPU
     python -m pytest benchmarks/bench.py -k "Qwen3 and 8192 and pair" --results FILE --budget 300
 
-A provider that is wrong is reported with its error and not timed. Results are saved after each
-measurement; tables and plots are written at the end (benchmarks/results.py).
+A wrong provider is reported with its error and not timed. Results are saved after each measurement;
+tables and plots are written at the end (benchmarks/results.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is measured: parts of the loss head, on the shapes of real models.
+"""Cases of the benchmark: parts of the loss head, on the shapes of real models.
 
 A case is a part of the head, a model, a number of rows and the share of them that is scored. Rows
-are ``[S, T]``: eight responses, each a prompt that is not scored and then T * share scored tokens.
+are `[S, T]`: eight responses, each with a prompt that is not scored and T * share scored tokens.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Part:
-    """What runs between inputs and outputs, and the least that it costs."""
+    """A part of the loss head, from inputs to outputs, and its minimal cost."""
 
     name: str
     start: str  # "logits" or "hidden"
-    trains: tuple[str, ...]  # inputs whose gradients are wanted
-    # responses that share a loss; 0: token log-probabilities, with an upstream gradient per token
+    trains: tuple[str, ...]  # inputs that need gradients
+    # responses per loss; 0: token log-probabilities, with an upstream gradient per token
     group_size: int = 0
 
     @property
     def gemms(self) -> int:
-        """Of the scored rows with the head: logits, and one for each gradient."""
+        """GEMMs of the scored rows with the head: logits, and one for each gradient."""
         return 0 if self.start == "logits" else 1 + len(self.trains)
 
 
@@ -79,19 +79,17 @@ class Case:
 
     @property
     def scored(self) -> int:
-        """Scored rows, of all sequences."""
+        """Number of scored rows in all sequences."""
         return SEQUENCES * max(1, round(self.length * self.share))
 
     @property
     def flop(self) -> int:
-        """Of the GEMMs that cannot be spared: none for rows that are not scored, none twice."""
+        """Necessary flop of the GEMMs: none for rows that are not scored, none twice."""
         return self.part.gemms * 2 * self.scored * self.model.H * self.model.V
 
     @property
     def bytes(self) -> int:
-        """Of logits moved: scored rows are read forward and backward, gradients of all rows are
-        written.
-        """
+        """Bytes of logits moved: scored rows are read twice, gradients of all rows are written."""
         if self.part.start != "logits":
             return 0
         row = self.model.V * self.dtype.itemsize
@@ -108,7 +106,7 @@ class Case:
 
     @property
     def beta(self) -> float:
-        """So small that sums over many random tokens saturate no loss."""
+        """So small that sums over many random tokens do not saturate a loss."""
         return 0.1 * (self.scored / SEQUENCES) ** -0.5
 
     @property
@@ -120,16 +118,14 @@ class Case:
         )
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
-        """Random, but shaped like a language model's: some labels are certain, some are
-        surprises.
-        """
+        """Make inputs like a language model's: some labels are certain, some are surprises."""
         g = torch.Generator(device).manual_seed(seed)
         S, T, V, H = SEQUENCES, self.length, self.model.V, self.model.H
         random = lambda *shape, dtype=torch.float32: torch.randn(
             shape, generator=g, device=device, dtype=dtype
         )
         targets = torch.randint(0, V, (S, T), generator=g, device=device)
-        # what a label's logit has above the others
+        # by how much a label's logit exceeds the others
         boost = 30 * torch.rand(S, T, 1, generator=g, device=device)
         labels = targets.clone()
         labels[:, : T - self.scored // S] = -100
@@ -154,7 +150,7 @@ class Inputs:
     weight: Tensor | None = None  # [V, H]
 
     def ordered(self, order: Tensor) -> Inputs:
-        """With the sequences in another order."""
+        """Return the inputs with the sequences in another order."""
         move = lambda x: None if x is None else x.detach()[order]
         by_sequence = {
             name: move(getattr(self, name))
@@ -164,8 +160,9 @@ class Inputs:
 
 
 def full() -> list[Case]:
-    """Most telling first, because a run may be cut short: one model at 8,192 rows, all parts; its
-    other sizes; other models.
+    """Return all cases, the most informative first, because a run may be interrupted.
+
+    These are one model at 8,192 rows with all parts, its other sizes, and other models.
     """
     at = [(QWEN, 8192, 1.0), (QWEN, 8192, 0.3)]
     at += [(QWEN, rows, 1.0) for rows in (2048, 4096, 16_384, 32_768)]
@@ -174,8 +171,6 @@ def full() -> list[Case]:
 
 
 def smoke() -> list[Case]:
-    """Every part at sizes that say nothing about speed, only that all of it runs; bf16 is slow on
-    many CPUs.
-    """
+    """Return every part at sizes that only show that it runs; bf16 is slow on many CPUs."""
     at = [(128, 1.0, torch.float32), (256, 0.3, torch.bfloat16)]
     return [Case(part, TINY, *size) for size in at for part in PARTS]

@@ -1,11 +1,10 @@
-"""Rows of a chunk of logits and workspaces of the linear path: time and memory of the pair loss for
-each, on this GPU.
+"""Rows per chunk of logits and workspaces of the linear path: time and memory on this GPU.
 
     python benchmarks/chunks.py [--results FILE] [--budget SECONDS] [--dry-run]
 
-Each is checked against float64 before it is timed. What is found goes into ``GPU_CHUNK_ROWS`` of
-``rpo_kernels/ops/head.py`` by hand. Launch settings of the row passes are tuned by ``python -m
-rpo_kernels tune``. A dry run goes through the motions on a CPU.
+Each is checked against float64, then timed with the pair loss. The best values have to be copied to
+`GPU_CHUNK_ROWS` in `rpo_kernels/ops/head.py` by hand. (`python -m rpo_kernels tune` tunes launch
+settings of the row passes.) A dry run on a CPU goes through the same steps.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ DRY = {"case": (TINY, 4 * SEQUENCES), "rounds": 1, "chunks": [(8, 1 << 20), (16,
 def timings(
     sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Callable[[list[dict]], None]
 ) -> list[dict]:
-    """``save`` is called after each: a run may be cut short."""
+    """Time each size; `save` is called after each, because a run may be interrupted."""
     case = Case(next(part for part in PARTS if part.group_size == 2), *sizes["case"])
     inputs, limit = [case.inputs(device)], ceilings.limit(case)[0]
     truth, found = truth_of(case, inputs[0]), []

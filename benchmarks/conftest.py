@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks/bench.py`, and what its measurements share."""
+"""Options and fixtures of `pytest benchmarks/bench.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from results import Results, about, publish
 from truth import truth_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROTATED_BYTES = 4 << 30  # inputs smaller than this come in two sets
+ROTATED_BYTES = 4 << 30  # smaller inputs come in two sets
 
 
 def pytest_addoption(parser):
@@ -62,7 +62,7 @@ def pytest_generate_tests(metafunc):
 
 
 class Bench:
-    """Results, ceilings, and the inputs and truth of the case at hand."""
+    """Results, ceilings, and the inputs and truth of the current case."""
 
     def __init__(self, config):
         self.device, self.case = DEVICE, None
@@ -80,7 +80,7 @@ class Bench:
         if case == self.case:
             return
         self.case = self.inputs = self.truth = None
-        torch.compiler.reset()  # so that nobody runs uncompiled after too many shapes
+        torch.compiler.reset()  # too many shapes would make compiled providers run uncompiled
         self.free()
         sets = 2 if case.input_bytes < ROTATED_BYTES else 1
         self.inputs = [case.inputs(self.device, seed) for seed in range(sets)]
@@ -105,9 +105,7 @@ def bench(pytestconfig):
 
 @pytest.fixture
 def timer(request):
-    """pytest-benchmark's fixture, or None where it is not installed: bench.py then times by
-    itself.
-    """
+    """pytest-benchmark's fixture, or None if it is not installed: bench.py then times by itself."""
     return (
         request.getfixturevalue("benchmark")
         if request.config.pluginmanager.hasplugin("benchmark")

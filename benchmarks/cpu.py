@@ -2,9 +2,9 @@
 
     python benchmarks/cpu.py [--threads 2] [--repeat 5] [--scale 1.0] [--json FILE] [CASE ...]
 
-Time is the median over repeats of forward and backward, as wall seconds and as processor seconds of
-all threads; memory is the peak of the resident set above what stood before the call, gradients
-included; a first call, which loads code, does not count. Naive is fp32 log_softmax and gather.
+Time is the median of forward and backward over repeats, in wall seconds and in processor seconds of
+all threads. Memory is the peak of the resident set above its size before the call, gradients
+included. A first call, which loads code, does not count. Naive is fp32 log_softmax and gather.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 from rpo_kernels import RPOObjective, linear_rpo_loss, token_logps
 
-# (rows, hidden or None for the path from logits, vocabulary, dtype, share of scored rows)
+# (rows, hidden size or None for the path from logits, vocabulary, dtype, share of scored rows)
 CASES = {
     "logits fp32": (2048, None, 50_257, torch.float32, 1.0),
     "logits bf16": (2048, None, 50_257, torch.bfloat16, 1.0),
@@ -37,7 +37,7 @@ PROVIDERS = ("naive", "rpo_kernels")
 
 
 def steps(case: str, scale: float):
-    """(inputs, naive step, our step)."""
+    """Return (inputs, naive step, our step)."""
     rows, hidden, V, dtype, share = CASES[case]
     S = 8
     T = int(rows * scale) // S
@@ -90,7 +90,7 @@ def resident() -> int:
 
 
 class Peak(threading.Thread):
-    """Watches the resident set."""
+    """A thread that tracks the peak of the resident set."""
 
     def run(self) -> None:
         self.done, self.base = False, resident()

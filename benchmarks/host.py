@@ -1,11 +1,12 @@
-"""What a call costs the CPU beside the bare Triton launches in it: `python benchmarks/host.py
-[--json FILE]`.
+"""CPU time of calls, compared with the bare Triton launches in them.
 
-Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
-compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
-launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
-in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside each
-call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
+    python benchmarks/host.py [--json FILE]
+
+Without a GPU, a libcuda whose functions do nothing is compiled with a C compiler: kernels are
+compiled for an H100, and their launches have no effect. CPU tensors stand for a GPU's, since no
+value is read. What remains is Python, PyTorch and Triton's own launcher. Times are medians over
+calls in a loop, of the fastest of several loops, in CPU time of the thread (on a GPU in wall time).
+Next to each call are its launches alone, `kernel[grid](...)`, in a loop of nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ HAS_GPU = torch.cuda.is_available()
 clock = time.perf_counter if HAS_GPU else time.thread_time
 
 
-# What Triton's launcher links to, with nothing behind it: every call succeeds at once.
+# what Triton's launcher links to: every function succeeds at once
 LIBCUDA = """
 typedef unsigned long long ull;
 #define DOES(name, arguments, what) int name arguments { what; return 0; }
@@ -58,9 +59,7 @@ NOTHING(cuLaunchKernelEx) NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensor
 
 
 def no_driver() -> object:
-    """Triton's driver for one H100 that is not there: its own launcher, down to the calls of
-    libcuda.
-    """
+    """Return Triton's driver for an absent H100: its own launcher, down to the calls of libcuda."""
     temporary = tempfile.TemporaryDirectory()
     folder = Path(temporary.name)
     library = folder / "libcuda.so.1"
@@ -85,7 +84,7 @@ def no_driver() -> object:
 
     class NoDriver(CudaDriver):
         def __init__(self):
-            self.folder = temporary  # goes with the process
+            self.folder = temporary  # deleted with the process
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             self.get_current_device = lambda: 0
             self.get_current_stream = lambda _: 0
@@ -95,7 +94,7 @@ def no_driver() -> object:
 
 
 def device() -> torch.device:
-    """A GPU, or, for the rest of this process, what passes for one."""
+    """Return a GPU, or a substitute for the rest of this process."""
     if HAS_GPU:
         return torch.device("cuda")
     triton.runtime.driver.set_active(no_driver())
@@ -123,7 +122,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]]:
-    """Of each kind of call: what it returns a loss from, and the leaf that gets a gradient."""
+    """Return each kind of call: a function that returns a loss, and the leaf with a gradient."""
     S, T, V = 4, 8, 1024
     logits = torch.randn(S, T, V, device=device, requires_grad=True)
     labels = torch.randint(V, (S, T), device=device)
@@ -162,9 +161,7 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
 
 @contextmanager
 def bare_launches() -> Iterator[list[Callable[[], object]]]:
-    """Within it launches of the package are appended to the list that it yields, to be made again
-    by Triton alone.
-    """
+    """Context that yields a list of launches of the package, which Triton alone can repeat."""
     run, bare = triton.JITFunction.run, []
 
     def record(kernel, *arguments, **options):
@@ -175,13 +172,11 @@ def bare_launches() -> Iterator[list[Callable[[], object]]]:
         yield bare
 
 
-BLOCKS = 20  # of calls in a loop, one kind after the other; the quietest of each counts
+BLOCKS = 20  # loops of calls, alternating between the kinds; the fastest of each counts
 
 
 def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each kind of call, microseconds: the call, call and backward, and the launches of each
-    made bare.
-    """
+    """Return microseconds of each kind: the call, call and backward, and its bare launches."""
     rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
 

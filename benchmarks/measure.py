@@ -1,9 +1,8 @@
-"""How it is measured: correctness first, then time, memory, and the share of what the hardware
-gives.
+"""Measurements: correctness first, then time, memory, and the share of the hardware's limits.
 
-On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs
-before each; on a CPU it is ``time.perf_counter``. Memory is the peak of what the allocator handed
-out above the inputs, gradients included.
+On a GPU, time is measured with CUDA events around one step, each with a flushed L2 cache and
+another set of inputs; on a CPU with `time.perf_counter`. Memory is the peak that the allocator
+hands out above the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from rpo_kernels.tools.timing import flush_cache, seconds
 
 
 class Step:
-    """One provider's work on one case, over and over: forward, and backward to what the case
-    trains.
-    """
+    """A repeatable forward and backward of one provider on one case."""
 
     def __init__(self, case: Case, provider: Provider, inputs: list[Inputs]):
         self.case, self.provider, self.turn = case, provider, -1
@@ -48,7 +45,7 @@ class Step:
         return self.sets[self.turn % len(self.sets)]
 
     def prepare(self) -> None:
-        """The next set of inputs, without gradients, and a cold cache."""
+        """Switch to the next set of inputs, clear gradients and flush the cache."""
         self.turn += 1
         for x in self.sets:
             for name in self.case.part.trains:
@@ -72,7 +69,7 @@ class Step:
         self.output = output.detach()
 
     def gradient(self, name: str) -> Tensor:
-        """In the order of the case, flat rows."""
+        """Return a gradient in the order of the case, as flat rows."""
         grad = getattr(self.inputs, name).grad
         if grad is None:
             raise RuntimeError(f"no gradient reached {name}")
@@ -85,15 +82,15 @@ class Step:
 
 
 class Errors(NamedTuple):
-    """Worst errors against float64."""
+    """Largest errors against float64."""
 
-    absolute: float  # of a log-probability or the loss, nats
+    absolute: float  # of log-probabilities or the loss, in nats
     relative: dict[str, float]  # of each gradient, by norm
     verdict: str | None  # what is wrong, or None
 
 
 def check(step: Step, truth: Truth) -> Errors:
-    """Run once on the first set of inputs, compare. A NaN never passes."""
+    """Run once on the first set of inputs, and compare; NaN never passes."""
     step.turn = -1
     step.prepare()
     step()
@@ -132,7 +129,7 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """Handed out by the allocator above what stood before the step."""
+    """Return the allocator's peak during a step, above what was allocated before."""
     step.prepare()
     gc.collect()
     if device == "cuda":
@@ -153,11 +150,11 @@ def peak_bytes(step: Step, device: str) -> int:
     return peak
 
 
-# ---- what the hardware gives ---------------------------------------------------------------------
+# ---- limits of the hardware ----------------------------------------------------------------------
 
 
 class Ceilings:
-    """Copy bandwidth, and the time of a case's bare GEMMs, measured beside it."""
+    """Copy bandwidth and the time of a case's bare GEMMs, measured in the same run."""
 
     def __init__(self, device: str):
         self.device = device
@@ -173,7 +170,7 @@ class Ceilings:
         return statistics.median(seconds(step, prepare, self.device, 11))
 
     def gemm_rate(self, case: Case) -> float:
-        """Flop a second of the case's GEMMs, alone, outputs in its dtype."""
+        """Return flop per second of the case's GEMMs only, with outputs in its dtype."""
         key = case.part.trains, case.model, case.scored, case.dtype
         if key not in self.gemm_rates:
             n, H, V = case.scored, case.model.H, case.model.V
@@ -192,7 +189,7 @@ class Ceilings:
         return self.gemm_rates[key]
 
     def limit(self, case: Case) -> tuple[float, str]:
-        """The least seconds a case can take here, and why."""
+        """Return the least seconds that a case can take on this hardware, and why."""
         if case.part.start == "logits":
             return (
                 case.bytes / self.copy_rate,

@@ -1,8 +1,8 @@
-"""Who is measured: rpo_kernels, naive PyTorch, and each library that computes the same numbers.
+"""Providers: rpo_kernels, naive PyTorch, and each library that computes the same numbers.
 
-A provider turns logits, or hidden states and an lm_head, into token log-probabilities ``[S, T]`` (0
-where the label is -100), and these into a loss. Each calls its package as that package's own
-trainers and examples do, with default settings.
+A provider computes token log-probabilities `[S, T]` (0 where the label is -100) from logits, or
+from hidden states and an lm_head, and a loss from these. Each calls its package as that package's
+own trainers and examples do, with default settings.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import rpo_kernels
 
 
 class Provider:
-    """One way to compute the loss head.
+    """A way to compute the loss head.
 
-    ``from_logits`` and ``from_hidden`` are None where it has none.
+    `from_logits` and `from_hidden` are None if it has none.
     """
 
     name: str
-    package = "torch"  # whose version counts
-    triton = False  # whether it has no backend but Triton's, on a GPU
+    package = "torch"  # its version is reported
+    triton = False  # whether its only backend is Triton on a GPU
     overwrites = False  # whether the backward overwrites the logits
 
     def from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -38,8 +38,9 @@ class Provider:
         raise NotImplementedError
 
     def loss(self, case: Case, x: Inputs) -> Tensor:
-        """DPO of pairs, or listwise RPO (backward KL) of larger groups, with reference
-        log-probabilities of 0.
+        """Return DPO of pairs, or listwise RPO (backward KL) of larger groups.
+
+        Reference log-probabilities are 0.
         """
         s = case.beta * self.from_hidden(x.hidden, x.weight, x.labels).sum(1).view(
             -1, case.part.group_size
@@ -50,13 +51,14 @@ class Provider:
         return F.kl_div(s.log_softmax(1), target, log_target=True, reduction="batchmean")
 
     def order(self, sequences: int) -> list[int]:
-        """How it wants the sequences; [chosen, rejected, chosen, rejected, ...] if they stay as
-        they are.
+        """Return the order of sequences that it needs.
+
+        The inputs are [chosen, rejected, chosen, rejected, ...].
         """
         return list(range(sequences))
 
     def missing(self, case: Case, device: str) -> str | None:
-        """Why it cannot run a case here, or None."""
+        """Return why it cannot run a case here, or None."""
         if importlib.util.find_spec(self.package.replace("-", "_")) is None:
             return f"{self.package} is not installed"
         if (self.from_logits if case.part.start == "logits" else self.from_hidden) is None:
@@ -78,7 +80,7 @@ class Provider:
 
 
 class Naive(Provider):
-    """fp32 log_softmax and gather, of every row: what trainers without a fused head do."""
+    """fp32 log_softmax and gather of every row, as trainers without a fused head do."""
 
     name = "naive PyTorch"
 
@@ -107,9 +109,7 @@ class Compiled(Naive):
 
 
 class TorchLinear(Provider):
-    """``torch.nn.functional.linear_cross_entropy`` with its chunked options; PyTorch 2.13 and
-    later.
-    """
+    """`torch.nn.functional.linear_cross_entropy` with its chunked options, since PyTorch 2.13."""
 
     name = "F.linear_cross_entropy"
     from_logits = None
@@ -128,9 +128,7 @@ class TorchLinear(Provider):
 
 
 class TRL(Provider):
-    """``trl.kernels``, as ``add_fused_lm_head`` calls it: only scored rows, in chunks of 32,768
-    columns.
-    """
+    """`trl.kernels` as called by `add_fused_lm_head`: scored rows, in chunks of 32,768 columns."""
 
     name, package = "TRL", "trl"
     columns = 32_768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
@@ -159,8 +157,9 @@ class TRL(Provider):
 
 
 class Liger(Provider):
-    """``LigerFusedLinearDPOLoss``: DPO of pairs, all chosen responses before all rejected ones; no
-    log-probabilities.
+    """`LigerFusedLinearDPOLoss`: DPO of pairs, without log-probabilities.
+
+    All chosen responses come before all rejected ones.
     """
 
     name, package = "Liger", "liger-kernel"
@@ -184,7 +183,7 @@ class Liger(Provider):
 
 
 class CutCrossEntropy(Provider):
-    """Apple's ``linear_cross_entropy`` with its default gradient filter."""
+    """Apple's `linear_cross_entropy` with its default gradient filter."""
 
     name, package, triton = "cut-cross-entropy", "cut-cross-entropy", True
     from_logits = None
@@ -196,7 +195,7 @@ class CutCrossEntropy(Provider):
 
 
 class Ours(Provider):
-    """This library, default settings: fp32 logits on the linear path."""
+    """This library with default settings: fp32 logits on the linear path."""
 
     name, package = "rpo_kernels", "rpo_kernels"
     options: ClassVar = {}
@@ -223,14 +222,14 @@ class Ours(Provider):
 
 
 class OursInPlace(Ours):
-    """The gradient takes the logits' place."""
+    """The same with gradients written over the logits."""
 
     name, overwrites = "rpo_kernels, in place", True
     options: ClassVar = {"inplace_backward": True}
     from_hidden = None
 
     def from_logits(self, logits, labels):
-        return super().from_logits(logits.view_as(logits), labels)  # a leaf is not overwritten
+        return super().from_logits(logits.view_as(logits), labels)  # a leaf cannot be overwritten
 
     def missing(self, case, device):
         return super().missing(case, device) or (
@@ -239,7 +238,7 @@ class OursInPlace(Ours):
 
 
 class OursShortLogits(Ours):
-    """Logits rounded to bf16, as every other provider rounds them."""
+    """The same with logits rounded to bf16, as all other providers do."""
 
     name = "rpo_kernels, bf16 logits"
     options: ClassVar = {"logits_dtype": torch.bfloat16}

@@ -1,10 +1,10 @@
-"""Write the tables of README.md and docs/evidence.md from the results in benchmarks/results:
+"""Write the tables of README.md and docs/evidence.md from the results in benchmarks/results.
 
     python benchmarks/readme.py
 
-The table against peers comes from the run on a GPU (bench.json, which benchmarks/gpu.sh writes),
-and until there is one from the smoke run on a CPU; that of memory traffic is counted now; that of
-chips is the evidence in the table of launch settings. A table is written where a page has its mark.
+The table against peers is from the run on a GPU (bench.json, written by benchmarks/gpu.sh), or,
+until there is one, from the smoke run on a CPU. Memory traffic is counted now. The table of chips
+is the evidence in the table of launch settings. A table is written where a page has its mark.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cpu_table(folder: Path) -> str | None:
 
 
 def memory_chart(folder: Path, width: int = 40) -> str | None:
-    """Peak memory of the cases in the table of CPU cost, as bars of at most ``width`` blocks."""
+    """Chart the peak memory of the cases in the CPU table, as bars of at most `width` blocks."""
     path = folder / "cpu-2-threads.json"
     if not path.exists():
         return None
@@ -85,7 +85,7 @@ def host_table(folder: Path) -> str | None:
 
 
 def traffic_table() -> str:
-    """Whole steps; the command lists the kernels too."""
+    """Return the traffic of whole steps; the command also lists kernels."""
     command = [sys.executable, "-m", "rpo_kernels", "traffic", "--markdown"]
     lines = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True
@@ -94,8 +94,9 @@ def traffic_table() -> str:
 
 
 def chips_table() -> str:
-    """What the machine code of long rows allows against the memory's bandwidth: the evidence of the
-    launch settings.
+    """Return what the machine code for long rows allows, relative to the memory bandwidth.
+
+    It is the evidence of the launch settings.
     """
     allowed = {}
     for row in json.loads((ROOT / "rpo_kernels" / "kernels" / "launch_table.json").read_text()):
@@ -114,9 +115,7 @@ def chips_table() -> str:
 
 
 def fill(text: str, name: str, table: str | None) -> str:
-    """The text with the table between its mark and the end mark; as it was, where one of both is
-    missing.
-    """
+    """Replace the table between its mark and the end mark, if there are both and a table."""
     mark = MARK.format(name)
     if mark not in text or table is None:
         return text
@@ -126,7 +125,7 @@ def fill(text: str, name: str, table: str | None) -> str:
 
 
 def filled(text: str, folder: Path = RESULTS) -> str:
-    """A page with all tables that it has a mark for."""
+    """Return a page with all tables that it has marks for."""
     text = fill(text, "memory", memory_chart(folder))
     text = fill(text, "cpu", cpu_table(folder))
     text = fill(text, "peers", peers_table(folder))

@@ -1,11 +1,11 @@
-"""What comes out: a JSON file that says where its numbers come from, Markdown tables and plots.
+"""Results of benchmarks: a JSON file with the provenance of its numbers, Markdown tables and plots.
 
-    # tables and plots again, beside the file
+    # write tables and plots again, next to the file
     python benchmarks/results.py benchmarks/results/bench.json
 
-Rows hold: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok" with
-median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, measured in the same
-run) and errors; else the reason.
+A row contains: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok"
+with median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, measured in the
+same run) and errors; otherwise the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cpu import processor
 from providers import PROVIDERS, Provider
 
 ROOT = Path(__file__).parent.parent
-# what two runs must share to stand in one file
+# what two runs must share to be in one file
 SAME = (
     "device",
     "driver",
@@ -35,7 +35,7 @@ SAME = (
 
 
 def about(device: str, sizes: str, **more: object) -> dict:
-    """Device, driver, versions, commit and command."""
+    """Return device, driver, versions, commit and command."""
     run = lambda *command: subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
@@ -66,7 +66,7 @@ def about(device: str, sizes: str, **more: object) -> dict:
         )
     except OSError:
         facts["commit"] = ""
-    # of a copy without its history
+    # for a copy without its history
     facts["commit"] = facts["commit"] or os.environ.get("RPO_COMMIT", "")
     facts |= {"torch": torch.__version__, "python": platform.python_version()}
     words = [
@@ -90,7 +90,7 @@ class Results:
     def has(self, case: Case, provider: Provider) -> bool:
         done = [
             row for row in self.rows if row["status"] != "skipped"
-        ]  # what was not installed may be by now
+        ]  # a missing package may be installed now
         return any(row["case"] == case.id and row["provider"] == provider.name for row in done)
 
     def add(self, case: Case, provider: Provider, status: str, **facts: object) -> None:
@@ -128,7 +128,7 @@ class Results:
 
 
 def figure(x: float) -> str:
-    """Three digits."""
+    """Format with three digits."""
     return f"{x:.3g}" if x < 1000 else f"{x:.0f}"
 
 
@@ -173,7 +173,7 @@ def where(about: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """One case: who ran, and below it who did not and why."""
+    """Return the table of one case: who ran, then who did not and why."""
     ran = [row for row in rows if row["status"] != "skipped"]
     lines = [
         "| provider | ms: median (quartiles) | memory above inputs | of the limit | error: nats, "
@@ -185,7 +185,7 @@ def table(rows: list[dict]) -> str:
 
 
 def report(results: dict) -> str:
-    """Every case, each with its limit."""
+    """Return the tables of all cases, each with its limit."""
     lines = [
         "# The loss head, against float64, peers and the hardware",
         "",
@@ -201,8 +201,9 @@ def report(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """The first model and number of rows, all scored: time and memory of each provider in each
-    part.
+    """Return time and memory of each provider and part, for the first model and number of rows.
+
+    All rows are scored.
     """
     first = results["rows"][0]
     chosen = [
@@ -239,7 +240,7 @@ def summary(results: dict) -> str:
 
 
 def host_table(rows: dict[str, dict[str, float]]) -> str:
-    """Of what benchmarks/host.py measured."""
+    """Return the table of the results of benchmarks/host.py."""
     least = rows["an autograd function that does nothing"]["step, us"]
     lines = [
         "| call | launches | us | bare launches | ratio | and backward: launches | us | bare "
@@ -261,9 +262,7 @@ def host_table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def plots(results: dict, folder: Path, name: str) -> list[Path]:
-    """Time and memory against N for the first model, and bars against peers at its first number of
-    rows.
-    """
+    """Plot time and memory against N for the first model, and bars against peers at its first N."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -365,7 +364,7 @@ def plots(results: dict, folder: Path, name: str) -> list[Path]:
 
 
 def publish(path: Path) -> list[Path]:
-    """Tables and plots of a results file, beside it; plots only where matplotlib is installed."""
+    """Write tables and plots next to a results file; plots only if matplotlib is installed."""
     results = json.loads(path.read_text())
     written = [path.with_suffix(".md")]
     written[0].write_text(report(results))

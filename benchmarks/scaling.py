@@ -1,8 +1,9 @@
-"""What the loss head costs on each rank of a tensor-parallel group, on paper: `python
-benchmarks/scaling.py` writes scaling.md.
+"""Predicted cost of the loss head on each rank of a tensor-parallel group; writes scaling.md.
 
-Nothing here is measured. Formulas over the rates below; sizes of chunks come from the plan that the
-library would make.
+    python benchmarks/scaling.py
+
+Nothing here is measured: these are formulas over the rates below. Sizes of chunks are those that
+the library would plan.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rpo_kernels.ops.head import GPU_FROZEN_ROWS, GPU_WORKSPACE, Chunks, Options
 ROOT = Path(__file__).parent.parent
 GEMM = 798e12  # flop/s, bf16
 MEMORY = 3.0e12  # bytes/s of a copy
-LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}  # bytes/s, each way, per GPU
+LINKS = {"NVLink": 450e9, "InfiniBand": 50e9}  # bytes/s in each direction, per GPU
 LATENCY = 20e-6  # s of a small all-gather
 NAIVE = 30  # bytes per logit of fp32 log_softmax and gather, forward and backward
 
@@ -30,9 +31,10 @@ DEGREES = (1, 2, 4, 8)
 
 
 def plan(N: int, V: int, trainable: bool = True, H: int = 0) -> Chunks:
-    """Rows of logits at a time, and rows of P that wait for their coefficients, of a bf16 head
-    with fp32 logits. Where P of all rows fits with what an fp32 sum of dweight ``[V, H]`` would
-    take, there is no such sum.
+    """Plan rows of logits and of P for a bf16 head with fp32 logits.
+
+    If P of all rows fits with the memory that an fp32 sum of dweight `[V, H]` would take, there is
+    no such sum.
     """
     options = Options(LogitTransform(), torch.bfloat16, torch.float32, GPU_WORKSPACE, "triton")
     return head.plan("", options, V, N, True, trainable, 4 * H)
@@ -41,22 +43,23 @@ def plan(N: int, V: int, trainable: bool = True, H: int = 0) -> Chunks:
 def cost(
     N: int, H: int, V: int, tp: int, link: float = LINKS["NVLink"], trainable: bool = True
 ) -> dict[str, float]:
-    """Seconds and bytes on one rank: forward and backward of ``linear_rpo_loss`` over N scored
-    tokens.
+    """Return seconds and bytes of `linear_rpo_loss`, forward and backward, on one rank.
+
+    N is the number of scored tokens.
     """
     columns = -(-V // tp)
     chunks = plan(N, columns, trainable, H)
     gathers = -(-N // chunks.logits)
     windows = -(-N // chunks.waiting) if trainable else 0
     gemms = (3 if trainable else 2) * 2 * N * H * columns / GEMM
-    # fp32 logits are read forward and backward, bf16 dlogits written; from the second flush on
+    # fp32 logits are read in forward and backward, bf16 dlogits written; with several windows
     # dweight is summed in fp32
     rows = (4 + 4 + 2) * N * columns / MEMORY
     sums = (8 * windows + 2) * H * columns / MEMORY if windows > 1 else 0.0
     statistics = gathers * LATENCY + 3 * 4 * N * (tp - 1) / link if tp > 1 else 0.0
-    dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # a ring's all-reduce, bf16
-    # The sum of a window's rows runs beside its dweight GEMM; with a frozen head beside the GEMMs of
-    # the next window, which the last one has not.
+    dhidden = 2 * (tp - 1) / tp * 2 * N * H / link  # all-reduce in a ring, bf16
+    # The sum of a window's rows overlaps its dweight GEMM; with a frozen head the GEMMs of the next
+    # window, of which the last one has none.
     share = gemms / (3 if trainable else 2)
     last = 0.0 if trainable else min(1.0, chunks.waiting / N)
     exposed = max(0.0, dhidden - share) * (1 - last) + dhidden * last
@@ -80,28 +83,30 @@ def cost(
 
 
 def crossing(V: int, link: float, gemms: int) -> float:
-    """Degree at which the dhidden all-reduce takes as long as the GEMMs: 4 N H (tp-1)/tp / link =
-    gemms 2 N H V / (tp GEMM).
+    """Degree at which the all-reduce of dhidden takes as long as the GEMMs.
+
+        4 N H (tp-1)/tp / link = gemms 2 N H V / (tp GEMM)
+
+    It is the tensor-parallel degree tp.
     """
     return 1 + gemms * V * link / (2 * GEMM)
 
 
 def latency_crossing(H: int, V: int, gemms: int) -> float:
-    """Degree at which gathering the statistics of a chunk takes as long as its GEMMs, for chunks of
-    narrow shards.
-    """
+    """Degree at which gathering a chunk's statistics takes as long as its GEMMs, for narrow shards."""
     return gemms * 2 * plan(1 << 20, 1).logits * H * V / (GEMM * LATENCY)
 
 
 def hiding(V: int, link: float) -> float:
-    """Degree up to which the dhidden all-reduce hides behind one GEMM of as many rows."""
+    """Degree up to which the all-reduce of dhidden is hidden by one GEMM of as many rows."""
     return crossing(V, link, 1)
 
 
 def context(N: int, H: int, V: int, cp: int) -> dict[str, float]:
-    """Seconds on one of ``cp`` ranks that share N tokens, each with the whole head: in one call,
-    and composed of functions of token log-probabilities, which compute the logits of rows whose P
-    was dropped once more.
+    """Return seconds on one of `cp` ranks that share N tokens, each with the whole head.
+
+    They are for one call, and for a composition of functions of token log-probabilities, which
+    recomputes the logits of rows whose P was dropped.
     """
     c, rows = cost(N // cp, H, V, 1), N // cp
     chunks = plan(rows, V, H=H)

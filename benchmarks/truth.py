@@ -1,21 +1,19 @@
-"""The numbers every provider must reproduce, in float64, and how far arithmetic in the case's dtype
-may lead from them.
+"""Expected results in float64, and how far arithmetic in the case's dtype may deviate from them.
 
-Log-probabilities are checked in all scored rows; gradients in a sample of rows and of the weight's
-rows, as norms of their errors. The bounds let a provider round logits, their gradient and any sum
-of up to 1,024 terms to the dtype of its inputs. Let u be that dtype's unit roundoff, u32 that of
-fp32:
+Log-probabilities are checked in all scored rows; gradients in a sample of rows, and of rows of the
+weight, by the norms of their errors. The bounds allow a provider to round logits, their gradient
+and any sum of up to 1,024 terms to the dtype of its inputs. With u the unit roundoff of that dtype,
+and u32 that of fp32:
 
     |dz|       <= u max|z| + 4 sqrt(H) u32 |hidden| |weight|          (from hidden states)
     |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)
     |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss)
     |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot)
                   + |dcoef| |onehot - p|
+    ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)|| + 32 u ||dhidden||,   dweight alike
 
-where from logits |dlogp| lacks dz and u (fp32 inside, fp32 out), the sum of |dcoef| is over the
-tokens of a response,
-and, errors of different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)||
-+ 32 u ||dhidden||, dweight alike.
+From logits, |dlogp| has no terms with dz and u (fp32 inside and out). The sum of |dcoef| is over
+the tokens of a response. The last line assumes independent errors of different logits.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ SAMPLED_ROWS, SAMPLED_COLUMNS = 64, 128
 
 
 class Sample(NamedTuple):
-    """Part of a gradient."""
+    """A sample of a gradient."""
 
     index: Tensor  # rows of the flat gradient
     value: Tensor  # float64
@@ -69,7 +67,7 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         logps[index] = reference.token_logps(z, labels[index])
         lse[index], peak[index] = z.logsumexp(-1), z.abs().amax(-1)
         if not from_logits:
-            largest = weight.norm(dim=1).max()  # |hidden| |weight| <= the norms' product
+            largest = weight.norm(dim=1).max()  # |hidden| |weight| <= the product of the norms
             work[index] = 4 * math.sqrt(H) * single * rows[index].double().norm(dim=1) * largest
     in_fp32 = 32 * single * (peak + math.log(V))
     logps_bound = in_fp32.clone()
@@ -93,7 +91,7 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         )
 
     def dlogits(index: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Values and bounds [rows, columns] of dL/dlogits."""
+        """Return dL/dlogits and its bounds, [rows, columns]."""
         if columns is None:
             z, columns = logits_of(index), torch.arange(V, device=labels.device)
         else:
@@ -122,7 +120,7 @@ def truth_of(case: Case, x: Inputs) -> Truth:
             spread, value, sums_bound(value, error.square() @ weight.square())
         )
     if "weight" in case.part.trains:
-        # columns that are labels, whose gradients are large, and others
+        # columns of labels, whose gradients are large, and others
         columns = torch.cat(
             [labels[spread], torch.arange(0, V, -(-V // SAMPLED_COLUMNS), device=labels.device)]
         ).unique()

@@ -4,12 +4,11 @@
     python examples/align.py --model DIR --data FILE.jsonl    # your model, your preferences
 
 Without --data, training is online: each step samples responses to its prompts from the policy
-itself, a judge in code rewards them, and one RPO step follows. With --data, responses and rewards
-come from a file of JSON Lines: rows of prompt, chosen, rejected (and chosen_reward, rejected_reward
-or score_chosen, score_rejected), or of prompt, responses, rewards.
+itself, a judge written in code rewards them, and one RPO step follows. With --data, responses and
+rewards come from a file of JSON Lines: rows of prompt, chosen, rejected (and chosen_reward,
+rejected_reward or score_chosen, score_rejected), or of prompt, responses, rewards.
 
-The training loop is `train`; everything else prepares its batches or measures what became of the
-policy.
+The training loop is `train`; everything else prepares its batches or measures the policy.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from rpo_kernels.adapters.transformers import attach, model_token_logps
 def train(
     policy, reference, batches: Iterable[Batch], objective, temperature: float, lr: float
 ) -> Iterator[dict]:
-    """Any training loop will do. Yields what each step saw before its update."""
+    """Train, and yield metrics of each step from before its update; an ordinary training loop."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
     for batch in batches:
         out, log_ratios = rpo(policy, reference, batch, objective, temperature)
@@ -56,7 +55,7 @@ def train(
 def rpo(
     policy, reference, batch: Batch, objective: RPOObjective, temperature: float
 ) -> tuple[RPOOutput, Tensor]:
-    """The RPO loss of a batch, and log(policy / reference) of its responses: ``[S]``, in nats."""
+    """Return the RPO loss of a batch, and its responses' log(policy / reference), `[S]` in nats."""
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -77,9 +76,9 @@ def rpo(
 
 
 def online(policy, tokenizer, tasks: list[prompts.Task], args) -> Iterator[Batch]:
-    """Fresh responses of the policy as it is now, judged.
+    """Yield fresh, judged responses of the current policy.
 
-    Groups of equal rewards compare nothing, and go.
+    Groups with equal rewards, which compare nothing, are left out.
     """
     endless = itertools.cycle(tasks)
     for _ in range(args.steps):
@@ -93,7 +92,7 @@ def online(policy, tokenizer, tasks: list[prompts.Task], args) -> Iterator[Batch
 
 
 def offline(policy, groups: list[Group], args) -> Iterator[Batch]:
-    """Minibatches of given responses, in a new order each epoch."""
+    """Yield minibatches of given responses, in a new order each epoch."""
     endless = itertools.chain.from_iterable(
         random.sample(groups, len(groups)) for _ in itertools.count()
     )
@@ -102,7 +101,7 @@ def offline(policy, groups: list[Group], args) -> Iterator[Batch]:
 
 
 def answer(policy, tokenizer, tasks: list[prompts.Task], args) -> list[Group]:
-    """K responses to each task, sampled from the policy and judged."""
+    """Sample K responses to each task from the policy, and judge them."""
     asked = [data.prompt_ids(tokenizer, task.prompt) for task in tasks]
     sampled = models.sample(
         policy, tokenizer, asked, args.responses, args.sample_tokens, args.temperature
@@ -122,11 +121,10 @@ def texts(tokenizer, responses: list[list[int]]) -> list[str]:
 
 @torch.no_grad()
 def measure(policy, reference, groups: list[Group], args) -> dict[str, list[float]]:
-    """Per group: loss, mean reward, mean log(policy / reference), and how the implicit rewards
-    order the responses.
+    """Measure loss, reward, log(policy / reference) and the order of implicit rewards, per group.
 
     Accuracy is the share of response pairs with different rewards that the implicit rewards order
-    alike (ties count half), margin is by how much; NaN for a group without such a pair.
+    alike (ties count half), margin their difference; NaN for a group without such a pair.
     """
     out = defaultdict(list)
     for i in range(0, len(groups), args.prompts):
@@ -144,7 +142,7 @@ def measure(policy, reference, groups: list[Group], args) -> dict[str, list[floa
 
 
 def align_online(policy, reference, tokenizer, args) -> Report:
-    """Learn from a judge to follow instructions."""
+    """Learn to follow instructions from a judge."""
     training, held_out = (
         prompts.tasks(prompts.TRAINING_QUESTIONS),
         prompts.tasks(prompts.HELD_OUT_QUESTIONS),
@@ -155,9 +153,8 @@ def align_online(policy, reference, tokenizer, args) -> Report:
     report = Report(run(policy, reference, online(policy, tokenizer, training, args), args))
     last = answer(policy, tokenizer, held_out, args)
     after = measure(policy, reference, last, args)
-    accuracy = measure(policy, reference, first, args)[
-        "accuracy"
-    ]  # on answers that were not sampled from this policy
+    # on answers that were not sampled from this policy
+    accuracy = measure(policy, reference, first, args)["accuracy"]
     report.add("judge reward", before["reward"], after["reward"])
     wins = [win_rate(new.rewards, old.rewards) for old, new in zip(first, last)]
     report.add("win rate against before", [0.5] * len(wins), wins)
@@ -172,7 +169,7 @@ def align_online(policy, reference, tokenizer, args) -> Report:
 
 
 def loss_head_peaks(policy, groups: list[Group], args) -> tuple[int, int]:
-    """Peak bytes of a batch's loss head: naive PyTorch's and ours."""
+    """Return peak bytes of a batch's loss head: naive PyTorch's and ours."""
     batch = data.collate(groups[: args.prompts], policy.device)
     return memory.loss_head_peaks(policy, batch, args.objective, args.temperature)
 
@@ -211,7 +208,7 @@ def align_offline(policy, reference, tokenizer, args) -> Report:
 
 
 def run(policy, reference, batches: Iterable[Batch], args) -> list[dict]:
-    """Train under a progress bar."""
+    """Train with a progress bar."""
     steps = []
     with tqdm(total=args.steps, desc="RPO", unit="step") as bar:
         for step in train(policy, reference, batches, args.objective, args.temperature, args.lr):

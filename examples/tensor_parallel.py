@@ -1,12 +1,11 @@
-"""RPO with an lm_head whose vocabulary is sharded over ranks: each holds some of its rows, none
-ever holds its logits.
+"""RPO with an lm_head whose vocabulary is sharded over ranks, none of which holds all logits.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py    # on CPUs (gloo) and GPUs (NCCL)
 
-The backbone is small and replicated, so that the example is about the head: the gradient of the
-hidden states comes back summed over the ranks, the same on each, and the replicas stay equal
-without a word between them. In a Megatron model, whose layers sum that gradient themselves, pass
-``reduce_dhidden=False``.
+The backbone is small and replicated, to keep the example about the head. The gradient of the hidden
+states is summed over the ranks, so it is the same on each, and the replicas stay equal without
+further communication. In a Megatron model, whose layers sum that gradient themselves, pass
+`reduce_dhidden=False`.
 """
 
 from __future__ import annotations
@@ -33,15 +32,13 @@ class Backbone(torch.nn.Module):
 
 
 def shard(vocabulary: int, rank: int, ranks: int) -> slice:
-    """Rows of the head on a rank; any neighbouring rows will do."""
+    """Return the rows of the head on a rank; any consecutive rows would do."""
     bounds = [vocabulary * r // ranks for r in range(ranks + 1)]
     return slice(bounds[rank], bounds[rank + 1])
 
 
 def batch(vocabulary: int, prompts: int, device: torch.device):
-    """(ids, labels, rewards) of K responses to each prompt, where the share of even tokens is what
-    is wanted.
-    """
+    """Return (ids, labels, rewards) of K responses per prompt; even tokens are rewarded."""
     ids = torch.randint(vocabulary, (prompts, K, PROMPT + RESPONSE), device=device)
     ids[..., :PROMPT] = ids[:, :1, :PROMPT]
     labels = ids.roll(-1, 2)  # labels[t] is the token that position t predicts
@@ -107,7 +104,7 @@ def main() -> None:
                 f"{out.metrics()['rewards/agreement'].item():.2f}"
             )
 
-    # The same head in one piece, on every rank, for comparison. Training does not need this.
+    # For comparison: the whole head on every rank. Training does not need it.
     rows = [torch.empty_like(whole[shard(args.vocabulary, r, ranks)]) for r in range(ranks)]
     for r in range(ranks):
         rows[r].copy_(weight.detach()) if r == rank else None

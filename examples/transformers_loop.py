@@ -1,9 +1,9 @@
-"""A bare loop: a causal language model learns preferences, with the loss inside its own forward.
+"""A bare training loop: a causal language model learns preferences, with the loss in its forward.
 
     python examples/transformers_loop.py                                  # SmolLM2-135M, rows below
     python examples/transformers_loop.py --model DIR --data FILE.jsonl    # yours
 
-With --lora it trains an adapter, and the model without it is the reference.
+With --lora it trains an adapter, and the model without the adapter is the reference.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from demo import data, models
 from rpo_kernels import RPOObjective
 from rpo_kernels.adapters.transformers import attach, model_rpo_loss
 
-# Answers that keep to the point are better. Rewards say by how much.
+# answers that keep to the point are better; rewards tell by how much
 CITIES = {
     "France": "Paris",
     "Italy": "Rome",
@@ -40,11 +40,11 @@ ROWS = [
 def train(
     model, groups: list[data.Group], objective: RPOObjective, steps: int, lr: float
 ) -> list[dict[str, float]]:
-    """The loop. Returns the metrics of each step."""
+    """Run the loop, and return the metrics of each step."""
     attach(model)
-    reference = None  # of a model with an adapter: itself without
+    reference = None  # a model with an adapter: itself without
     if not hasattr(model, "disable_adapter"):
-        reference = copy.deepcopy(model).requires_grad_(False)  # attached, as the model is
+        reference = copy.deepcopy(model).requires_grad_(False)  # attached, like the model
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
     )
@@ -67,12 +67,11 @@ def train(
 
 
 def collate(groups: list[data.Group], device) -> dict[str, torch.Tensor]:
-    """What the model takes, and what the loss does."""
+    """Return the arguments of the model and of the loss."""
     batch = data.collate(groups, device)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    inputs |= {
-        "shift_labels": batch.labels
-    }  # aligned with logits already; `labels` would be unshifted
+    # aligned with logits; `labels` would be unshifted
+    inputs |= {"shift_labels": batch.labels}
     return inputs | {"rewards": batch.rewards, "cu_groups": batch.cu_groups}
 
 

@@ -27,7 +27,7 @@ PAIRS = Path(__file__).with_name("pairs.jsonl")
 
 @dataclass
 class Arguments:
-    """What is trained, and on what."""
+    """What is trained, and on which data."""
 
     model: str | None = None  # folder or hub name; SmolLM2-135M-Instruct if None
     data: str = str(PAIRS)
@@ -36,7 +36,7 @@ class Arguments:
 
 
 def chats(row: dict) -> dict:
-    """Texts as messages, so that the tokenizer's chat template applies."""
+    """Convert texts to messages, so that the tokenizer's chat template is used."""
     as_messages = lambda role, text: [{"role": role, "content": text}]
     row["prompt"] = as_messages("user", row["prompt"])
     if "responses" in row:
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> tuple[Arguments, RPOConfig]:
         save_strategy="no",
         report_to="none",
         max_length=512,
-        # TRL's own choice, None, is bf16 whatever the device
+        # TRL's default, None, is bf16 on any device
         bf16=None if is_torch_bf16_gpu_available() else False,
     )
     return parser.parse_args_into_dataclasses(arguments)

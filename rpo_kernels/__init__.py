@@ -1,5 +1,6 @@
-"""Fused kernels for Reward-aware Preference Optimization (RPO, arXiv 2502.00203): the loss head of
-preference training.
+"""Fused kernels for the loss head of preference training.
+
+The losses are those of Reward-aware Preference Optimization (RPO, arXiv 2502.00203).
 """
 
 from .objectives import RPOObjective

@@ -1,6 +1,4 @@
-"""`python -m rpo_kernels audit | verify | traffic | tune | info | hub`: instruments to check the
-kernels with, on your own machine, and the package as a kernel of the Hugging Face kernels hub.
-"""
+"""Command line: `python -m rpo_kernels audit | verify | traffic | tune | info | hub`."""
 
 from __future__ import annotations
 

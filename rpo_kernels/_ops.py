@@ -1,6 +1,6 @@
-"""The namespace of the package's operators in ``torch.ops``, and the only place that names it.
+"""The namespace of the package's operators in `torch.ops`, and the only place that names it.
 
-On the Hugging Face kernels hub (``python -m rpo_kernels hub``) another file takes the place of this
+On the Hugging Face kernels hub (`python -m rpo_kernels hub`) another file takes the place of this
 one, with a namespace unique to each build, so that one process can load several.
 """
 

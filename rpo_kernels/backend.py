@@ -1,4 +1,4 @@
-"""Which backend runs a row function: Triton kernels or their PyTorch counterparts."""
+"""Choice of the backend: Triton kernels or their PyTorch counterparts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ ON_CPU = "RPO_KERNELS_ON_CPU"
 
 @functools.cache
 def module_of(op: str, backend: str, device: torch.device, module: str) -> ModuleType:
-    """``kernels.<module>`` or ``torch_backend.<module>``; an explicit choice that cannot run
-    raises.
-    """
+    """Import `kernels.<module>` or `torch_backend.<module>`; raise if the choice cannot run."""
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return importlib.import_module(f".torch_backend.{module}", __package__)
     if importlib.util.find_spec("triton") is None:
@@ -38,16 +36,16 @@ def module_of(op: str, backend: str, device: torch.device, module: str) -> Modul
 
 
 def runs_on_cpu() -> bool:
-    """Whether kernels may be launched on CPU tensors.
+    """Return whether kernels may be launched on CPU tensors.
 
-    In Triton's interpreter; or where the environment variable RPO_KERNELS_ON_CPU=1 says that
-    something has taken the place of Triton's launcher: a sanitizer, an emulator.
+    They may in Triton's interpreter, or if the environment variable RPO_KERNELS_ON_CPU=1 says that
+    something replaces Triton's launcher (a sanitizer, an emulator).
     """
     return os.environ.get(ON_CPU) == "1" or interpreted()
 
 
 def interpreted() -> bool:
-    """Whether the kernels were decorated for Triton's interpreter."""
+    """Return whether the kernels were decorated for Triton's interpreter."""
     import triton
 
     from .kernels.vocabulary_forward import _vocabulary_forward_kernel

@@ -1,10 +1,9 @@
-"""Checks of arguments: the operation, the argument, what was expected, what came, and the likely
-slip.
+"""Checks of arguments; messages name the operation, the argument, what was expected and what came.
 
-Shapes, dtypes and devices are checked everywhere. Values are checked where looking at them is free,
-on a CPU and not while a graph is traced (its operators look when they run); on a GPU a look would
-stop the device, and the kernels turn what these checks refuse into NaN losses without reading out
-of bounds.
+Shapes, dtypes and devices are always checked. Values are checked where reading them is free: on a
+CPU, and not while a graph is traced (its operators check when they run). On a GPU reading them
+would synchronise; there the kernels turn invalid values into NaN losses, without reading out of
+bounds.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> 
 
 
 def check_float(op: str, name: str, x: Tensor) -> None:
-    """fp32, fp16 or bf16."""
+    """Check for fp32, fp16 or bf16."""
     if x.dtype not in _LOGITS:
         hint = (
             "; the kernels compute in float32, rpo_kernels.reference in float64"
@@ -58,14 +57,14 @@ def check_float(op: str, name: str, x: Tensor) -> None:
 
 
 def check_constant(op: str, name: str, x: Tensor) -> None:
-    """No gradient flows into this argument, so none may be expected."""
+    """Check that no gradient is expected of an argument that gets none."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: `{name}` gets no gradient, but requires one; pass {name}.detach()")
     check_tangents(op, x)
 
 
 def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index: int) -> None:
-    """Integer labels in the shape of the leading dimensions of logits (or hidden states)."""
+    """Check integer labels in the shape of the leading dimensions of logits or hidden states."""
     check_tensor(op, "labels", labels)
     if labels.dtype not in _INTEGERS:
         raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}")
@@ -92,7 +91,7 @@ def check_logits(
     inplace_backward: bool,
     is_shard: bool = False,
 ) -> None:
-    """``is_shard``: the columns are one rank's, perhaps none."""
+    """Check logits and labels; with `is_shard` the columns are one rank's, possibly none."""
     check_tensor(op, "logits", logits)
     check_float(op, "logits", logits)
     if logits.dim() == 0 or (logits.shape[-1] == 0 and not is_shard):
@@ -123,8 +122,9 @@ def check_logits(
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether two elements may lie at one address: some stride does not step over all smaller
-    dimensions.
+    """Return whether two elements may share an address.
+
+    They may if some stride does not step over all smaller dimensions.
     """
     reach = 0
     for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
@@ -144,7 +144,7 @@ def check_transform(op: str, temperature: float, logit_scale: float, softcap: fl
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: `{name}` must be a number, got {value!r}")
-        if not 0 < value < math.inf:  # torch.compile traces a comparison, but not math.isfinite
+        if not 0 < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
             raise ValueError(f"{op}: `{name}` must be a finite number > 0, got {value!r}")
 
 
@@ -230,7 +230,7 @@ def check_groups(
     cu_groups: Tensor | None,
     device: torch.device,
 ) -> int:
-    """The group size: 2 by default, where cu_groups has no other say."""
+    """Return the group size, by default 2 unless `cu_groups` is given."""
     if S == 0:
         raise ValueError(
             f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences"
@@ -281,8 +281,11 @@ def check_reference(
     device: torch.device,
     is_live: bool = False,
 ) -> None:
-    """``shapes`` are those one reference may have: per sequence, and per token where there are
-    tokens. ``is_live``: its log-probabilities are still to be computed."""
+    """Check the reference's log-probabilities and weights.
+
+    `shapes` are the allowed shapes of one reference: per sequence, and per token if there are
+    tokens. With `is_live` its log-probabilities are computed later.
+    """
     several = objective.reference in ("harmonic", "geometric")
     if objective.reference == "none":
         if ref_logps is not None:
@@ -367,7 +370,7 @@ def check_group_weights(
     check_device(op, "group_weights", group_weights, device)
 
 
-# ---- values, looked at on a CPU only -------------------------------------------------------------
+# ---- values, checked on a CPU only ---------------------------------------------------------------
 
 
 def _may_look(device: torch.device) -> bool:
@@ -460,7 +463,7 @@ def check_group_values(
     normalizer: Tensor | None,
     group_weights: Tensor | None,
 ) -> None:
-    """What a group pass over S sequences of N tokens takes, all on one device."""
+    """Check the values of everything that a group pass reads, for S sequences of N tokens."""
     if not _may_look(device):
         return
     check_offset_values(op, "cu_seqlens", cu_seqlens, N, "tokens")

@@ -1,21 +1,19 @@
-"""Work that lies on several ranks of ``torch.distributed``: shards of a vocabulary, sharded
-parameters, parts of a batch.
+"""Work shared by the ranks of `torch.distributed`: vocabulary shards, sharded parameters, batches.
 
-Vocabulary-parallel: each rank of a process group holds neighbouring columns of the vocabulary, in
-rank order and in any number, and the same rows. Of its columns it reduces a row to three numbers
-(four with entropy); one all-gather of those, and each rank puts the same numbers together in the
-same order. So log-probabilities agree bit for bit, and nothing of vocabulary size travels.
+Vocabulary-parallel: each rank of a process group holds consecutive columns of the vocabulary, in
+rank order and in any number, and the same rows. It reduces its columns of a row to three numbers
+(four with entropy). One all-gather exchanges them, and every rank combines the same numbers in the
+same order. Log-probabilities are therefore bit-identical, and nothing of vocabulary size is sent.
 
-Every such call begins with an agreement: the ranks tell each other their shards' widths, what they
-are about to do, and whether their arguments are good. A rank that raises makes all raise. The
-agreement goes over the group's CPU backend where it has one
-(``init_process_group("cpu:gloo,cuda:nccl")`` makes both); with NCCL only, it costs one
-synchronisation with the device. While a CUDA graph is captured nothing can be exchanged: the widths
-of the last agreement stand, so run a step before, as for any capture.
+Every such call begins with an agreement: the ranks exchange the widths of their shards, compare
+their arguments, and report errors. If one rank raises, all do. The agreement uses the group's CPU
+backend if it has one (`init_process_group("cpu:gloo,cuda:nccl")` makes both); with NCCL only, it
+costs one synchronisation with the device. Nothing can be exchanged while a CUDA graph is captured:
+the widths of the last agreement are used, so run one step before, as for any capture.
 
-Beyond that: a compiled graph's checks of values run in its operators, and tell the ranks of
-`process_group` alone. A DTensor weight without a group (FSDP2) is gathered by DTensor, whose ranks
-learn of each other's errors when its collectives time out.
+Limits: the value checks of a compiled graph run in its operators and report errors to the ranks of
+`process_group` only. A DTensor weight without a group (FSDP2) is gathered by DTensor; its ranks
+notice each other's errors when the collectives time out.
 """
 
 from __future__ import annotations
@@ -39,33 +37,34 @@ if TYPE_CHECKING:
 
 _Parameter = TypeVar("_Parameter", Tensor, Tensor | None)
 
-ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # labels of a shard: on another one, not scored, on none
-_agreements: Counter[str] = Counter()  # made so far in this process, by group
+ELSEWHERE, IGNORED, OUTSIDE = -1, -2, -3  # shard labels: on another shard, not scored, invalid
+_agreements: Counter[str] = Counter()  # number made in this process, by group
 _widths: dict[
     tuple[str, int], list[int]
-] = {}  # of all ranks' shares, by group and this rank's own, as last agreed
+] = {}  # last agreed shares of all ranks, by group and this rank's own share
 
 
 class Shard(NamedTuple):
-    """One rank's columns ``[first, first + columns)`` of a vocabulary."""
+    """The columns `[first, first + columns)` of the vocabulary that one rank holds."""
 
     group: dist.ProcessGroup
     first: int
     columns: int
     vocabulary: int
-    widest: int  # columns of the largest shard: plans made from it are the same on all ranks
+    widest: int  # columns of the widest shard, for plans that are the same on all ranks
 
     @staticmethod
     def of(name: str, widths: list[int]) -> Shard:
-        """From the columns of each rank of the named group."""
+        """Make this rank's shard from the numbers of columns of all ranks of the named group."""
         group = resolve(name)
         return Shard(
             group, sum(widths[: group.rank()]), widths[group.rank()], sum(widths), max(widths)
         )
 
     def labels(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Flat labels that count from this shard's first column; those of other kinds have the
-        names above.
+        """Return flat labels relative to this shard's first column.
+
+        Others become ELSEWHERE, IGNORED or OUTSIDE.
         """
         labels = labels.reshape(-1)
         local = labels - self.first
@@ -81,8 +80,9 @@ class Shard(NamedTuple):
         transform: LogitTransform,
         entropy: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``vocabulary_forward`` of whole rows, from this rank's columns ``[outer, inner,
-        columns]`` and shard labels ``[N]``.
+        """Run `vocabulary_forward` on whole rows, which are spread over the ranks.
+
+        rows are this rank's columns `[outer, inner, columns]`, labels those of the shard, `[N]`.
         """
         transform = transform._replace(ignore_index=IGNORED)
         statistics = module_of("vocabulary_forward").shard_statistics(
@@ -94,19 +94,17 @@ class Shard(NamedTuple):
 
 
 def start_sum(x: Tensor, name: str) -> Callable[[], object]:
-    """Begin to sum a tensor over the ranks of the named group, in place; what is returned waits for
-    the end.
-    """
+    """Start an in-place sum over the ranks of the named group; return a function that waits."""
     if not x.numel():
         return lambda: None
     return dist.all_reduce(x, group=resolve(name), async_op=True).wait
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensors of all ranks, of one shape, ``[R, ...]``."""
+    """Gather tensors of equal shape from all ranks to `[R, ...]`."""
     out = x.new_empty((group.size(), *x.shape))
     if x.numel():
-        # its name since torch 2.13, and before
+        # renamed in torch 2.13
         getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(
             out.view(-1), x.reshape(-1), group=group
         )
@@ -114,7 +112,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def group_name(op: str, process_group: object, argument: str = "process_group") -> str:
-    """A group's name, which an operator can take; "" for None."""
+    """Return the group's name, which an operator can take; "" for None."""
     if process_group is None:
         return ""
     if not isinstance(process_group, dist.ProcessGroup):
@@ -134,9 +132,9 @@ def resolve(name: str) -> dist.ProcessGroup:
 
 
 class raising_together:
-    """Around the checks of a public function that takes groups of ranks: what raises before the
-    agreement with one of them raises on all its ranks. A class, so that it is no frame of what runs
-    inside.
+    """Context of a public function's checks: an error before an agreement raises on all ranks.
+
+    A context manager, because a decorator would add a frame to every call.
     """
 
     def __init__(self, op: str, **groups: object) -> None:
@@ -156,7 +154,7 @@ class raising_together:
             return
         for argument, group in self.groups.items():
             if _agreements[group.group_name] == self.before[group.group_name]:
-                with contextlib.suppress(Exception):  # the error itself is raised when this returns
+                with contextlib.suppress(Exception):  # the error itself is raised on return
                     _exchange(group, self.op, 0, {}, error, argument)
 
 
@@ -168,15 +166,22 @@ def agree(
     check: Callable[[], None],
     argument: str = "process_group",
 ) -> list[int]:
-    """Run the checks, and settle with the other ranks of the named group how much (columns, tokens)
-    each of them has.
+    """Run the checks, and exchange with the ranks of the named group how much each of them has.
+
+    Args:
+        op: operation, for messages.
+        name: name of the group; "" runs the checks only.
+        share: this rank's number of columns or tokens.
+        facts: what must be equal on all ranks, by the words that messages use for it.
+        check: raises if this rank's arguments are invalid.
+        argument: the argument that the group came from, for messages.
 
     Returns:
-        The shares of all ranks; nothing without a group.
+        The shares of all ranks; empty without a group.
 
     Raises:
-        The error of the checks, or of another rank's; ValueError where the facts of the ranks
-        differ.
+        Exception: the error of the checks, or that of another rank.
+        ValueError: if the facts differ between ranks.
     """
     if not name:
         check()
@@ -202,7 +207,7 @@ def _capturing() -> bool:
 
 
 def digest(*tensors: Tensor | None) -> int:
-    """Of values, on a CPU, where looking at them is free; of shapes elsewhere."""
+    """Return a checksum of values on a CPU, where reading them is free, and of shapes elsewhere."""
     total = 0
     for x in tensors:
         if x is not None:
@@ -214,14 +219,14 @@ def digest(*tensors: Tensor | None) -> int:
 
 
 def tell(numbers: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """The numbers of all ranks, as many on each; over the group's CPU backend where it has one."""
+    """Exchange equally many numbers with all ranks, over the group's CPU backend if it has one."""
     on_cpu = "cpu" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_cpu else group._device_types[0]
     return gather(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
 
 
 def _tell_words(word: object, group: dist.ProcessGroup) -> list[Any]:
-    """What all ranks say; ``all_gather_object`` needs numpy."""
+    """Exchange an object with all ranks (`all_gather_object` would need numpy)."""
     own = pickle.dumps(word)
     sizes = [size for (size,) in tell([len(own)], group)]
     told = tell([*own, *[0] * (max(sizes) - len(own))], group)
@@ -236,14 +241,14 @@ def _exchange(
     error: Exception | None,
     argument: str,
 ) -> list[int]:
-    """Shares of the ranks, after all of them said that they are ready."""
+    """Return the shares of all ranks once all of them have reported no error and equal facts."""
     _agreements[group.group_name] += 1
     facts = {"operation": op, **facts}
     headers = tell([error is not None, share, zlib.crc32(repr(facts).encode())], group)
     failed = any(status for status, *_ in headers)
     if not failed and len({told for *_, told in headers}) == 1:
         return [share for _, share, _ in headers]
-    # Every rank sees the same headers, so every rank comes here.
+    # all ranks see the same headers, so all of them get here
     words = _tell_words((type(error).__name__, str(error)) if error is not None else facts, group)
     if error is not None:
         raise error
@@ -269,14 +274,15 @@ def _exchange(
 
 
 def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    return getattr(x, "device_mesh", None) is not None  # importing DTensor to ask takes seconds
+    return getattr(x, "device_mesh", None) is not None  # importing DTensor takes seconds
 
 
 def local_logits(
     op: str, logits: Tensor, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, dist.ProcessGroup | None]:
-    """This rank's columns, and the group that shares the vocabulary, of logits that may be a
-    DTensor (loss parallelism).
+    """Return this rank's columns of logits, and the group that shares the vocabulary.
+
+    The logits may be a DTensor (loss parallelism).
     """
     if not is_dtensor(logits):
         return logits, process_group
@@ -298,12 +304,11 @@ def local_logits(
 def local_hidden(
     op: str, name: str, hidden: Tensor, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, dist.ProcessGroup | None]:
-    """All hidden states, and the group that shares the vocabulary, of hidden states that may be a
-    DTensor.
+    """Return the whole hidden states, and the group that shares the vocabulary.
 
-    Sharded ones (sequence parallelism) are gathered. The gradient that they get is this rank's part
-    of a sum, which DTensor
-    reduces: to all ranks, or scattered as the hidden states were.
+    They may be a DTensor; one that is sharded (sequence parallelism) is gathered. Its gradient on
+    this rank is a summand, which DTensor reduces: to all ranks, or scattered like the hidden
+    states.
     """
     if not is_dtensor(hidden):
         return hidden, process_group
@@ -334,12 +339,12 @@ def local_parameter(
     process_group: dist.ProcessGroup | None,
     dtype: torch.dtype | None = None,
 ) -> _Parameter:
-    """A parameter of the head as a plain tensor: this rank's shard along the process group, whole
-    along all other dimensions of its mesh. Those are data-parallel (FSDP2): the gradient is the
-    mean over their ranks, reduced in float32, once.
+    """Return a parameter of the head as a plain tensor.
 
-    ``full_tensor()`` without grad_placements would take each rank's own part of its own gradient,
-    and drop the others'.
+    It is this rank's shard along the process group, and whole along all other dimensions of its
+    mesh. Those are data-parallel (FSDP2): the gradient is the mean over their ranks, reduced once,
+    in fp32. `full_tensor()` without grad_placements would keep each rank's part of its own gradient
+    and drop the parts of the others.
     """
     if not is_dtensor(x):
         return x

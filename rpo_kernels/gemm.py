@@ -1,9 +1,9 @@
-"""The GEMMs of an lm_head, as the libraries of each device run them best.
+"""The GEMMs of an lm_head, in the form that is fastest on each device.
 
-Inputs share one dtype. Products are summed in fp32 and rounded once, to the dtype asked for. Where
-a CPU lacks instructions for a 16-bit dtype, PyTorch's GEMMs of it run many times below the rate of
-fp32: there, and wherever a GEMM of 16-bit inputs has no fp32 output, the inputs are upcast, a block
-of the vocabulary at a time.
+Inputs share one dtype. Products are summed in fp32 and rounded once, to the output's dtype. On a
+CPU without instructions for a 16-bit dtype, PyTorch's GEMMs of that dtype run at a small fraction
+of the fp32 rate. There, and wherever a GEMM of 16-bit inputs cannot write fp32, the inputs are
+upcast, one block of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-# Upcast weights of one CPU block: small beside the L3 cache, large enough for the GEMM.
+# Upcast weights of one block on a CPU: small against the L3 cache, large enough for a GEMM.
 _BLOCK_BYTES = 16 << 20
 
 
@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 def _as_given(
     function: Callable[Concatenate[Tensor, _P], _R],
 ) -> Callable[Concatenate[Tensor, _P], _R]:
-    """Decorator: autocast, which would cast inputs once more, is off."""
+    """Decorate a function to run without autocast, which would cast its inputs again."""
 
     @functools.wraps(function)
     def call(first: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -39,8 +39,9 @@ def _as_given(
 
 @_as_given
 def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """out ``[n, V]`` = hidden ``[n, H]`` weight^T, or added to it; weight ``[V, H]``, out in the
-    inputs' dtype or fp32.
+    """Compute out `[n, V]` (+)= hidden `[n, H]` weight^T, weight `[V, H]`.
+
+    out has the inputs' dtype or fp32.
     """
     if hidden.is_cuda or (out.dtype == hidden.dtype and not is_emulated(hidden)):
         return _multiply(out, hidden, weight.t(), accumulate)
@@ -52,9 +53,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, accumulate: bool = Fals
 
 @_as_given
 def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out ``[n, H]`` fp32 = p ``[n, V]`` weight ``[V, H]``, never rounded to the 16 bits of its
-    inputs on the way.
-    """
+    """Compute out `[n, H]` fp32 = p `[n, V]` weight `[V, H]`, without rounding to 16 bits."""
     if p.is_cuda or p.dtype == torch.float32:
         _multiply(out, p, weight, accumulate=False)
         return out
@@ -67,9 +66,7 @@ def backproject(p: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 @_as_given
 def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None:
-    """out ``[V, H]`` of any float dtype = p^T x, of p ``[n, V]`` and x ``[n, H]``, or added to
-    it.
-    """
+    """Compute out `[V, H]` (+)= p^T x for p `[n, V]` and x `[n, H]`; out has any float dtype."""
     direct = out.dtype == x.dtype and not is_emulated(x)
     if direct or (x.is_cuda and (not accumulate or _mixed_addmm(x.device, x.dtype, out.dtype))):
         return _multiply(out, p.t(), x, accumulate)
@@ -85,15 +82,13 @@ def weight_gradient(p: Tensor, x: Tensor, out: Tensor, accumulate: bool) -> None
 
 
 def bias_gradient(p: Tensor, coef: Tensor, total: Tensor) -> None:
-    """total ``[V]`` fp32 += p^T coef, of p ``[n, V]`` and coef ``[n]`` fp32, which is not rounded
-    to the dtype of p.
-    """
+    """Compute total `[V]` fp32 += p^T coef for p `[n, V]` and coef `[n]`, which stays fp32."""
     for out, columns in blocks(total[:, None], p.t()):
         out[:, 0].addmv_(columns.float(), coef)
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """out = a b, or added to it."""
+    """Compute out (+)= a b."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=int(accumulate), out=out)
     elif _mixed_addmm(a.device, a.dtype, out.dtype) and accumulate:
@@ -106,15 +101,13 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 def blocks(weight: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of ``[V, H]`` and of ``[V, n]`` side by side, such that an fp32 copy of either stays in
-    the cache.
-    """
+    """Yield blocks of rows of `[V, H]` and `[V, n]` whose fp32 copies stay in the cache."""
     rows = max(1, _BLOCK_BYTES // (4 * max(1, weight.shape[1], other.shape[1])))
     return zip(weight.split(rows), other.split(rows))
 
 
 def is_emulated(x: Tensor) -> bool:
-    """Whether this machine has no instructions for GEMMs of a tensor of the CPU."""
+    """Return whether this machine lacks instructions for GEMMs of a CPU tensor's dtype."""
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -124,7 +117,10 @@ def is_emulated(x: Tensor) -> bool:
 
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Of this CPU for a 16-bit dtype, as far as PyTorch knows: some builds come without oneDNN."""
+    """Return whether PyTorch knows instructions of this CPU for a 16-bit dtype.
+
+    Some builds of PyTorch have no oneDNN.
+    """
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return supported is not None and supported()
@@ -132,11 +128,9 @@ def _has_instructions(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def _bf16_products() -> Iterator[None]:
-    """fp32 GEMMs that round their inputs to bf16 and sum in fp32: exact for inputs that came from
-    bf16, and faster.
+    """Let fp32 GEMMs round their inputs to bf16: faster, and exact for inputs that came from bf16.
 
-    The setting belongs to the process, so fp32 GEMMs that other threads start meanwhile are rounded
-    too.
+    The setting is process-wide: it also affects fp32 GEMMs of other threads in the meantime.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9
     if settings is None or not _has_instructions(torch.bfloat16):
@@ -151,8 +145,9 @@ def _bf16_products() -> Iterator[None]:
 
 @functools.cache
 def _mixed_addmm(device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
-    """Whether this PyTorch adds a 16-bit product to an fp32 matrix in one GEMM (some releases
-    refuse).
+    """Return whether this PyTorch adds a 16-bit product to an fp32 matrix in one GEMM.
+
+    Some releases refuse.
     """
     if device.type != "cuda" or out_dtype != torch.float32:
         return False

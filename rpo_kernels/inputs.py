@@ -1,6 +1,4 @@
-"""What travels from a public function to the kernels: values that are checked once, when they are
-made, and handed on whole.
-"""
+"""Structured arguments of the kernels: checked once, when they are made, and passed on whole."""
 
 from __future__ import annotations
 
@@ -14,8 +12,11 @@ from .objectives import Objective, weighted_parts
 
 
 class LogitTransform(NamedTuple):
-    """How raw logits x become those that are normalised: z = post * x, or z = post * tanh(pre * x)
-    with a softcap.
+    """The map from raw logits x to the logits z that are normalised.
+
+        z = post * x,   with a softcap   z = post * tanh(pre * x)
+
+    See `factors` for pre and post.
     """
 
     temperature: float = 1.0
@@ -41,7 +42,7 @@ class LogitTransform(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How tokens lie in sequences: rows of ``[S, T]``, or packed ``[N]`` between offsets."""
+    """How tokens form sequences: rows of `[S, T]`, or packed `[N]` with boundaries."""
 
     number: int  # S
     cu_seqlens: Tensor | None = None  # [S+1] int32
@@ -66,9 +67,9 @@ class Sequences(NamedTuple):
         return Sequences(cu_seqlens.shape[0] - 1, cu_seqlens)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums ``[S]`` of what tokens hold, ``[S, T]`` or ``[N]``.
+        """Sum `[S, T]` or `[N]` over the tokens of each sequence, to `[S]`.
 
-        NaN where no check sees that offsets are bad.
+        NaN if the offsets are invalid and no check can see it.
         """
         if self.cu_seqlens is None:
             return x.sum(1)
@@ -79,7 +80,7 @@ class Sequences(NamedTuple):
         return torch.where(broken, torch.nan, total)
 
     def of_token(self, N: int, device: torch.device) -> Tensor:
-        """The sequence ``[N]`` of each of N tokens."""
+        """Return the sequence `[N]` of each of N tokens."""
         token = torch.arange(N, device=device, dtype=torch.int32)
         if self.cu_seqlens is None:
             return token // max(N // max(self.number, 1), 1)
@@ -87,7 +88,7 @@ class Sequences(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """What the group pass takes beside log-probabilities. All tensors are constants."""
+    """The arguments of the group pass other than log-probabilities; all tensors are constants."""
 
     objective: Objective
     rewards: Tensor | None  # [S] fp32
@@ -99,9 +100,8 @@ class Groups(NamedTuple):
     mean: bool
     ref_per_token: bool = False
     group_weights: Tensor | None = None  # [G] fp32; factors on the losses of the groups
-    sft_share: Tensor | None = (
-        None  # [] fp32, counted groups / tokens of their chosen responses, of a batch seen in parts
-    )
+    # [] fp32, counted groups / tokens of their chosen responses, for a batch that is read in parts
+    sft_share: Tensor | None = None
 
     @staticmethod
     def of(
@@ -121,8 +121,10 @@ class Groups(NamedTuple):
         group_weights: Tensor | None,
         is_live: bool = False,
     ) -> Groups:
-        """``tokens``: shape that ref_logps may have beside ``[S]``, or None; ``is_live`` if they
-        are still to be computed.
+        """Check and convert the arguments.
+
+        `tokens` is the shape that per-token ref_logps may have, or None; with `is_live` the
+        reference's log-probabilities are computed later.
         """
         S = sequences.number
         group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
@@ -162,7 +164,7 @@ class Groups(NamedTuple):
         )
 
     def parts(self) -> list[Groups]:
-        """What the group pass takes for each part of the objective."""
+        """Return the arguments of the group pass for each part of the objective."""
         return [
             self._replace(
                 objective=part,
@@ -173,11 +175,11 @@ class Groups(NamedTuple):
         ]
 
     def number(self, S: int) -> int:
-        """G, of S sequences."""
+        """G, for S sequences."""
         return S // self.group_size if self.cu_groups is None else self.cu_groups.shape[0] - 1
 
     def check_values(self, op: str, device: torch.device, sequences: Sequences, N: int) -> None:
-        """What only the values of tensors tell; on a CPU, where reading them is free."""
+        """Check values; on a CPU only, where reading them is free."""
         checks.check_group_values(
             op,
             device,
@@ -201,7 +203,7 @@ WITHOUT_REFERENCE: dict[str, Any] = {
 
 
 class PerSequence(NamedTuple):
-    """What the group pass says of each sequence, ``[S]`` each: the rows of its ``[5, S]`` fp32."""
+    """Results of the group pass per sequence, `[S]` each: the rows of its `[5, S]` fp32."""
 
     rewards: Tensor  # implicit rewards s
     logps: Tensor
@@ -211,7 +213,7 @@ class PerSequence(NamedTuple):
 
 
 def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
-    """The group ``[S]`` of each sequence."""
+    """Return the group `[S]` of each sequence."""
     sequence = torch.arange(S, device=device, dtype=torch.int32)
     if cu_groups is None:
         return sequence // group_size
@@ -219,7 +221,7 @@ def groups_of(S: int, group_size: int, cu_groups: Tensor | None, device: torch.d
 
 
 def _constant(x: Tensor) -> Tensor:
-    """In float32, contiguous and without a gradient; most are already."""
+    """Convert to fp32, contiguous and without a gradient."""
     if x.dtype == torch.float32 and not x.requires_grad and x.is_contiguous():
         return x
     return x.detach().float().contiguous()

@@ -1,16 +1,14 @@
-"""What to optimise: one frozen description of a preference objective, and the published methods as
-presets of it.
+"""Preference objectives: one frozen description, and the published methods as presets of it.
 
-An objective says how the implicit rewards of a group of K responses are compared with their
-targets:
+An objective compares the implicit rewards of a group of K responses with their targets:
 
-    s_i = a_i (l_i - lref_i) - margin [i chosen]     a_i = beta, or beta / n_i under ``average``
-    t_i = eta r*_i                                   or a target of the objective's own
+    s_i = a_i (l_i - lref_i) - margin [i chosen]     a_i = beta, or beta / n_i with `average`
+    t_i = eta r*_i                                   or a fixed target
     L_g = scale * D[s || t] + sft_weight * NLL(chosen)
 
-Reward-aware Preference Optimization, arXiv 2502.00203. *Naming trap*: RPO's **backward** KL is
-KL(target || policy), the one that contains DPO; most of the reinforcement-learning literature calls
-that direction *forward*.
+Source: Reward-aware Preference Optimization, arXiv 2502.00203. Its **backward** KL is KL(target ||
+policy), the one that contains DPO; most of the reinforcement-learning literature calls that
+direction *forward*.
 """
 
 from __future__ import annotations
@@ -24,13 +22,16 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 
 class Distance(NamedTuple):
-    """Rules of a distance. Its formulas stand under its name in ``reference``, and in the
-    ``distances`` of each backend as functions whose names begin with its own."""
+    """Rules of a distance.
 
-    code: int  # in kernels
-    softmax: bool  # listwise: between the softmaxes of s and t; otherwise over all pairs of gaps
-    infinite_targets: bool = False  # whether they are legal: a hard label
-    cross_entropy: bool = False  # whether it may be reported as one, and take labels of pairs
+    Its formulas are in `reference`, and in `distances` of each backend, in functions whose names
+    begin with that of the distance.
+    """
+
+    code: int  # in the kernels
+    softmax: bool  # listwise form: between softmax(s) and softmax(t); otherwise over pairs of gaps
+    infinite_targets: bool = False  # whether a target may be infinite: a hard label
+    cross_entropy: bool = False  # whether it has a cross-entropy form, and labels of pairs
 
 
 DISTANCES = {
@@ -47,57 +48,59 @@ TARGETS = ("rewards", "softmax")
 
 @dataclass(frozen=True)
 class RPOObjective:
-    """A distance between implicit reward gaps and target reward gaps, for groups of K responses to
-    one prompt.
+    """Distance between gaps of implicit rewards and of target rewards, for groups of K responses.
 
-    =========== ========================== ================================ ==================
-    distance    listwise                   pairwise (mean over i < j)       pointwise (mean)
-    =========== ========================== ================================ ==================
-    squared     1/2 mean_i (K/(K-1) v_i)^2 1/2 (u_i - u_j)^2                1/2 u_i^2
-    backward_kl KL(q || p)                 KL(B(t_i - t_j) || B(s_i - s_j)) KL(B(t_i) || B(s_i))
-    forward_kl  KL(p || q)                 KL(B(s_i - s_j) || B(t_i - t_j)) KL(B(s_i) || B(t_i))
-    hellinger   H(p, q)                    H(B(s_i - s_j), B(t_i - t_j))    H(B(s_i), B(t_i))
-    =========== ========================== ================================ ==================
+        =========== ========================== ================================ ==================
+        distance    listwise                   pairwise (mean over i < j)       pointwise (mean)
+        =========== ========================== ================================ ==================
+        squared     1/2 mean_i (K/(K-1) v_i)^2 1/2 (u_i - u_j)^2                1/2 u_i^2
+        backward_kl KL(q || p)                 KL(B(t_i - t_j) || B(s_i - s_j)) KL(B(t_i) || B(s_i))
+        forward_kl  KL(p || q)                 KL(B(s_i - s_j) || B(t_i - t_j)) KL(B(s_i) || B(t_i))
+        hellinger   H(p, q)                    H(B(s_i - s_j), B(t_i - t_j))    H(B(s_i), B(t_i))
+        =========== ========================== ================================ ==================
 
-    with p = softmax(s), q = softmax(t), u = s - t, v = u less its mean over the group, B(x) the
-    Bernoulli distribution of sigmoid(x), and H(p, q) = 2 sum (sqrt p - sqrt q)^2: the squared
-    Hellinger distance in the normalisation of Amari's alpha-divergences, half-way between the two
-    KL divergences, of which it shares the second order. It is bounded by 4, and its slope vanishes
-    for pairs that the policy gets hopelessly wrong: robust to wrong labels. For K = 2 listwise and
-    pairwise agree. The *chosen* response of a group is the one with the largest target, the first
-    of these when tied; without rewards it is the first response.
+        s_i = a_i (l_i - lref_i) - margin [i chosen],   a_i = beta, or beta / n_i with average
+        t_i = eta r*_i, or a fixed target
+        p = softmax(s),   q = softmax(t),   u = s - t,   v = u - mean(u)
+        B(x): Bernoulli distribution of sigmoid(x)
+        H(p, q) = 2 sum (sqrt p - sqrt q)^2
+
+    H is the squared Hellinger distance in the normalisation of Amari's alpha-divergences: half-way
+    between the two KL divergences, with which it agrees to second order. It is bounded by 4, and
+    its slope vanishes for pairs that the policy gets very wrong, which makes it robust to wrong
+    labels. For K = 2, listwise and pairwise are equal. The *chosen* response of a group is the one
+    with the largest target (the first of equal ones); without rewards it is the first response.
 
     Args:
-        distance: ``"squared"``, ``"backward_kl"``, ``"forward_kl"`` or ``"hellinger"``.
-        beta: implicit reward units per nat, > 0.
-        eta: target units per unit of the explicit rewards, > 0.
-        comparison: ``"listwise"``, ``"pairwise"`` or ``"pointwise"``.
-        average: divide a sequence's log-ratio by its own number of scored tokens.
+        distance: `"squared"`, `"backward_kl"`, `"forward_kl"` or `"hellinger"`.
+        beta: units of implicit reward per nat, > 0.
+        eta: units of target per unit of the explicit rewards, > 0.
+        comparison: `"listwise"`, `"pairwise"` or `"pointwise"`.
+        average: divide a sequence's log-ratio by its number n_i of scored tokens.
         margin: subtracted from the implicit reward of the chosen response (SimPO's gamma), in
             reward units.
         sft_weight: weight >= 0 of the negative log-likelihood of the chosen response, in nats.
-        sft_normalizer: that likelihood is the ``"sum"`` over the response's tokens, their
-            ``"mean"``, or the mean over the scored ``"tokens"`` of all chosen responses of the
-            batch.
-        target: ``"rewards"`` for t = eta r*; a number for an objective with its own target, t =
-            +target/2 for the chosen response and -target/2 for the others, so that the gap is
-            ``target`` >= 0 (may be ``inf``: a hard label); ``"softmax"`` (pointwise) for t_i =
-            log(K q_i) with weights 1 + K q_i, q = softmax(eta r*), as NCA has it.
+        sft_normalizer: reduces that likelihood: the `"sum"` over the response's tokens, their
+            `"mean"`, or the mean over the scored `"tokens"` of all chosen responses of the batch.
+        target: `"rewards"` for t = eta r*; a number >= 0 for a fixed gap: t = +target/2 for the
+            chosen response and -target/2 for the others (may be `inf`: a hard label); `"softmax"`
+            (pointwise) for t_i = log(K q_i) with weights 1 + K q_i, q = softmax(eta r*), as in NCA.
         label: for pairs, the probability q >= 1/2 that the first response is the better one, in
-            place of a target. Values above 1 are legal under ``cross_entropy`` (robust DPO).
-        cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q). The
-            gradient is the same; the published losses of the DPO family print this form.
-        scale: factor on the distance (published = scale x RPO).
-        leave_one_out: for squared listwise. False gives 1/2 Var(u), unbiased: (K-1)/K of the
+            place of a target. Values above 1 need `cross_entropy` (robust DPO).
+        cross_entropy: report backward KL as the cross-entropy H(q, p) = KL(q || p) + H(q), as the
+            published losses of the DPO family do. The gradient is the same.
+        scale: factor on the distance (published loss = scale x RPO).
+        leave_one_out: for squared listwise. False gives the unbiased 1/2 Var(u): (K-1)/K of the
             default.
-        reference: ``"single"``; ``"none"`` for reference-free objectives (lref = 0); or several
-            references, of which ``"harmonic"`` is lref = -logsumexp_k(log alpha_k - lref_k) (MRPO,
-            arXiv 2405.16388) and ``"geometric"`` is lref = sum_k alpha_k lref_k.
+        reference: `"single"`; `"none"` for reference-free objectives (lref = 0); or a combination
+            of several: `"harmonic"` for lref = -logsumexp_k(log alpha_k - lref_k) (MRPO, arXiv
+            2405.16388), `"geometric"` for lref = sum_k alpha_k lref_k.
         name: what metrics of a sum of objectives call this part; by default its preset's name, or
             its distance.
 
     Raises:
-        ValueError: for an unknown name, or a number outside its range.
+        ValueError, TypeError: for an unknown name, a value of the wrong type or out of range, or
+            settings that do not go together.
     """
 
     distance: str = "backward_kl"
@@ -115,7 +118,7 @@ class RPOObjective:
     leave_one_out: bool = field(default=True, kw_only=True)
     reference: str = field(default="single", kw_only=True)
     name: str = field(default="", kw_only=True, compare=False, repr=False)
-    spec: ClassVar[str]  # no field: made of them, for each object
+    spec: ClassVar[str]  # not a field: derived from the fields
 
     def __post_init__(self) -> None:
         _one_of("distance", self.distance, tuple(DISTANCES))
@@ -135,7 +138,7 @@ class RPOObjective:
         if not isinstance(self.name, str):
             raise TypeError(f"RPOObjective: `name` must be a string, got {self.name!r}")
         self._check_target()
-        # The objective as one string, for operators that take only plain types. Inverse: from_spec.
+        # A string, because operators take plain types only; from_spec is the inverse.
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
         if self.cross_entropy and not self.rules.cross_entropy:
             raise ValueError(
@@ -186,29 +189,27 @@ class RPOObjective:
 
     @property
     def parts(self) -> tuple[RPOObjective, ...]:
-        """Itself: one objective is a sum of one part."""
+        """The objective itself, as a sum of one part."""
         return (self,)
 
     @property
     def rules(self) -> Distance:
-        """Those of its distance."""
+        """The rules of its distance."""
         return DISTANCES[self.distance]
 
     @property
     def uses_rewards(self) -> bool:
-        """Whether the loss functions need explicit ``rewards``; otherwise the first response of a
-        group is the chosen one.
-        """
+        """Whether the loss needs explicit `rewards`; if not, a group's first response is chosen."""
         return self.label is None and isinstance(self.target, str)
 
     @property
     def needs_lengths(self) -> bool:
-        """Whether token counts enter the loss."""
+        """Whether the loss depends on numbers of tokens."""
         return self.average or (self.sft_weight > 0 and self.sft_normalizer != "sum")
 
     @property
     def label_gap(self) -> float:
-        """The target gap log(q / (1 - q)) that ``label`` stands for; NaN above 1."""
+        """The target gap log(q / (1 - q)) that `label` stands for; NaN above 1."""
         q = self.label
         if q is None or q > 1.0:
             return math.nan
@@ -217,23 +218,30 @@ class RPOObjective:
     @staticmethod
     @lru_cache(maxsize=256)
     def from_spec(spec: str) -> RPOObjective:
-        """The objective that ``spec`` describes."""
+        """Return the objective that `spec` describes."""
         return RPOObjective(**json.loads(spec))
 
     # ---- presets: each equals the published loss in value (rloo: in gradient) --------------------
 
     @classmethod
     def dpo(cls, beta: float = 0.1, label_smoothing: float = 0.0) -> RPOObjective:
-        """DPO (arXiv 2305.18290): -log sigmoid(d). With label smoothing 0 < eps < 1/2, cDPO:
-        -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)."""
+        """DPO (arXiv 2305.18290), or cDPO with label smoothing 0 < eps < 1/2.
+
+            L = -log sigmoid(d),   cDPO:   -(1 - eps) log sigmoid(d) - eps log sigmoid(-d)
+
+        d = s_1 - s_2.
+        """
         return cls(
             "backward_kl", beta, target=_log_odds(label_smoothing), cross_entropy=True, name="dpo"
         )
 
     @classmethod
     def robust_dpo(cls, beta: float = 0.1, label_smoothing: float = 0.1) -> RPOObjective:
-        """Robust DPO (arXiv 2403.00409): (-(1-eps) log sigmoid(d) + eps log sigmoid(-d)) / (1 - 2
-        eps), 0 <= eps < 1/2.
+        """Robust DPO (arXiv 2403.00409), 0 <= eps < 1/2.
+
+            L = (-(1 - eps) log sigmoid(d) + eps log sigmoid(-d)) / (1 - 2 eps)
+
+        d = s_1 - s_2.
         """
         _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         label = (1 - label_smoothing) / (1 - 2 * label_smoothing)
@@ -241,17 +249,16 @@ class RPOObjective:
 
     @classmethod
     def ipo(cls, tau: float = 0.1, average: bool = False) -> RPOObjective:
-        """IPO (arXiv 2310.12036): (h - 1/(2 tau))^2 with h the log-ratio gap, of sums (paper) or of
-        length averages (TRL).
+        """IPO (arXiv 2310.12036): (h - 1/(2 tau))^2 for the gap h of log-ratios.
+
+        Log-ratios are sums over tokens (paper), or averages (TRL).
         """
         _number("tau", tau, low=0.0, strict=True)
         return cls("squared", 1.0, average=average, target=1 / (2 * tau), scale=2.0, name="ipo")
 
     @classmethod
     def simpo(cls, beta: float = 2.0, gamma: float = 1.0) -> RPOObjective:
-        """SimPO (arXiv 2405.14734): -log sigmoid(beta (l_1/n_1 - l_2/n_2) - gamma), no
-        reference.
-        """
+        """SimPO (arXiv 2405.14734): -log sigmoid(beta (l_1/n_1 - l_2/n_2) - gamma)."""
         return cls(
             "backward_kl",
             beta,
@@ -265,8 +272,11 @@ class RPOObjective:
 
     @classmethod
     def cpo(cls, beta: float = 0.1, sft_weight: float = 1.0) -> RPOObjective:
-        """CPO (arXiv 2401.08417): -log sigmoid(beta (l_1 - l_2)) + weight x mean NLL of the chosen
-        tokens, no reference.
+        """CPO (arXiv 2401.08417), no reference.
+
+            L = -log sigmoid(beta (l_1 - l_2)) + sft_weight * mean NLL of the chosen tokens
+
+        The mean runs over the chosen responses of the batch.
         """
         return cls(
             "backward_kl",
@@ -286,9 +296,7 @@ class RPOObjective:
 
     @classmethod
     def rebel(cls, eta: float = 1.0) -> RPOObjective:
-        """REBEL (arXiv 2404.16767): (h / eta - (r_1 - r_2))^2; the reference is the previous
-        policy.
-        """
+        """REBEL (arXiv 2404.16767): (h / eta - (r_1 - r_2))^2, reference = previous policy."""
         _number("eta", eta, low=0.0, strict=True)
         return cls("squared", 1 / eta, scale=2.0, name="rebel")
 
@@ -300,9 +308,7 @@ class RPOObjective:
 
     @classmethod
     def softmax_dpo(cls, beta: float = 0.1) -> RPOObjective:
-        """Softmax-DPO (arXiv 2406.09215): -log softmax(s)_1 over K responses, the first one
-        chosen.
-        """
+        """Softmax-DPO (arXiv 2406.09215): -log softmax(s)_1 over K responses, the first chosen."""
         return cls("backward_kl", beta, target=math.inf, cross_entropy=True, name="softmax_dpo")
 
     @classmethod
@@ -313,9 +319,13 @@ class RPOObjective:
 
     @classmethod
     def rloo(cls, beta: float = 0.1) -> RPOObjective:
-        """REINFORCE leave-one-out with the KL in the reward (arXiv 2402.14740), in gradient, on
-        policy:
-        -(1/K) sum_i A_i l_i with A_i the leave-one-out advantage of r_i - beta (l_i - lref_i)."""
+        """REINFORCE leave-one-out with the KL in the reward (arXiv 2402.14740).
+
+            L = -(1/K) sum_i A_i l_i
+
+        A_i is the leave-one-out advantage of r_i - beta (l_i - lref_i). Equal in gradient, on
+        policy.
+        """
         _number("beta", beta, low=0.0, strict=True)
         return cls("squared", beta, scale=1 / beta, leave_one_out=False, name="rloo")
 
@@ -326,8 +336,11 @@ class RPOObjective:
 
     @classmethod
     def sppo(cls, beta: float = 1e-3) -> RPOObjective:
-        """SPPO, hard labels (arXiv 2405.00675): (h_1 - 1/(2 beta))^2 + (h_2 + 1/(2 beta))^2, h_i =
-        l_i - lref_i.
+        """SPPO with hard labels (arXiv 2405.00675).
+
+            L = (h_1 - 1/(2 beta))^2 + (h_2 + 1/(2 beta))^2,   h_i = l_i - lref_i
+
+        For pairs, the first response chosen.
         """
         _number("beta", beta, low=0.0, strict=True)
         return cls(
@@ -336,8 +349,11 @@ class RPOObjective:
 
     @classmethod
     def nca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
-        """NCA (arXiv 2402.05369): -sum_i [softmax(r / alpha)_i log sigmoid(s_i) + 1/K log
-        sigmoid(-s_i)].
+        """NCA (arXiv 2402.05369).
+
+            L = -sum_i [softmax(r / alpha)_i log sigmoid(s_i) + 1/K log sigmoid(-s_i)]
+
+        For groups of K responses.
         """
         _number("alpha", alpha, low=0.0, strict=True)
         return cls(
@@ -352,9 +368,7 @@ class RPOObjective:
 
     @classmethod
     def bco(cls, beta: float = 0.1) -> RPOObjective:
-        """BCO on pairs with reward shift 0 (arXiv 2404.04656): -log sigmoid(s_1) - log
-        sigmoid(-s_2).
-        """
+        """BCO on pairs, shift 0 (arXiv 2404.04656): -log sigmoid(s_1) - log sigmoid(-s_2)."""
         return cls(
             "backward_kl",
             beta,
@@ -388,7 +402,7 @@ class ObjectiveSum:
 
     @property
     def spec(self) -> str:
-        """As that of an objective: those of the parts, with tabs between them."""
+        """The specs of the parts with their weights, separated by tabs."""
         return "\t".join([f"{w!r} {part.spec}" for w, part in zip(self.weights, self.parts)])
 
     @property
@@ -401,18 +415,18 @@ class ObjectiveSum:
 
     @property
     def reference(self) -> str:
-        """The kind that the parts share which take one."""
+        """The kind of reference of the parts that have one."""
         return next((x.reference for x in self.parts if x.reference != "none"), "none")
 
 
-# What loss functions minimise, and how a caller writes it down.
+# what the loss functions minimise, and what callers may pass for it
 Objective: TypeAlias = RPOObjective | ObjectiveSum
 AnyObjective: TypeAlias = RPOObjective | ObjectiveSum | Sequence[tuple[float, RPOObjective]]
 
 
 @lru_cache(maxsize=256)
 def objective_from_spec(spec: str) -> Objective:
-    """The objective that ``spec`` describes."""
+    """Return the objective that `spec` describes."""
     if spec.startswith("{"):
         return RPOObjective.from_spec(spec)
     lines = [line.split(" ", 1) for line in spec.split("\t")]
@@ -424,7 +438,7 @@ def objective_from_spec(spec: str) -> Objective:
 
 @lru_cache(maxsize=256)
 def weighted_parts(objective: Objective) -> tuple[RPOObjective, ...]:
-    """The parts of an objective with their weights in their own factors."""
+    """Return the parts of an objective, each with its weight in its own factors."""
     if isinstance(objective, RPOObjective):
         return (objective,)
     return tuple(
@@ -434,7 +448,7 @@ def weighted_parts(objective: Objective) -> tuple[RPOObjective, ...]:
 
 
 def names_of(parts: Sequence[RPOObjective]) -> list[str]:
-    """The name of each part; the second of a name is numbered 2."""
+    """Return a name for each part; the second one of a name gets the suffix _2."""
     names = [part.name or part.distance for part in parts]
     numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, numbers)]
@@ -465,7 +479,7 @@ def _number(
     strict: bool = False,
     infinite: bool = False,
 ) -> None:
-    """A real number in [low, high), or in (low, high) when strict; finite unless said otherwise."""
+    """Check a real number in [low, high), or in (low, high) if strict; finite unless `infinite`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"RPOObjective: `{name}` must be a number, got {value!r}")
     inside = (value > low if strict else value >= low) and (value < high or high == math.inf)

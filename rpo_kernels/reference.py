@@ -1,16 +1,15 @@
-"""The truth the kernels are tested against: each quantity as the specification writes it, in plain
-PyTorch.
+"""Reference implementation, which the kernels are tested against: each quantity as it is defined.
 
-Slow and obvious on purpose: Python loops over sequences and groups, whole tensors in memory,
+Slow and simple on purpose: Python loops over sequences and groups, whole tensors in memory,
 autograd for every gradient. It shares no code with the rest of the package, so that a mistake there
-cannot hide here, and it computes in the dtype of its inputs (at least float32): pass float64 to get
+cannot hide here. It computes in the dtype of its inputs, at least float32: pass float64 to get
 float64. Log-probabilities are in nats, implicit rewards in the units of the target rewards.
 
 Shapes: N tokens, S sequences, G groups, K responses of one group, R references, V vocabulary, H
-hidden. Sequences are rows of ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S+1]``. Groups
-are contiguous: ``group_size`` responses each, or ragged with ``cu_groups`` ``[G+1]``.
+hidden. Sequences are rows of `[S, T]`, or packed `[N]` with `cu_seqlens` `[S+1]`. Groups are
+contiguous: `group_size` responses each, or ragged with `cu_groups` `[G+1]`.
 
-Losses: Reward-aware Preference Optimization, arXiv 2502.00203. Naming trap: its *backward* KL is
+Source of the losses: Reward-aware Preference Optimization, arXiv 2502.00203. Its *backward* KL is
 KL(target || policy).
 """
 
@@ -31,18 +30,16 @@ if TYPE_CHECKING:
 
 
 class ReferenceOutput(NamedTuple):
-    """What a preference loss returns; unlike the output of the fused functions it stays in the
-    autograd graph.
-    """
+    """Result of a preference loss; unlike that of the fused functions, all of it has gradients."""
 
-    loss: Tensor  # scalar, or [G] with reduction "none"
+    loss: Tensor  # scalar, or [G] with reduction="none"
     losses: Tensor  # [G]; 0 for a group that does not count
-    # [S] implicit rewards a_i (l_i - lref_i), without margin; 0 for a response without a scored
-    # token
+    # [S] implicit rewards a_i (l_i - lref_i), without margin; 0 for a response without scored
+    # tokens
     rewards: Tensor
     logps: Tensor  # [S] sums of token log-probabilities, in nats
-    lengths: Tensor | None  # [S] scored tokens, int64; None where the caller gave none
-    targets: Tensor  # [S] t_i in reward units; 0 for a response without a scored token
+    lengths: Tensor | None  # [S] scored tokens, int64; None if the caller gave none
+    targets: Tensor  # [S] t_i in reward units; 0 for a response without scored tokens
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -59,12 +56,11 @@ def token_logps(
 ) -> Tensor:
     """lp = log softmax(z)[label], z = softcap tanh(logit_scale logits / softcap) / temperature.
 
-    ``logits`` [..., V], ``labels`` [...] -> [...], nats. Exactly 0, with zero gradient, where the
-    label is ``ignore_index``.
+    `logits` [..., V], `labels` [...] -> [...], nats. Exactly 0, with zero gradient, where the label
+    is `ignore_index`.
     """
     scored = labels != ignore_index
-    # Ignored rows are never selected, so that an inf or NaN in one of them cannot reach a value or
-    # a gradient.
+    # ignored rows are not selected, so an inf or NaN in one reaches no value or gradient
     logp = torch.log_softmax(_scaled(logits[scored], temperature, logit_scale, softcap), dim=-1)
     picked = logp.gather(-1, labels[scored].long().unsqueeze(-1)).squeeze(-1)
     return _spread(picked, scored)
@@ -79,23 +75,23 @@ def token_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """H = -sum_v p_v log p_v with p = softmax(z) as in :func:`token_logps` and 0 log 0 = 0.
+    """H = -sum_v p_v log p_v with p = softmax(z) as in `token_logps` and 0 log 0 = 0.
 
-    ``logits`` [..., V], ``labels`` [...] -> [...], nats. The labels only say which rows are scored.
+    `logits` [..., V], `labels` [...] -> [...], nats. Labels only tell which rows are scored.
     """
     scored = labels != ignore_index
     logp = torch.log_softmax(_scaled(logits[scored], temperature, logit_scale, softcap), dim=-1)
     p = logp.exp()
-    # Masking log p, and not the product, also keeps 0 * -inf out of the gradient of p.
+    # masking log p, not the product, also keeps 0 * -inf out of the gradient of p
     return _spread(-(p * logp.masked_fill(p == 0, 0.0)).sum(-1), scored)
 
 
 def linear_token_logps(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """:func:`token_logps`, with its options, of logits = hidden weight^T + bias.
+    """`token_logps`, with its options, of logits = hidden weight^T + bias.
 
-    ``hidden`` [..., H], ``weight`` [V, H], ``bias`` [V], ``labels`` [...] -> [...], nats.
+    `hidden` [..., H], `weight` [V, H], `bias` [V], `labels` [...] -> [...], nats.
     """
     logits = _linear(hidden, weight, bias, labels, options.get("ignore_index", -100))
     return token_logps(logits, labels, **options)
@@ -112,10 +108,10 @@ def sequence_logps(
     average: bool = False,
     ignore_index: int = -100,
 ) -> Tensor:
-    """l_i = sum_t m_it lp_it, or its mean over the scored tokens under ``average``.
+    """l_i = sum_t m_it lp_it, or its mean over the scored tokens with `average`.
 
-    ``token_logps`` [S, T], or [N] with ``cu_seqlens`` -> [S], nats. Without ``labels`` every token
-    is scored. A sequence without a scored token has l_i = 0.
+    `token_logps` [S, T], or [N] with `cu_seqlens` -> [S], nats. Without `labels` every token is
+    scored. A sequence without scored tokens has l_i = 0.
     """
     token_logps = _promoted(token_logps)
     sums = []
@@ -129,9 +125,9 @@ def sequence_logps(
 def sequence_lengths(
     labels: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """n_i = sum_t m_it, the scored tokens.
+    """n_i = sum_t m_it, the number of scored tokens.
 
-    ``labels`` [S, T], or [N] with ``cu_seqlens`` -> [S], int64.
+    `labels` [S, T], or [N] with `cu_seqlens` -> [S], int64.
     """
     counts = [int((row != ignore_index).sum()) for row in _sequences(labels, cu_seqlens)]
     return torch.tensor(counts, dtype=torch.int64, device=labels.device)
@@ -149,7 +145,7 @@ def log_ratios(
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """h_i = l_i - lref_i, with the objective's way of combining references.
+    """h_i = l_i - lref_i, with the objective's combination of references.
 
         single      l_i - lref_i
         none        l_i
@@ -158,13 +154,12 @@ def log_ratios(
         geometric   sum_k alpha_k (l_i - lref_ik)
                     lref = sum_k alpha_k lref_k
 
-    (several references: MRPO, arXiv 2405.16388, combines them harmonically, per sequence.)
+    MRPO (arXiv 2405.16388) combines several references harmonically, per sequence.
 
-    ``logps`` [S], or per token in the shape of ``labels`` when those are given -> [S], nats.
-    ``ref_logps`` [S] or, with labels, in their shape; a leading R for harmonic and geometric.
-    ``ref_weights`` alpha [R] or [R, G], each column summing to 1; uniform without. Per-token
-    references are subtracted before the sum over tokens: the difference of two large sums loses
-    digits.
+    `logps` [S], or per token in the shape of `labels` if those are given -> [S], nats. `ref_logps`
+    [S] or, with labels, in their shape; a leading R for harmonic and geometric. `ref_weights` alpha
+    [R] or [R, G], with columns of sum 1; uniform if None. Per-token references are subtracted
+    before the sum over tokens: the difference of two large sums loses digits.
     """
     logps = _promoted(logps)
     ratios = _log_ratios(
@@ -200,12 +195,12 @@ def preference_loss(
 ) -> ReferenceOutput:
     """L = mean_g w_g [ scale D[s || t] + sft_weight NLL(chosen) ] from sequence log-probabilities.
 
-    ``logps`` [S] sums in nats (never averages: ``objective.average`` divides by ``lengths``),
-    ``rewards`` [S] the explicit r* or None, ``ref_logps`` [S] or [R, S], ``lengths`` [S] scored
-    tokens. A response without a scored token is dropped from its group. A group that is left with
-    fewer than two (pointwise: none), or that has no rewards and lost its first response, has loss
-    0, no gradient, and does not count. ``group_weights`` [G] are factors on the groups' losses. A
-    sum of objectives, pairs (weight, objective), is the weighted sum of their outputs.
+    `logps` [S] sums in nats (never averages: `objective.average` divides by `lengths`), `rewards`
+    [S] explicit rewards r* or None, `ref_logps` [S] or [R, S], `lengths` [S] scored tokens. A
+    response without scored tokens is dropped from its group. A group that is left with fewer than
+    two (pointwise: none), or that has no rewards and lost its first response, has loss 0, no
+    gradient, and does not count. `group_weights` [G] are factors on the groups' losses. A sum of
+    objectives, pairs (weight, objective), is the weighted sum of their losses.
     """
     if isinstance(objective, Sequence):
         options = {name: x for name, x in locals().items() if name != "objective"}
@@ -239,9 +234,9 @@ def rpo_loss(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> ReferenceOutput:
-    """:func:`preference_loss` of the sequences in ``logits`` [S, T, V] (packed [N, V]).
+    """`preference_loss` of the sequences in `logits` [S, T, V] (packed [N, V]).
 
-    ``labels`` [S, T] (packed [N]). ``ref_logps`` [S] or in the shape of ``labels``; with several
+    `labels` [S, T] (packed [N]). `ref_logps` [S] or in the shape of `labels`; with several
     references [R, S] or [R, *labels.shape].
     """
     if isinstance(objective, Sequence):
@@ -284,9 +279,9 @@ def linear_rpo_loss(
     bias: Tensor | None = None,
     **options: Any,
 ) -> ReferenceOutput:
-    """:func:`rpo_loss`, with its options, of logits = hidden weight^T + bias.
+    """`rpo_loss`, with its options, of logits = hidden weight^T + bias.
 
-    ``hidden`` [S, T, H] (packed [N, H]), ``weight`` [V, H], ``bias`` [V].
+    `hidden` [S, T, H] (packed [N, H]), `weight` [V, H], `bias` [V].
     """
     logits = _linear(hidden, weight, bias, labels, options.get("ignore_index", -100))
     return rpo_loss(logits, labels, rewards, objective, **options)
@@ -316,7 +311,7 @@ def _loss(
     normalizer: float | Tensor | None,
     group_weights: Tensor | None,
 ) -> ReferenceOutput:
-    """The loss from sequence log-probabilities l_i and log-ratios h_i = l_i - lref_i."""
+    """Compute the loss from sequence log-probabilities l_i and log-ratios h_i = l_i - lref_i."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
             f"reference: `reduction` must be 'mean', 'sum' or 'none', got {reduction!r}"
@@ -337,11 +332,9 @@ def _loss(
 
     n = [1] * len(logps) if lengths is None else lengths.tolist()
     r = None if rewards is None or has_own_target else rewards.to(logps)
-    zero = logps[
-        :0
-    ].sum()  # 0, in the graph: a batch in which nothing counts can still call backward
+    zero = logps[:0].sum()  # 0 with a graph: backward works even if no group counts
 
-    # Implicit rewards and targets, response by response.
+    # implicit rewards and targets of each response
     implicit_rewards = [zero] * len(logps)
     targets = [zero.detach()] * len(logps)
     weights = [1.0] * len(logps)
@@ -361,7 +354,7 @@ def _loss(
     implicit, t = _stack(implicit_rewards, logps), _stack(targets, logps)
     s = implicit - logps.new_tensor(margins)
 
-    # A group counts if enough of its responses remain to be compared.
+    # a group counts if enough of its responses remain to compare
     counted = []
     for members, best in zip(kept, chosen, strict=True):
         if objective.label is not None:
@@ -386,8 +379,7 @@ def _loss(
             if objective.sft_normalizer == "mean":
                 nll = nll / n[best]
             elif objective.sft_normalizer == "tokens":
-                # The mean of these over the counted groups is the mean over the chosen tokens of
-                # the batch.
+                # so that the mean over counted groups is the mean over the batch's chosen tokens
                 nll = nll * sum(counted) / chosen_tokens
             loss = loss + objective.sft_weight * nll
         by_group.append(loss)
@@ -412,7 +404,7 @@ def _loss(
 def _targets(
     objective: RPOObjective, rewards: Tensor | None, group: range, members: list[int], like: Tensor
 ) -> tuple[list[Tensor], list[float]]:
-    """The targets t_i and the pointwise weights w_i of the remaining responses of a group."""
+    """Return targets t_i and pointwise weights w_i of the remaining responses of a group."""
     if objective.label is not None or not isinstance(objective.target, str):
         gap = float(objective.target) if objective.label is None else _log_odds(objective.label)
         return [like.new_tensor(gap / 2 if i == group[0] else -gap / 2) for i in members], [
@@ -428,7 +420,7 @@ def _targets(
 
 
 def _log_odds(q: float) -> float:
-    """log(q / (1-q)): infinite at 0 and 1, NaN outside."""
+    """log(q / (1-q)): infinite at 0 and 1, NaN outside [0, 1]."""
     if q == 0:
         return -math.inf
     if q == 1:
@@ -439,8 +431,9 @@ def _log_odds(q: float) -> float:
 def _chosen(
     targets: list[Tensor], group: range, members: list[int], has_own_target: bool
 ) -> int | None:
-    """The remaining response with the largest target, the first when tied; without rewards the
-    group's first.
+    """Return the remaining response with the largest target, the first of equal ones.
+
+    Without rewards it is the group's first response, or None if that was dropped.
     """
     if not members:
         return None
@@ -458,7 +451,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def _softmax(t: Tensor) -> Tensor:
-    """softmax where equal infinities tie: several +inf share the mass equally. [K] -> [K]."""
+    """softmax [K] -> [K] in which several +inf share the mass equally."""
     e = torch.stack([_gap(x, t.max()).exp() for x in t])
     return e / e.sum()
 
@@ -472,7 +465,7 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float]) -> Tensor:
-    """D[s || t] of one group. ``s``, ``t`` [K] -> scalar."""
+    """D[s || t] of one group; `s`, `t` [K] -> scalar."""
     if objective.distance in ("squared", "forward_kl") and bool(t.isinf().any()):
         raise ValueError(
             f"reference: an infinite target has no distance {objective.distance!r}; use "
@@ -495,12 +488,14 @@ def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float
 
 
 def _scalar_distance(objective: RPOObjective, d: Tensor, tau: Tensor) -> Tensor:
-    """D[d || tau], p = sigmoid(d), q = sigmoid(tau), A = softplus.
+    """D[d || tau] with p = sigmoid(d), q = sigmoid(tau), A = softplus.
 
-    squared       1/2 (d - tau)^2
-    backward_kl   KL(B(q) || B(p)) = CE - H(q), CE = q A(-d) + (1-q) A(d)
-    forward_kl    KL(B(p) || B(q)) = p log p/q + (1-p) log (1-p)/(1-q)
-    hellinger     4 (1 - sqrt(p q) - sqrt((1-p) (1-q)))
+        squared       1/2 (d - tau)^2
+        backward_kl   KL(B(q) || B(p)) = CE - H(q), CE = q A(-d) + (1-q) A(d)
+        forward_kl    KL(B(p) || B(q)) = p log p/q + (1-p) log (1-p)/(1-q)
+        hellinger     4 (1 - sqrt(p q) - sqrt((1-p) (1-q)))
+
+    All are scalars.
     """
     if objective.distance == "squared":
         return (d - tau) ** 2 / 2
@@ -524,19 +519,21 @@ def _bernoulli_backward_kl(
     not_q: Tensor | float,
     entropy: Tensor | float,
 ) -> Tensor:
-    """CE = q A(-d) + (1-q) A(d), or KL = CE - H(q). q may lie outside [0, 1] in the first."""
+    """CE = q A(-d) + (1-q) A(d), or KL = CE - H(q); in the first, q may lie outside [0, 1]."""
     cross_entropy = _weighted(q, _softplus(-d)) + _weighted(not_q, _softplus(d))
     return cross_entropy if objective.cross_entropy else _at_least_zero(cross_entropy - entropy)
 
 
 def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
-    """D over the whole group, p = softmax(s), q = softmax(t).
+    """D over a whole group with p = softmax(s), q = softmax(t).
 
-    squared       mean_i 1/2 (a_i - b_i)^2, a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar),
-                  b_i the same for t
-    backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
-    forward_kl    KL(p || q)
-    hellinger     2 sum_i (sqrt p_i - sqrt q_i)^2
+        squared       mean_i 1/2 (a_i - b_i)^2,  b_i as a_i for t
+                      a_i = s_i - mean_{j != i} s_j = K/(K-1) (s_i - sbar)
+        backward_kl   KL(q || p) = CE - H(q), CE = -sum_i q_i log p_i
+        forward_kl    KL(p || q)
+        hellinger     2 sum_i (sqrt p_i - sqrt q_i)^2
+
+    `s`, `t` [K] -> scalar.
     """
     K = len(s)
     if objective.distance == "squared":
@@ -544,7 +541,7 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
         for i in range(K):
             others = [j for j in range(K) if j != i]
             total = total + ((s[i] - s[others].mean()) - (t[i] - t[others].mean())) ** 2 / 2
-        # (K-1)/K of it is 1/2 the unbiased variance of s - t.
+        # times (K-1)/K this is 1/2 the unbiased variance of s - t
         return total / K if objective.leave_one_out else total / K * (K - 1) / K
     log_p = _log_softmax(s)
     if objective.distance == "forward_kl":
@@ -561,14 +558,15 @@ def _listwise_distance(objective: RPOObjective, s: Tensor, t: Tensor) -> Tensor:
 def _softplus(x: Tensor) -> Tensor:
     """A(x) = max(x, 0) + log1p(exp(-|x|)), with slope 1/2 at 0.
 
-    Torch's softplus is linear above 20: off by 2e-9.
+    torch's softplus is linear above 20, which is off by 2e-9.
     """
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _log_softmax(s: Tensor) -> Tensor:
-    """log p_i = -A(logsumexp_{j != i} s_j - s_i), for K > 1: every digit also where p_i is next to
-    1. [K] -> [K].
+    """log p_i = -A(logsumexp_{j != i} s_j - s_i) for K > 1, [K] -> [K].
+
+    It keeps all digits even where p_i is close to 1.
     """
     others = [[j for j in range(len(s)) if j != i] for i in range(len(s))]
     return torch.stack(
@@ -582,9 +580,7 @@ def _weighted(weight: Tensor | float, x: Tensor) -> Tensor:
 
 
 def _at_least_zero(kl: Tensor) -> Tensor:
-    """max(kl, 0) in value, kl in gradient: rounding can push a divergence below 0 next to its
-    optimum.
-    """
+    """max(kl, 0) in value, kl in gradient: near its optimum, rounding can make a KL negative."""
     return kl - kl.detach().clamp(max=0)
 
 
@@ -602,9 +598,7 @@ def _log_ratios(
     cu_seqlens: Tensor | None,
     ignore_index: int,
 ) -> list[Tensor]:
-    """:func:`log_ratios` as a list: a response that nothing uses then gets no gradient at all, not
-    0 * NaN.
-    """
+    """`log_ratios` as a list, so that an unused response gets no gradient instead of 0 * NaN."""
     if labels is None:
         policy = [x.unsqueeze(0) for x in logps]
         scored = [torch.ones(1, dtype=torch.bool, device=logps.device)] * len(policy)
@@ -653,7 +647,7 @@ def _log_ratios(
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """The S sequences of [S, T] or packed [N], each a vector."""
+    """Split [S, T] or packed [N] into S vectors."""
     if cu_seqlens is not None:
         if x.ndim != 1:
             raise ValueError(f"reference: packed tokens must be [N], got shape {tuple(x.shape)}")
@@ -670,7 +664,7 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 def _scored_positions(
     tokens: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int
 ) -> list[Tensor]:
-    """The mask m_it of each sequence; without labels every token is scored."""
+    """Return the mask m_it of each sequence; without labels every token is scored."""
     mask = torch.ones_like(tokens, dtype=torch.bool) if labels is None else labels != ignore_index
     if mask.shape != tokens.shape:
         raise ValueError(
@@ -680,7 +674,7 @@ def _scored_positions(
 
 
 def _groups(responses: int, group_size: int, cu_groups: Tensor | None) -> list[range]:
-    """The responses of each group."""
+    """Return the responses of each group."""
     edges = (
         range(0, responses + 1, group_size)
         if cu_groups is None
@@ -696,8 +690,9 @@ def _groups(responses: int, group_size: int, cu_groups: Tensor | None) -> list[r
 def _scaled(
     logits: Tensor, temperature: float, logit_scale: float, softcap: float | None
 ) -> Tensor:
-    """z = softcap tanh(logit_scale logits / softcap) / temperature; without a cap logit_scale
-    logits / temperature.
+    """z = softcap tanh(logit_scale logits / softcap) / temperature.
+
+    Without a softcap z = logit_scale logits / temperature.
     """
     z = logit_scale * _promoted(logits)
     if softcap is not None:
@@ -708,9 +703,7 @@ def _scaled(
 def _linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
 ) -> Tensor:
-    """hidden weight^T + bias at the scored positions; the rows of ignored ones are zeros that
-    nothing reads.
-    """
+    """hidden weight^T + bias at the scored positions; zeros, which are not read, at the others."""
     scored = labels != ignore_index
     rows = _promoted(hidden[scored]) @ _promoted(weight).T
     if bias is not None:
@@ -719,17 +712,17 @@ def _linear(
 
 
 def _promoted(x: Tensor) -> Tensor:
-    """At least float32, and float64 stays float64."""
+    """Promote to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _spread(values: Tensor, scored: Tensor) -> Tensor:
-    """The values at the scored positions, exact zeros elsewhere."""
+    """Put values at the scored positions and exact zeros elsewhere."""
     return torch.zeros(scored.shape, dtype=values.dtype, device=values.device).masked_scatter(
         scored, values
     )
 
 
 def _stack(scalars: Sequence[Tensor], like: Tensor) -> Tensor:
-    """A vector of scalars; empty, but with a dtype and a device, when there are none."""
+    """Stack scalars to a vector; an empty one has the dtype and device of `like`."""
     return torch.stack(list(scalars)) if scalars else like.new_zeros(0)

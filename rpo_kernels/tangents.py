@@ -1,4 +1,4 @@
-"""Forward-mode derivatives, which there are none of."""
+"""Forward-mode derivatives, which are not implemented."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 
 def check_tangents(op: str, *tensors: Tensor | None) -> None:
-    """No forward-mode derivatives: a tangent that nobody refuses would be left out in silence."""
+    """Raise for forward-mode derivatives: otherwise tangents would be dropped silently."""
     if forward_ad._current_level >= 0:  # of `dual_level`, which torch.func.jvp enters too
-        if torch.compiler.is_compiling():  # where functions lose their jvp
+        if torch.compiler.is_compiling():  # here functions lose their jvp
             raise NotImplementedError(f"{op}: forward-mode derivatives are not implemented")
         for x in tensors:
             if x is not None and x.is_floating_point():
@@ -20,7 +20,7 @@ def check_tangents(op: str, *tensors: Tensor | None) -> None:
 
 
 class _Tangentless(torch.autograd.Function):
-    """A function, which sees tangents below the other transforms of torch.func too."""
+    """Identity that raises in its jvp; it sees tangents below other transforms of torch.func."""
 
     generate_vmap_rule = True
 

@@ -1,15 +1,11 @@
-"""One suite for every machine: compiled kernels where there is a GPU, Triton's interpreter
-elsewhere.
-"""
+"""Setup for every machine: compiled kernels on a GPU, Triton's interpreter elsewhere."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when a kernel is decorated, so before any import of one
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated, which reads it
 
 import pytest
 
@@ -18,7 +14,7 @@ if not torch.cuda.is_available():
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def _fma(self, x, y, z):
-        """Rounded once, as on a chip; the interpreter rounds the product too."""
+        """Round once, as on a chip; the interpreter rounds the product, too."""
         with np.errstate(all="ignore"):
             exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(
                 np.float64

@@ -1,4 +1,4 @@
-"""What several tests share."""
+"""Helpers that several tests share."""
 
 import contextlib
 import itertools
@@ -13,32 +13,31 @@ from torch.profiler import ProfilerActivity, profile
 from rpo_kernels.ops.operator import Operator
 from rpo_kernels.tools.cases import poisoned_memory, worst
 
-__all__ = ["poisoned_memory", "worst"]  # of `python -m rpo_kernels verify`
+__all__ = ["poisoned_memory", "worst"]  # from `python -m rpo_kernels verify`
 
 HAS_GPU = torch.cuda.is_available()
-# For what `benchmarks/host.py` does: without a GPU there is a libcuda to compile.
+# for `benchmarks/host.py`, which compiles a libcuda if there is no GPU
 needs_a_driver = pytest.mark.skipif(
     not HAS_GPU and shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler"
 )
 
 
 def compiling(**more: str) -> dict[str, str]:
-    """The environment of a process in which kernels are compiled, not interpreted."""
+    """Return the environment of a process in which kernels are compiled, not interpreted."""
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | more
 
 
 def kernel_dtypes(backend: str) -> list[torch.dtype]:
-    """Dtypes whose outputs this backend rounds: Triton's interpreter truncates to bf16, so that is
-    tested on a GPU.
+    """Return the dtypes whose outputs a backend rounds.
+
+    Triton's interpreter truncates to bf16, so that is tested on a GPU.
     """
     interpreted = backend == "triton" and not HAS_GPU
     return [torch.float32, torch.float16] + ([] if interpreted else [torch.bfloat16])
 
 
 def peak_memory(step) -> int:
-    """Largest number of bytes that PyTorch's allocator holds during a step, above what it held
-    before.
-    """
+    """Return the peak of bytes that PyTorch's allocator holds in a step, above its start."""
     if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -55,9 +54,7 @@ def peak_memory(step) -> int:
 
 @contextlib.contextmanager
 def operator_calls():
-    """Sends every call inside through torch.library, and lists (operator, arguments) as they
-    came.
-    """
+    """Context that sends calls through torch.library, and lists (operator, arguments) in order."""
     seen, inner = [], Operator._traced
 
     def recording(self, *args):

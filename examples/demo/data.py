@@ -1,4 +1,4 @@
-"""Groups of responses to a prompt: read from a file, and laid out for a model."""
+"""Groups of responses to a prompt: read from a file, and collated for a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORES = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected
 class Preferences(NamedTuple):
     """A row of a file.
 
-    Without scores of its own, the chosen response has reward 1 and the rejected one 0.
+    Without scores, the chosen response has reward 1 and the rejected one 0.
     """
 
     prompt: str
@@ -44,14 +44,14 @@ class Batch(NamedTuple):
     labels: Tensor  # [S, T]: the response token that a position predicts, -100 elsewhere
     rewards: Tensor  # [S]
     cu_groups: Tensor  # [G + 1] int32: where each group begins among the S
-    sampled_reward: (
-        float  # mean over all responses sampled for this batch, also those left out of it
-    )
+    # mean over all responses that were sampled for this batch, including those left out
+    sampled_reward: float
 
 
 def read_preferences(path: str | Path) -> list[Preferences]:
-    """Rows of a JSON Lines file: (prompt, chosen, rejected, optional scores) or (prompt, responses,
-    rewards).
+    """Read a JSON Lines file.
+
+    Rows are (prompt, chosen, rejected, optional scores) or (prompt, responses, rewards).
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -101,7 +101,7 @@ def parse(row: object) -> Preferences:
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """The prompt as the tokenizer's chat template puts it, up to where the response begins."""
+    """Tokenize a prompt with the chat template, up to where the response begins."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt + "\n\n").input_ids
     chat = [{"role": "user", "content": prompt}]
@@ -110,15 +110,16 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 
 
 def encode(tokenizer, row: Preferences, max_tokens: int) -> Group:
-    """A row as token ids; responses end with the end token, and are cut after max_tokens."""
+    """Tokenize a row; responses end with the end token, and are cut after max_tokens."""
     texts = tokenizer(row.responses, add_special_tokens=False).input_ids
     responses = [[*ids, tokenizer.eos_token_id][:max_tokens] for ids in texts]
     return Group(prompt_ids(tokenizer, row.prompt), responses, row.rewards)
 
 
 def best_first(group: Group) -> Group:
-    """The best response, then those with a smaller reward: what an objective without rewards can
-    learn from.
+    """Return the best response, followed by those with a smaller reward.
+
+    Objectives without rewards can learn from these.
     """
     order = sorted(range(len(group.rewards)), key=lambda i: -group.rewards[i])
     keep = [i for i in order if i == order[0] or group.rewards[i] < group.rewards[order[0]]]
@@ -128,7 +129,7 @@ def best_first(group: Group) -> Group:
 def collate(
     groups: list[Group], device: torch.device | str, sampled_reward: float = math.nan
 ) -> Batch:
-    """Right padding: what follows a response changes nothing in it."""
+    """Collate with right padding, which does not affect a response."""
     pairs = [(group.prompt, response) for group in groups for response in group.responses]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     input_ids, attention_mask, scored = torch.zeros(3, len(pairs), width, dtype=torch.long)

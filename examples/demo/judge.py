@@ -1,11 +1,10 @@
-"""A judge that needs no model: every instruction comes with the code that checks it, as in IFEval
-(arXiv 2311.07911).
+"""A judge without a model: code checks each instruction, as in IFEval (arXiv 2311.07911).
 
     >>> judge("few words", "What is the moon? Answer in at most 8 words.", "A rock.")
     1.0
 
-Each rule is one that a small model already follows now and then: RPO reweights what a policy can
-sample, and a rule that never succeeds has no reward to learn from.
+A small model already follows each rule now and then: RPO reweights what a policy can sample, and a
+rule that never succeeds has no reward to learn from.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 
 class Rule(NamedTuple):
-    """An instruction, and whether a response (without white space around it) follows it."""
+    """An instruction, and whether a response (without surrounding white space) follows it."""
 
     instruction: str
     follows: Callable[[str], bool]
@@ -34,9 +33,7 @@ def is_pair_of_bullets(text: str) -> bool:
 
 
 def is_json_answer(text: str) -> bool:
-    """One JSON object with an "answer" that says something and no other key; bare or in a Markdown
-    fence.
-    """
+    """One JSON object with a non-empty "answer" and no other key; bare or in a Markdown fence."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
     try:
         value = json.loads(fenced[1] if fenced else text)
@@ -50,7 +47,7 @@ def is_json_answer(text: str) -> bool:
 
 
 def has_title(text: str) -> bool:
-    """A title of its own in <<angular brackets>>."""
+    """A title in <<angular brackets>> that is not just "title"."""
     return re.search(r"<<(?! *title *>)[^<>]*\w[^<>]*>>", text, re.IGNORECASE) is not None
 
 
@@ -70,6 +67,6 @@ RULES = {
 
 
 def judge(rule: str, prompt: str, response: str) -> float:
-    """1 if the response follows the rule, and is not just a piece of the prompt; else 0."""
+    """Return 1 if the response follows the rule and is not part of the prompt; else 0."""
     text = response.strip()
     return float(text.lower() not in prompt.lower() and RULES[rule].follows(text))

@@ -1,6 +1,4 @@
-"""What the loss head holds at its peak, measured: naive PyTorch against linear_rpo_loss on one
-batch.
-"""
+"""Measured peak memory of the loss head: naive PyTorch against linear_rpo_loss on one batch."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss
 def loss_head_peaks(
     policy, batch: Batch, objective: RPOObjective, temperature: float
 ) -> tuple[int, int]:
-    """Peak bytes above the inputs of (naive, ours), forward and backward to hidden states and
-    lm_head.
+    """Return peak bytes above the inputs of (naive, ours), forward and backward.
+
+    Gradients are those of hidden states and lm_head.
     """
     head = policy.get_output_embeddings()
     with torch.no_grad(), models.precision(policy.device):
@@ -74,14 +73,13 @@ def _watch_gpu(step: Callable[[], None]) -> int:
 
 
 def _watch_process(step: Callable[[], None]) -> int:
-    """By the resident set, where the system shows it; else 0."""
+    """Measure the resident set, if the system reports it; else return 0."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return 0
     resident = lambda: int(statm.read_text().split()[1]) * 4096
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # what was freed before must not serve unseen
+    # memory that was freed before must not be reused unnoticed
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = peak = resident()
     done = threading.Event()

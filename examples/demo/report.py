@@ -1,4 +1,4 @@
-"""What came of a run: a table, a plot, and the numbers as JSON."""
+"""Report of a run: a table, a plot, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -38,16 +38,12 @@ class Report:
     steps: list[dict[str, float]]
     held_out: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     samples: list[dict] = field(default_factory=list)
-    # bytes that the loss head of one batch holds: naive PyTorch, ours
-    peaks: tuple[int, int] = (
-        0,
-        0,
-    )
+    peaks: tuple[int, int] = (0, 0)  # bytes of one batch's loss head: naive PyTorch, ours
 
     def add(self, name: str, before: list[float], after: list[float]) -> None:
-        """A quantity per prompt.
+        """Add a quantity per prompt.
 
-        Its change is paired: how prompts differ from each other is no noise in it.
+        Its change is paired, so differences between prompts are no noise in it.
         """
         change = [b - a for a, b in zip(before, after, strict=True)]
         columns = {"before": before, "after": after, "change": change}
@@ -70,7 +66,7 @@ class Report:
         """Write results.json and training.png."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": settings, **asdict(self)}, default=str)
-        numbers = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+        numbers = json.loads(text, parse_constant=lambda name: None)  # NaN is not valid JSON
         (folder / "results.json").write_text(
             json.dumps(numbers, indent=1, ensure_ascii=False), encoding="utf-8"
         )
@@ -94,9 +90,7 @@ class Report:
         figure.savefig(path)
 
     def curve(self, ax, name: str, title: str, label: str = "training batch") -> None:
-        """Every step as a dot, their running mean, and the held-out values of the same name at both
-        ends.
-        """
+        """Plot every step as a dot, their running mean, and the held-out values at both ends."""
         values = [step[name] for step in self.steps]
         at = range(1, len(values) + 1)
         known = [
@@ -127,7 +121,7 @@ class Report:
         finish(ax)
 
     def by_rule(self, ax) -> None:
-        """Held-out reward under each rule."""
+        """Plot held-out reward under each rule."""
         rewards = defaultdict(lambda: ([], []))
         for sample in self.samples:
             for side, column in zip(rewards[sample["rule"]], ("before", "after")):
@@ -148,12 +142,12 @@ class Report:
             yticklabels=rewards,
             xlim=(0, 1),
         )
-        ax.set_ylim(len(rewards) - 0.4, -1.2)  # room for the legend above the first bar
+        ax.set_ylim(len(rewards) - 0.4, -1.2)  # space for the legend above the first bar
         finish(ax, loc="upper right", ncols=2)
 
 
 def win_rate(rewards: list[float], others: list[float]) -> float:
-    """Share of pairs in which the first is the better one; a tie is half of one."""
+    """Share of pairs in which the first is better; a tie counts half."""
     return fmean((a > b) + (a == b) / 2 for a in rewards for b in others)
 
 

@@ -1,15 +1,15 @@
 """Which objective, how many responses, online or offline?
 
-The questions of the RPO paper (arXiv 2502.00203), asked of a small policy whose judge is known and
-whose responses can all be listed.
+A study of these questions of the RPO paper (arXiv 2502.00203), with a small policy whose judge is
+known and whose responses can all be listed.
 
     python -m examples.study                    the reduced study, some minutes
     python -m examples.study --full             more of every axis, ten seeds
-    python -m examples.study --axes judge sft   these alone
+    python -m examples.study --axes judge sft   these only
 
 Settings differ from a base in one thing (settings.py). Runs of a seed start from the same policy,
-so that differences are paired. A study that was stopped goes on where it was. Tables with standard
-errors and plots are in --output.
+so that differences are paired. A study that was stopped is continued. Tables with standard errors
+and plots are written to --output.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def environment(device: str) -> str:
-    """Versions, commit and device."""
+    """Return versions, commit and device."""
     try:
         git = ["git", "-C", str(Path(__file__).parent), *"describe --always --dirty".split()]
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -87,7 +87,7 @@ def environment(device: str) -> str:
 
 
 def fill(results: Results, args) -> None:
-    """Runs that are missing, seed by seed, under a progress bar."""
+    """Do the missing runs, seed by seed, with a progress bar."""
     chosen = settings(args.axes, args.full)
     wanted = [(setting, seed) for seed in range(args.seeds) for setting in chosen]
     tasks = [(*run, args.device) for run in wanted if run not in results.runs]

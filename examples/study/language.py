@@ -1,10 +1,10 @@
-"""A language of instructions, small enough that every response to a prompt can be listed.
+"""A language of instructions, small enough that all responses to a prompt can be listed.
 
     prompt      first a, last b, n words, rising or falling, answer:
     response    up to 4 of 5 words, then END, which a response of 4 words does without: 781 in all
 
-A prompt asks for a first word, a last word, a number of words, and a direction. The judge gives
-each of the four wishes up to 1 point, in parts: a ground truth on a real-valued scale.
+A prompt requires a first word, a last word, a number of words, and a direction. The judge gives up
+to 1 point for each of the four, in parts: a ground truth on a real-valued scale.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 WORDS, LONGEST = 5, 4  # words are the tokens 0..4
-END, TOKENS = WORDS, WORDS + 1  # what a policy writes: words and END
+END, TOKENS = WORDS, WORDS + 1  # what a policy generates: words and END
 SIZES, DIRECTIONS = (2, 3, 4), (1, -1)
-FIRST, LAST = TOKENS, TOKENS + WORDS  # marks that only prompts hold
+FIRST, LAST = TOKENS, TOKENS + WORDS  # marks that only occur in prompts
 SIZE, DIRECTION = LAST + WORDS, LAST + WORDS + len(SIZES)
 ANSWER = DIRECTION + len(DIRECTIONS)
 VOCABULARY = ANSWER + 1
@@ -41,7 +41,7 @@ RESPONSES = [
 
 
 def judge(prompt: Prompt, words: tuple[int, ...]) -> float:
-    """Points between 0 and 4."""
+    """Return points between 0 and 4."""
     points = 1 - abs(prompt.size - len(words)) / LONGEST
     if words:
         points += 1 - abs(prompt.first - words[0]) / (WORDS - 1)
@@ -51,37 +51,40 @@ def judge(prompt: Prompt, words: tuple[int, ...]) -> float:
 
 
 def prompt_tokens() -> Tensor:
-    """``[prompts, 5]`` int64."""
+    """`[prompts, 5]` int64."""
     sizes, directions = SIZES.index, DIRECTIONS.index
     marks = lambda p: (FIRST + p.first, LAST + p.last, SIZE + sizes(p.size))
     return torch.tensor([(*marks(p), DIRECTION + directions(p.direction), ANSWER) for p in PROMPTS])
 
 
 def response_labels() -> Tensor:
-    """``[responses, 4]`` int64: words, then END, then IGNORE."""
+    """`[responses, 4]` int64: words, then END, then IGNORE."""
     rows = [(*words, END)[:LONGEST] for words in RESPONSES]
     return torch.tensor([row + (IGNORE,) * (LONGEST - len(row)) for row in rows])
 
 
 def judged() -> Tensor:
-    """``[prompts, responses]``: the judge's points for everything that can be said."""
+    """`[prompts, responses]`: the judge's points of all responses."""
     return torch.tensor([[judge(prompt, words) for words in RESPONSES] for prompt in PROMPTS])
 
 
 def response_index(labels: Tensor) -> Tensor:
-    """Position in RESPONSES of labels ``[S, 4]``."""
+    """Return the position in RESPONSES of labels `[S, 4]`."""
     is_word = (labels >= 0) & (labels < END)
     size, base = is_word.sum(1), torch.where(is_word, labels, 0)
     number = torch.zeros_like(size)
     for t in range(LONGEST):
         number = torch.where(is_word[:, t], number * WORDS + base[:, t], number)
-    shorter = (WORDS**size - 1) // (WORDS - 1)  # how many responses have fewer words
+    shorter = (WORDS**size - 1) // (WORDS - 1)  # number of responses with fewer words
     return shorter + number
 
 
 def demonstrations(number: int, heed: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Prompts ``[n]`` and labels ``[n, 4]`` of an author who heeds a first word, a last word and a
-    size with probability ``heed`` each, and directions never."""
+    """Return prompts `[n]` and labels `[n, 4]` of an author.
+
+    With probability `heed` each, the author follows a first word, a last word and a size, but never
+    a direction.
+    """
     prompt = torch.randint(len(PROMPTS), (number,), generator=generator)
     wishes = torch.tensor(PROMPTS)[prompt]
     heeds = torch.rand((3, number), generator=generator) < heed

@@ -1,4 +1,4 @@
-"""Held-out reward against KL to the reference: the way of each setting, and the most there is."""
+"""Plots of held-out reward against KL to the reference: each setting's path, and the optimum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .settings import AXES
 
 
 def plot(study, axis: str, path: Path) -> None:
-    """One axis; means over seeds, and standard errors at the ends."""
+    """Plot one axis: means over seeds, and standard errors at the ends."""
     figure = Figure(figsize=(9, 5), dpi=90, layout="constrained")
     ax, colors = figure.subplots(), colormaps["tab20"]
     sweep = [study.runs[s].values() for s in AXES["strength"].settings if s in study.runs]

@@ -16,7 +16,7 @@ from .language import END, IGNORE, LONGEST, TOKENS, WORDS
 
 
 class Policy(nn.Module):
-    """A transformer and a head over what can be written. ``outputs=1`` makes it a reward model."""
+    """A transformer and a head over responses' tokens; `outputs=1` makes it a reward model."""
 
     def __init__(self, outputs: int = TOKENS):
         super().__init__()
@@ -34,7 +34,7 @@ class Policy(nn.Module):
         tokens, labels = language.prompt_tokens(), language.response_labels()
         self.register_buffer("prompt_tokens", tokens, persistent=False)
         self.register_buffer("labels", labels, persistent=False)
-        # Beginnings of 3 words hold all shorter ones: 125 rows of the transformer are enough.
+        # prefixes of 3 words contain all shorter ones: 125 rows of the transformer suffice
         prefixes = torch.cartesian_prod(*[torch.arange(WORDS)] * (LONGEST - 1))
         place = torch.tensor([WORDS**t for t in reversed(range(LONGEST - 1))])
         self.register_buffer("prefixes", prefixes, persistent=False)
@@ -43,13 +43,13 @@ class Policy(nn.Module):
         )
 
     def hidden(self, prompts: Tensor, written: Tensor) -> Tensor:
-        """Hidden states ``[S, t + 1, H]`` after prompts ``[S]`` and each token of ``[S, t]``."""
+        """Return hidden states `[S, t + 1, H]` after prompts `[S]` and each token of `[S, t]`."""
         asked = self.prompt_tokens[prompts]
-        ids = torch.cat([asked, written.clamp(min=0)], 1)  # IGNORE comes after all that counts
+        ids = torch.cat([asked, written.clamp(min=0)], 1)  # IGNORE follows all that counts
         return self.trunk(ids, use_cache=False).last_hidden_state[:, asked.shape[1] - 1 :]
 
     def predicting(self, prompts: Tensor, labels: Tensor) -> Tensor:
-        """Hidden states ``[S, 4, H]``, aligned with labels ``[S, 4]``."""
+        """Return hidden states `[S, 4, H]`, aligned with labels `[S, 4]`."""
         return self.hidden(prompts, labels[:, :-1])
 
     def token_logps(self, prompts: Tensor, labels: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class Policy(nn.Module):
         return linear_token_logps(self.predicting(prompts, labels), self.head.weight, labels)
 
     def scores(self, prompts: Tensor, labels: Tensor) -> Tensor:
-        """``[S]``: what a reward model says of whole responses."""
+        """Return the scores `[S]` of a reward model for whole responses."""
         hidden = self.hidden(prompts, labels)
         return self.head(hidden[torch.arange(len(labels)), (labels != IGNORE).sum(1)])[:, 0]
 
     @torch.no_grad()
     def distribution(self, prompts: Tensor) -> Tensor:
-        """log pi(y | x) ``[prompts, responses]``, float64, of everything that can be said."""
+        """Return log pi(y | x) `[prompts, responses]`, float64, of all responses."""
         rows = len(self.prefixes)
         hidden = self.hidden(prompts.repeat_interleave(rows), self.prefixes.repeat(len(prompts), 1))
         hidden = hidden.view(len(prompts), rows, *hidden.shape[1:])[:, self.prefix_of]
@@ -72,7 +72,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, generator: torch.Generator) -> Tensor:
-        """Labels ``[S, 4]`` of one response to each prompt."""
+        """Sample labels `[S, 4]` of one response to each prompt."""
         labels = torch.full((len(prompts), LONGEST), IGNORE, device=prompts.device)
         going = torch.ones_like(prompts, dtype=torch.bool)
         for t in range(LONGEST):
@@ -84,7 +84,7 @@ class Policy(nn.Module):
 
 
 def imitate(policy: Policy, steps: int, heed: float, generator: torch.Generator) -> Policy:
-    """Supervised fine-tuning on demonstrations of an author."""
+    """Fine-tune (SFT) on demonstrations of an author."""
     optimizer, schedule = adam(policy, 3e-3, steps)
     device = policy.labels.device
     for _ in range(steps):
@@ -98,12 +98,12 @@ def imitate(policy: Policy, steps: int, heed: float, generator: torch.Generator)
 def reward_model(
     policy: Policy, prompts: Tensor, labels: Tensor, points: Tensor, steps: int
 ) -> Policy:
-    """The policy's transformer under a head of one number, trained on pairs, neighbours here."""
+    """Train the policy's transformer, with a head of one number, on adjacent pairs."""
     model = Policy(outputs=1).to(labels.device)
     model.trunk = copy.deepcopy(policy.trunk)
     nn.init.zeros_(model.head.weight)
     optimizer, schedule = adam(model, 1e-3, steps)
-    # Bradley and Terry's -log sigmoid(score gap): DPO without a reference, of scores.
+    # -log sigmoid(score gap), Bradley and Terry's model: DPO of scores, without a reference
     bradley_terry = RPOObjective("backward_kl", 1.0, target=math.inf, reference="none")
     best_first = points.view(-1, 2).argsort(1, descending=True)
     pairs = best_first + 2 * torch.arange(len(best_first), device=labels.device)[:, None]
@@ -116,6 +116,6 @@ def reward_model(
 
 
 def adam(module: nn.Module, lr: float, steps: int):
-    """Adam, and a learning rate that falls to 0."""
+    """Return Adam, and a learning rate that decays to 0."""
     optimizer = torch.optim.Adam(module.parameters(), lr)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)

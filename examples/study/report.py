@@ -1,4 +1,4 @@
-"""Tables with standard errors from the file of results, also between the marks of a page."""
+"""Tables with standard errors from the file of results, also for the marks of a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .plots import plot
 from .results import Results
 from .settings import AXES, BASE, DISTANCES, Setting
 
-# Student's t for a two-sided error of 1 %, by degrees of freedom, which are seeds - 1
+# Student's t for a two-sided error of 1 %, by degrees of freedom (seeds - 1)
 T = (63.66, 9.92, 5.84, 4.60, 4.03, 3.71, 3.50, 3.36, 3.25, 3.17, 3.11, 3.05, 3.01, 2.98, 2.95)
 COLUMNS = {"KL": "kl", "to the optimum": "distance"}  # where names differ from those of the file
 NUMBERS = ("start", "reward", "KL", "at equal KL", "efficiency", "to the optimum")
@@ -45,12 +45,12 @@ class Estimate:
         return f"{self.mean:{sign}.3f} ± {self.error:.3f}" if self.n else ""
 
     def bold(self) -> str:
-        """As a difference, in bold where it is resolved."""
+        """Format a difference, in bold if it is resolved."""
         return f"**{self.text('+')}**" if self.is_resolved else self.text("+")
 
 
 class Study:
-    """Runs by setting, then by seed, and what is made of them."""
+    """Runs by setting, then by seed, and their evaluation."""
 
     def __init__(self, results: Results):
         self.runs: dict[Setting, dict[int, dict]] = {}
@@ -58,32 +58,32 @@ class Study:
             self.runs.setdefault(setting, {})[seed] = run
 
     def settings(self, axis: str) -> list[Setting]:
-        """Those of an axis that were run."""
+        """Return the settings of an axis that were run."""
         return [
             s for s in dict.fromkeys((*AXES[axis].settings, *AXES[axis].more)) if s in self.runs
         ]
 
     def values(self, column: str, setting: Setting) -> dict[int, float | None]:
-        """By seed, at the end of the runs; ``start`` is the reward before the first step."""
+        """Return values by seed at the end of runs; `start` is the reward before the first step."""
         runs = self.runs.get(setting, {})
         if column == "start":
             return {seed: run["curve"][0]["reward"] for seed, run in runs.items()}
         if column == "at equal KL":
             gains = {seed: self.at_equal_kl(setting, seed) for seed in runs}
-            return {} if None in gains.values() else gains  # the seeds that stay near are no sample
+            return {} if None in gains.values() else gains  # seeds in reach are a biased sample
         return {seed: run["curve"][-1][COLUMNS.get(column, column)] for seed, run in runs.items()}
 
     def difference(self, column: str, setting: Setting, other: Setting) -> Estimate:
-        """Paired by seed."""
+        """Return the difference, paired by seed."""
         left, right = self.values(column, setting), self.values(column, other)
         pairs = [(left[seed], right[seed]) for seed in left if seed in right]
         return Estimate.of([None if None in pair else pair[0] - pair[1] for pair in pairs])
 
     def at_equal_kl(self, setting: Setting, seed: int) -> float | None:
-        """Reward, less that of the base at the strength that leads as far; None beyond them all.
+        """Return the reward minus that of the base at equal KL; None beyond all of the base's.
 
-        The base's rewards, without this setting, are interpolated in sqrt(KL), where they lie near
-        a line.
+        The base's rewards at its strengths, without this setting, are interpolated in sqrt(KL),
+        where they are almost linear.
         """
         sweep = [
             s for s in AXES["strength"].settings if s != setting and seed in self.runs.get(s, {})
@@ -101,7 +101,7 @@ class Study:
         )
 
     def row(self, setting: Setting) -> dict[str, str]:
-        """A line of a table."""
+        """Return a row of a table."""
         runs = self.runs[setting].values()
         below = sum(run["curve"][-1]["reward"] < run["curve"][0]["reward"] for run in runs)
         accuracy = Estimate.of([run["judge accuracy"] for run in runs])
@@ -124,7 +124,7 @@ class Study:
 
 
 def theory_table() -> str:
-    """KL to the optimum of a policy that is a table, where eta / beta is equal."""
+    """Return the KL to the optimum of a policy that is a table, for equal eta / beta."""
     etas, rows = (0.1, 1.0, 10.0), []
     for comparison in ("listwise", "pairwise", "pointwise", "pointwise, rewards less log Z"):
         for distance in DISTANCES:
@@ -137,7 +137,7 @@ def theory_table() -> str:
 
 
 def provenance(results: Results) -> str:
-    """Commands, seeds, time, versions and commits."""
+    """Return commands, seeds, time, versions and commits."""
     settings, seeds = {s for s, _ in results.runs}, sorted({seed for _, seed in results.runs})
     minutes = sum(run["seconds"] for run in results.runs.values()) / 60
     origins = sorted({(run["command"], run["environment"]) for run in results.runs.values()})
@@ -150,7 +150,7 @@ def provenance(results: Results) -> str:
 
 
 def write(results: Results, axes: list[str], output: Path, page: Path | None) -> None:
-    """report.md and plots/ in the output folder, and what stands between the marks of a page."""
+    """Write report.md and plots/ to the output folder, and fill the marks of a page."""
     study = Study(results)
     if not study.settings("strength"):
         raise ValueError(f"{results.path}: expected runs of the axis 'strength', got none")
@@ -166,8 +166,12 @@ def write(results: Results, axes: list[str], output: Path, page: Path | None) ->
 
 
 def filled(text: str, study: Study, tables: dict[str, str]) -> str:
-    """A page, renewed between marks: ``<!-- table: NAME -->...<!-- end -->``, and numbers
-    ``<!-- COLUMN: SETTING -->...<!-- end -->`` or ``<!-- COLUMN: SETTING less SETTING -->...``."""
+    """Replace the contents of a page's marks.
+
+    They are `<!-- table: NAME -->...<!-- end -->` for tables, and for numbers
+    `<!-- COLUMN: SETTING -->...<!-- end -->` or
+    `<!-- COLUMN: SETTING less SETTING -->...<!-- end -->`.
+    """
     settings = {str(setting): setting for setting in study.runs}
 
     def renew(match: re.Match) -> str:

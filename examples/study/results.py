@@ -1,4 +1,4 @@
-"""The file of results, a line of JSON for each run: a stopped study goes on where it was."""
+"""The file of results, a line of JSON per run, from which a stopped study is continued."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ RUN = {"curve", "optimum", "judge accuracy", "seconds", "command", "environment"
 
 
 class Results:
-    """Runs by setting and seed. Only one process writes."""
+    """Runs by setting and seed; only one process writes."""
 
     def __init__(self, path: Path):
         self.path = path
         self.runs: dict[tuple[Setting, int], dict] = {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        # A line without an end was being written when the study was stopped: that run starts over.
+        # a line without an end was being written when the study was stopped: its run is repeated
         for number, line in enumerate(text.split("\n")[:-1], 1):
             self._read(line, number)
 
@@ -58,7 +58,7 @@ class Results:
 
 
 def rounded(x):
-    """Six digits after the point."""
+    """Round to six decimals."""
     if isinstance(x, dict):
         return {key: rounded(value) for key, value in x.items()}
     if isinstance(x, list):

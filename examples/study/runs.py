@@ -41,13 +41,13 @@ class Start:
         self.frontier = np.array([(kl(x, self.logps), self.reward(x)) for x in optima]).T
 
     def generator(self, purpose: str, device: str | None = None) -> torch.Generator:
-        """Random numbers of their own for each purpose."""
+        """Return random numbers that are independent for each purpose."""
         digest = hashlib.sha256(f"{purpose}, seed {self.seed}".encode()).digest()
         number = int.from_bytes(digest[:7], "little")
         return torch.Generator(device or self.device).manual_seed(number)
 
     def imitator(self, heed: float) -> Policy:
-        """The policy that learnt from an author."""
+        """Return the policy that was trained on demonstrations of an author."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             policy = Policy().to(self.device)
@@ -55,16 +55,17 @@ class Start:
 
     @cached_property
     def second(self) -> Policy:
-        """A second reference, which learnt from a more careful author."""
+        """Return a second reference, trained on a more careful author."""
         return self.imitator(heed=0.7)
 
     def references(self, several: bool) -> list[Policy]:
         return [self.policy, self.second] if several else [self.policy]
 
     def optimum(self, strength: float, reference: str = "single") -> Tensor:
-        """log pi* ``[held out, responses]``, pi* = pi_ref exp(strength r) / Z.
+        """Return log pi* `[held out, responses]`, pi* = pi_ref exp(strength r) / Z.
 
-        Two references are combined as the objective does it."""
+        Two references are combined as in the objective.
+        """
         logps = self.logps
         if reference != "single":
             both = torch.stack([logps, self.second.distribution(self.held_out)])
@@ -72,11 +73,11 @@ class Start:
         return (logps + strength * self.points[self.held_out]).log_softmax(1)
 
     def reward(self, logps: Tensor) -> float:
-        """The judge's mean points of a policy ``[held out, responses]``."""
+        """Return the judge's mean points of a policy `[held out, responses]`."""
         return mean(self.points[self.held_out], logps)
 
     def efficiency(self, reward: float, kl: float) -> float | None:
-        """Gain in reward, as a share of the largest at this KL; None very near the reference."""
+        """Return the share of the largest gain in reward at this KL; None near the reference."""
         kls, rewards = self.frontier
         most = float(np.interp(kl, kls, rewards)) - rewards[0]
         return (reward - rewards[0]) / most if kl > 0.01 else None
@@ -88,7 +89,7 @@ def start(seed: int, device: str) -> Start:
 
 
 class Data(NamedTuple):
-    """Responses ``[n]``, those of a group side by side."""
+    """Responses `[n]`, with those of a group adjacent."""
 
     prompts: Tensor
     labels: Tensor  # [n, 4]
@@ -103,7 +104,7 @@ class Data(NamedTuple):
 def sample(
     begin: Start, policy: Policy, references: list[Policy], n: int, per_prompt: int, generator
 ) -> Data:
-    """n responses of the policy to training prompts. Rewards have mean 0 under the reference."""
+    """Sample n responses to training prompts; rewards have mean 0 under the reference."""
     which = torch.randint(
         len(begin.training), (n // per_prompt,), generator=generator, device=begin.device
     )
@@ -116,7 +117,7 @@ def sample(
 
 @lru_cache(maxsize=8)
 def reference_samples(seed: int, device: str, n: int, per_prompt: int, several: bool) -> Data:
-    """Offline data. Runs of a seed that ask for the same get the same."""
+    """Return offline data; runs of a seed with equal arguments get the same."""
     begin = start(seed, device)
     references = begin.references(several)
     return sample(begin, begin.policy, references, n, per_prompt, begin.generator("offline"))
@@ -124,8 +125,10 @@ def reference_samples(seed: int, device: str, n: int, per_prompt: int, several: 
 
 @lru_cache(maxsize=4)
 def learned_judge(seed: int, device: str, pairs: int) -> tuple[Policy, float, float, float]:
-    """A reward model, scale and shift that give its scores the judge's spread and mean 0, and its
-    accuracy on other pairs."""
+    """Return a reward model, a scale and shift of its scores, and its accuracy on other pairs.
+
+    Scale and shift give its scores the judge's spread and mean 0.
+    """
     begin = start(seed, device)
     samples = lambda n, purpose: sample(
         begin, begin.policy, [begin.policy], n, 2, begin.generator(purpose)
@@ -142,9 +145,10 @@ def learned_judge(seed: int, device: str, pairs: int) -> tuple[Policy, float, fl
 
 
 def rewarded(begin: Start, setting: Setting, data: Data, generator) -> Data:
-    """The data as the setting's judge sees them.
+    """Return the data as the setting's judge sees them.
 
-    For objectives without rewards, the best response of each group comes first."""
+    For objectives without rewards, the best response of each group comes first.
+    """
     rewards = data.rewards
     if setting.judged_pairs:
         model, scale, shift, _ = learned_judge(begin.seed, begin.device, setting.judged_pairs)
@@ -162,7 +166,7 @@ def rewarded(begin: Start, setting: Setting, data: Data, generator) -> Data:
 
 
 def train(begin: Start, setting: Setting) -> Iterator[Policy]:
-    """The policy before the first step, and after each."""
+    """Yield the policy before the first step, and after each."""
     objective, policy = setting.rpo(), copy.deepcopy(begin.policy)
     several = objective.reference in ("geometric", "harmonic")
     references = begin.references(several)
@@ -198,14 +202,13 @@ def train(begin: Start, setting: Setting) -> Iterator[Policy]:
 
 
 def run(setting: Setting, seed: int, device: str) -> dict:
-    """Train, and measure on the way: reward, KL to the reference, efficiency, KL to the optimum."""
+    """Train, and measure reward, KL to the reference, efficiency and KL to the optimum."""
     began = time.perf_counter()
     begin = start(seed, device)
     optimum, at_optimum = None, None
     if setting.rpo().uses_rewards:
-        references = (
-            setting.rounds if setting.refresh else 1
-        )  # one after another, each adds its own
+        # one after another: each adds its own
+        references = setting.rounds if setting.refresh else 1
         optimum = begin.optimum(setting.strength * references, setting.reference)
         at_optimum = {"reward": begin.reward(optimum), "kl": kl(optimum, begin.logps)}
     curve = []
@@ -223,16 +226,16 @@ def run(setting: Setting, seed: int, device: str) -> dict:
 
 
 def one_thread() -> None:
-    torch.set_num_threads(1)  # a policy this small gains nothing from more; runs do
+    torch.set_num_threads(1)  # a small policy gains nothing from threads, but from processes
 
 
 def work(task: tuple[Setting, int, str]) -> tuple[Setting, int, dict]:
-    """What a process of the study does; here, as processes do not import __main__."""
+    """Do a run in a process of the study; here, because processes do not import __main__."""
     return *task[:2], run(*task)
 
 
 def mean(points: Tensor, logps: Tensor) -> float:
-    """Expected points ``[prompts, responses]`` of a policy, mean over prompts."""
+    """Return the expected points `[prompts, responses]` of a policy, as a mean over prompts."""
     return (logps.exp() * points).sum(1).mean().item()
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
 
-STEP = 64  # responses in a step
-WORDS = (  # of names of settings
+STEP = 64  # responses per step
+WORDS = (  # in names of settings
     ("^(objective|comparison) ", ""),
     ("^reference ", "two references, "),
     ("^rounds 0", "online"),
@@ -23,22 +23,22 @@ WORDS = (  # of names of settings
 
 @dataclass(frozen=True)
 class Setting:
-    """One training run, but for its seed."""
+    """One training run, without its seed."""
 
     objective: str = "backward_kl"  # a distance, or the name of a preset
     strength: float = 4.0  # eta / beta, 1 / beta of presets; the optimum is pi_ref exp(strength r)
-    eta: float = 1.0  # at equal strength; distances only, as the next three
+    eta: float = 1.0  # at equal strength; distances only, like the next three
     comparison: str = "listwise"
     target: str | float = "rewards"  # or a number: the gap between the best response and the others
     reference: str = "single"  # or "geometric", "harmonic": with the policy of a better author
     sft_weight: float = 0.0
-    K: int = 4  # responses in a group
+    K: int = 4  # responses per group
     per_prompt: int = 0  # responses sampled to a prompt at a time, a multiple of K; 0: K
-    budget: int = 0  # responses sampled in a round and used again; 0: as many as its steps need
-    rounds: int = 1  # of sampling from the policy as it is. 1: offline; 0: online, before each step
+    budget: int = 0  # responses sampled in a round and reused; 0: as many as its steps need
+    rounds: int = 1  # of sampling from the current policy. 1: offline; 0: online, before each step
     refresh: bool = False  # each round makes the policy its reference
     noise: float = 0.0  # standard deviation of the judge's errors, in points
-    judged_pairs: int = 0  # that a reward model learns from, which then is the judge
+    judged_pairs: int = 0  # for a reward model, which then is the judge
     steps: int = 160
     lr: float = 3e-3
 
@@ -54,7 +54,7 @@ class Setting:
         return replace(objective, sft_weight=self.sft_weight) if self.sft_weight else objective
 
     def __str__(self) -> str:
-        """What differs from the base."""
+        """Name what differs from the base."""
         values = {x.name: getattr(self, x.name) for x in fields(self)}
         changes = [(x.name, values[x.name]) for x in fields(self) if values[x.name] != x.default]
         texts = [f"{name.replace('_', ' ')} {value}" for name, value in changes]
@@ -73,7 +73,7 @@ class Axis(NamedTuple):
 
 
 def vary(start: Setting = BASE, **values) -> list[Setting]:
-    """All combinations of the values of these fields."""
+    """Return all combinations of the values of these fields."""
     return [
         replace(start, **dict(zip(values, combination)))
         for combination in product(*values.values())
@@ -96,7 +96,7 @@ TWINS = (
     "infonca",
     "rloo",
     "gvpo",
-)  # each a distance in gradient, but for a factor; so are the next two, of pairs
+)  # each is a distance in gradient, except for a factor; so are the next two, of pairs
 PAIR_TWINS = ("distill_dpo", "rebel")
 
 AXES = {
@@ -182,7 +182,7 @@ AXES = {
 
 
 def settings(axes: list[str], full: bool) -> list[Setting]:
-    """Each setting of these axes once, and the base's sweep, which gives rewards at equal KL."""
+    """Return each setting of these axes once, and the base's sweep, for rewards at equal KL."""
     chosen = list(AXES["strength"].settings)
     for name in axes:
         chosen += [*AXES[name].settings, *(AXES[name].more if full else ())]

@@ -16,8 +16,8 @@ def distance_to_optimum(
 ) -> float:
     """KL(policy || optimum) in nats; the optimum is pi_ref exp(eta r / beta) / Z, eta / beta = 4.
 
-    The loss is that of one group, all responses of up to 2 words. ``normalized`` takes
-    (beta / eta) log Z off the rewards.
+    The loss is that of one group of all responses of up to 2 words. `normalized` subtracts (beta /
+    eta) log Z from the rewards.
     """
     strength = 4.0
     words = [words for words in language.RESPONSES if len(words) <= 2]

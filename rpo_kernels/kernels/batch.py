@@ -1,25 +1,23 @@
-"""What the phases of the group pass share: pointers and sizes of a batch, numbers of an objective,
-and what the kernel is compiled for.
-"""
+"""Data shared by the phases of the group pass: pointers, sizes, an objective, and flags."""
 
 from typing import NamedTuple
 
 import triton.language as tl
 
-# Codes of flags.
+# codes of flags
 LISTWISE, PAIRWISE, POINTWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 REWARDS, GAP, LABEL, SOFTMAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 SUM, MEAN, TOKENS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SEQUENCE_REF, TOKEN_REF = tl.constexpr(1), tl.constexpr(2)
-# Rows of [5, S] (``inputs.PerSequence``) and of [2, S]; made of the first one's address where they
-# are used, which takes fewer registers than a pointer each.
+# Rows of [5, S] (`inputs.PerSequence`) and of [2, S]. Their addresses are computed from the first
+# row's where they are used, which takes fewer registers than one pointer each.
 IMPLICIT, LOGPS, TARGETS, DLOGPS, ROLES = (tl.constexpr(row) for row in range(5))
-SHARE, SLOPE = tl.constexpr(0), tl.constexpr(1)  # of the loss; dL/ds
+SHARE, SLOPE = tl.constexpr(0), tl.constexpr(1)  # share of the loss; dL/ds
 
 
 class Flags(NamedTuple):
     distance: int  # code of the distance
-    lists: bool  # compared are softmaxes over the group
+    lists: bool  # whether softmaxes over the group are compared
     comparison: int
     target: int
     cross_entropy: bool
@@ -37,14 +35,14 @@ class Flags(NamedTuple):
     has_sft_share: bool
     has_group_weights: bool
     is_mean: bool
-    block_s: int  # tiles of sequences and their tokens
+    block_s: int  # tile of sequences, and of their tokens
     block_t: int
-    block_i: int  # tiles of responses and their partners
+    block_i: int  # tile of responses, and of their partners
     block_j: int
 
 
 class Pointers(NamedTuple):
-    """As the kernel documents them."""
+    """The pointers that `_group_pass_kernel` documents."""
 
     logps: tl.tensor
     labels: tl.tensor
@@ -65,17 +63,17 @@ class Sizes(NamedTuple):
     N: tl.tensor  # tokens
     S: tl.tensor  # sequences
     G: tl.tensor  # groups
-    T: tl.tensor  # tokens of each sequence, where these are rows
-    K: tl.tensor  # responses of each group, where all have as many
+    T: tl.tensor  # tokens per sequence, if sequences are rows
+    K: tl.tensor  # responses per group, if all groups have the same
     R: tl.tensor  # references
     weight_stride_r: tl.tensor
     weight_stride_g: tl.tensor
-    group_steps: tl.tensor  # of a bisection among the groups
+    group_steps: tl.tensor  # steps of a bisection over the groups
     ignore_index: tl.tensor
 
 
 class Numbers(NamedTuple):
-    """Of an objective."""
+    """The numbers of an objective."""
 
     beta: tl.tensor
     eta: tl.tensor

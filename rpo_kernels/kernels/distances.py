@@ -1,14 +1,13 @@
-"""Distances between implicit and target reward gaps, in fp32 forms that keep their digits where the
-textbook ones cancel.
+"""Distances between gaps of implicit and target rewards, in fp32 forms that do not cancel.
 
-Three functions for each of ``objectives.DISTANCES``, named after it:
+Each distance of `objectives.DISTANCES` has three functions, which begin with its name:
 
-    <name>_of_gap(d, tau)          D of two Bernoulli distributions sigmoid(d), sigmoid(tau) (or of
-                                   two numbers), and its derivative in d
-    <name>_of_outcome(log_p, log_q)    an outcome's share of D between softmaxes p and q
-    <name>_pull(...)               what response j adds to dD/ds_i, antisymmetric in i and j
+    <name>_of_gap(d, tau)              D of the Bernoulli distributions of sigmoid(d), sigmoid(tau)
+                                       (squared: of two numbers), and its derivative in d
+    <name>_of_outcome(log_p, log_q)    the term of one outcome in D between softmaxes p and q
+    <name>_pull(...)                   the term of response j in dD/ds_i, antisymmetric in i and j
 
-A distance whose listwise form is over all pairs of gaps has only the first.
+A distance whose listwise form is over pairs of gaps has only the first.
 """
 
 import triton
@@ -139,24 +138,24 @@ def hellinger_pull(log_p_i, log_q_i, log_p_j, log_q_j, gap):
     return 2.0 * exp_difference(a, b, 0.5 * gap)
 
 
-# ---- what they are made of -----------------------------------------------------------------------
+# ---- shared terms --------------------------------------------------------------------------------
 
 
 @triton.jit
 def gap_of(a, b):
-    """a - b, with equal infinities a tie."""
+    """a - b, 0 for equal infinities."""
     return tl.where(a == b, 0.0, a - b)
 
 
 @triton.jit
 def log_sigmoids(d, tau):
-    """log p, log(1 - p), log q, log(1 - q) of p = sigmoid(d), q = sigmoid(tau)."""
+    """log p, log(1 - p), log q, log(1 - q) with p = sigmoid(d), q = sigmoid(tau)."""
     return -softplus(-d), -softplus(d), -softplus(-tau), -softplus(tau)
 
 
 @triton.jit
 def exp_difference(a, b, gap):
-    """e^a - e^b for a - b = gap, without cancellation; 0 when both are -inf."""
+    """e^a - e^b for a - b = gap, without cancellation; 0 if both are -inf."""
     top = tl.exp(tl.maximum(a, b))
     size = top * -expm1(-tl.abs(gap))
     return tl.where(top == 0.0, 0.0, tl.where(gap > 0.0, size, -size))
@@ -164,9 +163,9 @@ def exp_difference(a, b, gap):
 
 @triton.jit
 def kl_term(log_q, log_p):
-    """q log(q / p) - q + p >= 0, whose sum over outcomes is KL(q || p); p where q = 0."""
+    """q log(q / p) - q + p >= 0; summed over outcomes it is KL(q || p). p where q = 0."""
     q, p, x = tl.exp(log_q), tl.exp(log_p), log_p - log_q
-    far = p - q - q * x  # e^x q = p, where e^x alone would overflow
+    far = p - q - q * x  # e^x q = p, without the overflow of e^x
     return tl.where(
         q == 0.0,
         p,
@@ -183,9 +182,7 @@ def entropy_term(log_q):
 
 @triton.jit
 def labelled(d, label, CROSS_ENTROPY: tl.constexpr):
-    """Cross-entropy (or KL) of a pair with an explicit label, and its derivative sigma(d) -
-    label.
-    """
+    """Cross-entropy (or KL) of a pair with an explicit label, and its slope sigma(d) - label."""
     log_p, log_1p = -softplus(-d), -softplus(d)
     value = tl.where(label == 0.0, 0.0, -label * log_p) + tl.where(
         label == 1.0, 0.0, -(1.0 - label) * log_1p

@@ -1,20 +1,20 @@
-"""The group pass: token log-probabilities to loss, implicit rewards and one coefficient per token,
-in one launch.
+"""The group pass: from token log-probabilities to the loss and one coefficient per token.
 
-A batch holds about ten floats per group, so one program does it all, in phases divided by barriers:
-sequence sums; per sequence, its share of the loss and its coefficient; per group, the loss; then
-the coefficients spread over the tokens. Its time is that of reading N log-probabilities, labels and
-references once, about 0.3 % of a vocabulary pass over N rows.
+A batch has about ten floats per group, so one program does all of it in one launch, in phases
+separated by barriers: sums over sequences; each sequence's share of the loss and its coefficient;
+the loss of each group; the coefficients of the tokens. Its time is that of reading N
+log-probabilities, labels and references once: about 0.3 % of a vocabulary pass over N rows.
 
-Under every distance the coefficient of response i is a sum over its partners j of an antisymmetric
-function, so that coefficients cancel over a group by construction (u = s - t, p = softmax(s), q =
-softmax(t), d = s_i - s_j, tau = t_i - t_j):
+For every distance, the coefficient of response i is a sum over its partners j of an antisymmetric
+function, so coefficients cancel over a group by construction:
 
     squared                  u_i - u_j
     backward KL, listwise    p_i q_j - q_i p_j
     forward KL, listwise     p_i p_j (u_i - u_j)
     Hellinger, listwise      2 sqrt(p_i p_j) (sqrt(p_i q_j) - sqrt(q_i p_j))
-    pairwise                 the derivative of D[d || tau] in d
+    pairwise                 dD[d || tau] / dd
+
+with u = s - t, p = softmax(s), q = softmax(t), d = s_i - s_j, tau = t_i - t_j.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def _group_pass_kernel(
     sft_share_ptr,  # in   [] fp32, counted groups / tokens of their chosen responses, or unused
     loss_ptr,  # out  [] fp32
     losses_ptr,  # out  [G] fp32
-    # out  [5, S] fp32: implicit rewards, log-probs, targets, dL/dlogps, role (0 dropped, 1 counted,
-    # 2 chosen)
-    sequence_ptr,
+    sequence_ptr,  # out  [5, S] fp32, the rows of PerSequence
     lengths_ptr,  # out  [S] int32 (tokens), or unused
     coef_ptr,  # out  [N] fp32 (tokens), or unused
     scratch_ptr,  # tmp  [2, S] fp32: loss share, dL/ds
@@ -101,9 +99,7 @@ def _group_pass_kernel(
     sft_weight,
     FLAGS: tl.constexpr,
 ):
-    """Cost: logps and each reference read once (logps again per further reference), labels once
-    more than that.
-    """
+    """Cost: one read of logps and labels per reference, of references, and of labels again."""
     BLOCK_S: tl.constexpr = FLAGS.block_s
     BLOCK_T: tl.constexpr = FLAGS.block_t
     BLOCK_I: tl.constexpr = FLAGS.block_i
@@ -130,7 +126,7 @@ def _group_pass_kernel(
     broken += compare_responses(p, n, o, FLAGS)
     tl.debug_barrier()
 
-    # Groups that count, and the scored tokens of their chosen responses.
+    # counted groups, and scored tokens of their chosen responses
     groups = 0
     tokens = 0
     for i0 in range(0, S, BLOCK_I * BLOCK_J):
@@ -151,7 +147,7 @@ def _group_pass_kernel(
         counted = groups.to(tl.float32)  # type: ignore[attr-defined]  # a tensor of the language
         per_token = counted / tl.maximum(tokens, 1).to(tl.float32)
 
-    # Group losses and their sum.
+    # losses of groups, and their sum
     loss = 0.0
     for g0 in range(0, G, BLOCK_I):
         g = g0 + tl.arange(0, BLOCK_I)
@@ -179,7 +175,7 @@ def _group_pass_kernel(
         tl.store(losses_ptr + g, group_loss, mask=live)
         loss += tl.sum(tl.where(live, group_loss, 0.0), axis=0)
     tl.store(loss_ptr, loss * factor)
-    # no sequence covers the tokens: no coefficient may pass for a number
+    # tokens outside of all sequences get no valid coefficient
     if FLAGS.has_tokens and broken > 0:
         for t0 in range(0, N, BLOCK_S * BLOCK_T):
             token = t0 + tl.arange(0, BLOCK_S * BLOCK_T)
@@ -191,7 +187,7 @@ def _group_pass_kernel(
 
 @lru_cache
 def _floats(objective: RPOObjective) -> tuple[float, ...]:
-    """What the kernel takes of an objective, from beta to sft_weight."""
+    """Return the numbers that the kernel takes of an objective, from beta to sft_weight."""
     target = objective.label_gap if objective.label is not None else objective.target
     numbers = (
         objective.beta,
@@ -207,14 +203,15 @@ def _floats(objective: RPOObjective) -> tuple[float, ...]:
 
 @lru_cache
 def _flags(objective: RPOObjective, ref: int, group_size: int, short: bool, **has: bool) -> Flags:
-    """What the kernel is compiled for; ``group_size`` 0 for ragged groups, ``short`` for sequences
-    of few tokens.
+    """Return what the kernel is compiled for.
+
+    `group_size` is 0 for ragged groups; `short` is for sequences of few tokens.
     """
     code = lambda name: getattr(batch, name.upper()).value
     kind = objective.target if isinstance(objective.target, str) else "gap"
-    # two kernels for sequences of any length
+    # two kernels for all lengths of sequences
     block_t = (64 if short else 1024) if has["has_tokens"] else 1
-    # the power of two that is not below
+    # next power of two
     block_j = min(8, 1 << (group_size - 1).bit_length()) if group_size else 8
     is_listwise = objective.comparison == "listwise" and objective.label is None
     return Flags(
@@ -245,15 +242,22 @@ def group_pass(
     groups: Groups,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The group pass over log-probabilities of tokens ``[N]`` (``labels`` given) or of sequences
-    ``[S]``, all fp32.
+    """Run the group pass over log-probabilities, fp32, of tokens `[N]` or of sequences `[S]`.
 
-    Returns the loss ``[]``, losses ``[G]``, the rows ``[5, S]`` of :class:`PerSequence`, lengths
-    int32 ``[S]`` and dL/dlogps of tokens ``[N]`` (empty without labels). ``lengths`` ``[S]`` are
-    given where log-probabilities of sequences are.
+    Args:
+        logps: `[N]` with labels, else `[S]`.
+        labels: `[N]`, or None.
+        lengths: `[S]`, scored tokens of sequences, if logps are those of sequences.
+        sequences: the sequences of the tokens.
+        groups: the groups of the sequences, their rewards and references.
+        ignore_index: label of tokens that are not scored.
+
+    Returns:
+        loss `[]`, losses `[G]`, the rows `[5, S]` of `PerSequence`, lengths int32 `[S]`, and
+        dL/dlogps of tokens `[N]` (empty without labels).
     """
     S, has_tokens, (objective,) = sequences.number, labels is not None, groups.objective.parts
-    # kernels know no strides of these
+    # the kernel takes no strides of these
     lengths, cu_seqlens, cu_groups = (
         None if x is None else x.contiguous()
         for x in (lengths, sequences.cu_seqlens, groups.cu_groups)
@@ -316,7 +320,8 @@ def group_pass(
             *_floats(objective),
             FLAGS=flags,
             num_warps=8,
-            # t_i - t_j and t_j - t_i would be rounded differently, and coefficients not cancel
+            # fused, t_i - t_j and t_j - t_i could round differently, and coefficients would not
+            # cancel
             enable_fp_fusion=False,
         )
     return loss, losses, by_sequence, counts, coef

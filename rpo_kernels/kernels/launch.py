@@ -1,8 +1,8 @@
-"""How row passes are launched: tiles and warps from one table, with the evidence beside each row,
-and how rows are split.
+"""Launch settings of the row passes, and how rows are split over programs.
 
-``launch_table.json`` holds what the package knows; a table of your own, named by the environment
-variable RPO_KERNELS_LAUNCH_TABLE, comes before it. Nothing is tuned while a program runs.
+Tiles and warps come from `launch_table.json`, which gives the evidence for each of its rows. A
+table named by the environment variable RPO_KERNELS_LAUNCH_TABLE takes precedence. Nothing is tuned
+at run time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 
 TABLE = Path(__file__).with_name("launch_table.json")
 OWN_TABLE = "RPO_KERNELS_LAUNCH_TABLE"
-# Programs of a launch; each takes every MAX_PROGRAMS-th row. Several waves of any GPU, so that the
-# last one is short.
+# Programs of a launch; each processes every MAX_PROGRAMS-th row. They fill any GPU several times,
+# so that a partly filled last wave costs little.
 MAX_PROGRAMS = 65_536
-# Columns of a row that one program reads before it puts their sums together. A row's sums are put
-# together part by part however many programs read it, so that its bits do not depend on the batch.
-# Enough for the reduction at the end to cost little.
+# Columns of a row that one program reads before it combines their sums. The parts of a row are
+# always combined in the same way, whether one program reads them or several, so that a row's bits
+# do not depend on its batch. Large enough for the final reduction to be cheap.
 PART = 16_384
 MOST_PARTS = 8
 
@@ -35,12 +35,12 @@ class LaunchSettings:
     """A row of the table.
 
     Attributes:
-        lanes: vectors of a tile.
-        vec: elements of a vector: 16 bytes of what is read (forward) or written (backward).
-        num_warps: of a program.
+        lanes: vectors in a tile.
+        vec: elements in a vector: 16 bytes of what is read (forward) or written (backward).
+        num_warps: warps of a program.
         num_stages: 1, or more to load two tiles while one is processed (forward).
-        max_registers: of a thread in a pass without softcap and entropy (with one 128); 0 for what
-            the compiler likes; CUDA only.
+        max_registers: bound per thread for passes without softcap and entropy (with one of them it
+            is 128); 0 leaves it to the compiler. CUDA only.
         evidence: where the numbers come from.
     """
 
@@ -57,7 +57,7 @@ class LaunchSettings:
 
     @cached_property
     def compiler(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Options of a launch with softcap or entropy, and of one without."""
+        """Compiler options for passes with softcap or entropy, and for passes without."""
         warps = {"num_warps": self.num_warps}
         if not self.max_registers:
             return warps, warps
@@ -66,11 +66,11 @@ class LaunchSettings:
 
 @lru_cache
 def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSettings:
-    """Settings of ``"forward"`` or ``"backward"`` for rows of V elements of a size in bytes
-    (backward: of the gradients).
+    """Return the settings of `"forward"` or `"backward"` for rows of V elements of some bytes each.
 
-    The first row of a user's table that fits, else that of the package with the largest
-    ``V_at_least`` for the nearest chip: the same, or the newest that is not newer.
+    In the backward these are the elements of the gradient. A user's table is used if any of its
+    rows match, else the package's; of the matching rows, the one for the nearest chip (the same, or
+    the newest of the older ones) and then with the largest `V_at_least`.
     """
     own = os.environ.get(OWN_TABLE)
     for path in (Path(own), TABLE) if own else (TABLE,):
@@ -93,7 +93,7 @@ def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSett
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a table, each checked; a ValueError says what is wrong with which."""
+    """Read and check the rows of a table; a ValueError tells what is wrong in which row."""
     try:
         rows = json.loads(path.read_text())
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -129,18 +129,18 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _age(arch: str, listed: str) -> int | None:
-    """How much older a listed chip is; None for a newer one or another family."""
+    """How much older a listed chip is than `arch`; None if it is newer or of another family."""
     a, b = (re.fullmatch(r"(sm_|gfx)(\w+)", x) for x in (arch, listed))
     if not a or not b or a[1] != b[1]:
         return None
-    if a[1] == "gfx":  # no order among them: any is better than none
+    if a[1] == "gfx":  # unordered: any is better than none
         return int(a[2] != b[2])
     age = int(a[2]) - int(b[2])
     return age if age >= 0 else None
 
 
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Within it the device of x is the current one, on which Triton launches."""
+    """Return a context in which x's device is the current one, which Triton launches on."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -151,9 +151,7 @@ _assumed: str | None = None
 
 @contextlib.contextmanager
 def assumed_arch(arch: str) -> Iterator[None]:
-    """Within it, launches are set up as on this chip: to compile kernels for chips that are not
-    there.
-    """
+    """Context in which launches are set up for this chip, to compile for absent ones."""
     global _assumed
     before, _assumed = _assumed, arch
     try:
@@ -163,7 +161,7 @@ def assumed_arch(arch: str) -> Iterator[None]:
 
 
 def arch_of(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; ``"sm_90"`` where there is no GPU."""
+    """Return `"sm_90"`, `"gfx942"`, ...; `"sm_90"` without a GPU."""
     return _assumed or _arch_of(device)
 
 
@@ -178,7 +176,7 @@ def _arch_of(device: torch.device) -> str:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 0 elsewhere, where programs run one after the other."""
+    """Number of multiprocessors of a GPU; 0 elsewhere, where programs run one after another."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -187,16 +185,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def part_width(V: int, tile: int) -> int:
-    """Columns of the parts of a row: about the same in each, whole tiles but in the last.
+    """Return the columns of a part of a row: equally many whole tiles, except in the last part.
 
-    Depends on nothing but the row.
+    The width depends on the row only, not on the batch.
     """
     parts = max(1, min(MOST_PARTS, V // PART))
     return -(-V // (parts * tile)) * tile
 
 
 def splits_rows(N: int, device: torch.device) -> bool:
-    """Whether each part of a row gets a program of its own: with fewer than two rows per
-    multiprocessor some would idle.
+    """Return whether each part of a row gets a program of its own.
+
+    It does with fewer than two rows per multiprocessor, some of which would be idle.
     """
     return N < 2 * multiprocessors(device)

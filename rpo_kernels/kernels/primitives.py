@@ -1,12 +1,10 @@
-"""Scalar functions for kernels: accurate in fp32 where the textbook forms cancel, from exp and log
-alone.
-"""
+"""Scalar functions of exp and log that are accurate in fp32 where the textbook forms cancel."""
 
 import triton
 import triton.language as tl
 
-# Tensors that may begin anywhere, slices of batches as they are: kernels are compiled once, not for
-# each alignment.
+# Pointers that may have any alignment, such as slices of batches: kernels are compiled once, not
+# per alignment.
 ANYWHERE = [
     "logits_ptr",
     "dlogits_ptr",
@@ -39,7 +37,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def log1p_unit(x):
-    """log(1 + x) for 0 <= x <= 1: 2 atanh(z), z = x / (2 + x) <= 1/3, to z^15."""
+    """log(1 + x) for 0 <= x <= 1: 2 atanh(z), z = x / (2 + x) <= 1/3, up to z^15."""
     z = x / (2.0 + x)
     w = z * z
     series = 1.0 / 13.0 + w * (1.0 / 15.0)
@@ -59,7 +57,7 @@ def softplus(x):
 
 @triton.jit
 def exp_minus_1_minus(x):
-    """e^x - 1 - x >= 0, by its series below 1/2 in absolute value."""
+    """e^x - 1 - x >= 0, by its series for |x| < 1/2."""
     series = 1.0 / 20160.0 + x * (1.0 / 181440.0)
     series = 1.0 / 2520.0 + x * series
     series = 1.0 / 360.0 + x * series
@@ -72,14 +70,14 @@ def exp_minus_1_minus(x):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 for any x, relative accuracy near 0."""
+    """e^x - 1 for any x, with small relative error near 0."""
     small = x + exp_minus_1_minus(tl.where(tl.abs(x) < 0.5, x, 0.0))
     return tl.where(tl.abs(x) < 0.5, small, tl.exp(x) - 1.0)
 
 
 @triton.jit
 def tanh(x):
-    """tanh(x): an odd polynomial below 1/4, to 1e-8, where (1 - e) / (1 + e) cancels."""
+    """tanh(x); for |x| < 1/4, where (1 - e) / (1 + e) cancels, an odd polynomial, exact to 1e-8."""
     w = x * x
     series = -17.0 / 315.0 + w * (62.0 / 2835.0)
     series = 2.0 / 15.0 + w * series

@@ -1,6 +1,4 @@
-"""Responses of a group against each other: their share of the loss, and its derivative in their
-implicit rewards.
-"""
+"""Comparison of the responses of a group: shares of the loss, slopes in implicit rewards."""
 
 import triton
 import triton.language as tl
@@ -25,7 +23,7 @@ from .sequences import bounds_of_group, group_of
 
 @triton.jit
 def _target(j, first, p, o, mask, FLAGS: tl.constexpr):
-    """t_j of response j in the group that begins at first."""
+    """Target t_j of response j in the group that begins at `first`."""
     if FLAGS.target == REWARDS or FLAGS.target == SOFTMAX:
         return o.eta * tl.load(p.given + j, mask=mask, other=0.0)
     else:
@@ -40,14 +38,14 @@ def _hardened(t, top):
 
 @triton.jit
 def compare_responses(p, n, o, FLAGS: tl.constexpr):
-    """Phase 2: responses i against their partners j: share of the loss, dL/ds_i, role.
+    """Phase 2: compare responses i with their partners j; write share of the loss, dL/ds_i, role.
 
-    Returns how many groups are unusable.
+    Returns the number of invalid groups.
     """
     BLOCK_I: tl.constexpr = FLAGS.block_i
     BLOCK_J: tl.constexpr = FLAGS.block_j
     broken = 0
-    if FLAGS.ragged:  # counted by group: no sequence may belong to a broken one
+    if FLAGS.ragged:  # counted by group: an invalid one may have no sequence
         for g0 in range(0, n.G, BLOCK_I):
             g = g0 + tl.arange(0, BLOCK_I)
             first, last, bad = bounds_of_group(g, p, n, FLAGS, g < n.G)
@@ -73,7 +71,7 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
             if FLAGS.target != LABEL:
                 t = _target(j, first[:, None], p, o, partner, FLAGS)
                 nans += tl.sum((partner & (t != t)).to(tl.int32), axis=1)
-                t = tl.where(t != t, float("inf"), t)  # the chosen one, so that the group counts
+                t = tl.where(t != t, float("inf"), t)  # chosen, so that the group counts
                 t_block = tl.max(tl.where(partner, t, float("-inf")), axis=1)
                 where_top = tl.min(
                     tl.where(partner & (t == t_block[:, None]), j, 2147483647), axis=1
@@ -97,8 +95,8 @@ def compare_responses(p, n, o, FLAGS: tl.constexpr):
         si -= tl.where(i == chosen, o.margin, 0.0)
         tl.store(p.sequence + TARGETS * n.S + i, tl.where(ni > 0, ti, 0.0), mask=live)
 
-        # Log-softmaxes of s and t over the group, each own entry by the sum over the others: full
-        # digits near 0.
+        # log-softmaxes of s and t over the group, each entry from the sum over the others: accurate
+        # near 0
         top_s = tl.full([BLOCK_I], float("-inf"), tl.float32)
         sum_s = tl.zeros([BLOCK_I], tl.float32)
         sum_t = tl.zeros([BLOCK_I], tl.float32)

@@ -1,13 +1,10 @@
-"""How a row pass walks over a row: whole 16-byte vectors from the first aligned address on, and two
-edges beside them.
+"""How one program walks over a row: aligned 16-byte vectors, and two edges.
 
-A row of 2-byte logits may start at any even address. Its columns from ``first`` on are
+A row of 2-byte logits may start at any even address. Its columns from `first` on are
 
-    head (fewer than VEC columns) | tiles of LANES x VEC columns | fewer vectors than a tile | tail
-    (fewer than VEC columns)
+    head | tiles of LANES x VEC columns | fewer vectors than a tile | tail
 
-and only the edges are accessed element by element. Everything here is one program's work on one
-row.
+where head and tail have fewer than VEC columns, and only these are accessed element by element.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import triton.language as tl
 
 from .primitives import tanh
 
-# Arguments that a kernel is not compiled for: another batch or vocabulary takes no other kernel.
+# Arguments that kernels are not specialised on: other batches and vocabularies need no new kernel.
 RUNTIME = [
     "N",
     "V",
@@ -29,17 +26,18 @@ RUNTIME = [
     "part_width",
     "ignore_index",
 ]
-# log2 of the largest sum relative to the label: beyond it t, about as large, costs the entropy
+# log2 of the largest sum relative to the label. Above it, t becomes so large that the entropy loses
 # digits.
 LARGEST = tl.constexpr(48)
-# an exponent whose power of two is 0 in fp32, but whose product with 0 is no NaN
+# an exponent whose power of two is 0 in fp32, and whose product with 0 is not NaN
 NOTHING = tl.constexpr(-200.0)
 
 
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner):
-    """Element offset of a flat row over two leading dimensions; int64 before any product, rows may
-    lie beyond 2^31.
+    """Element offset of a flat row over two leading dimensions.
+
+    int64 before any product: rows may lie beyond 2^31.
     """
     outer = row // inner
     return outer.to(tl.int64) * stride_outer + (row - outer * inner).to(tl.int64) * stride_inner
@@ -47,7 +45,7 @@ def row_offset(row, inner, stride_outer, stride_inner):
 
 @triton.jit
 def to_boundary(ptr):
-    """Elements from here to the next address that is a multiple of 16."""
+    """Number of elements up to the next address that is a multiple of 16."""
     return ((0 - ptr.to(tl.int64)) & 15).to(tl.int32) // (
         ptr.dtype.element_ty.primitive_bitwidth // 8
     )
@@ -55,7 +53,7 @@ def to_boundary(ptr):
 
 @triton.jit
 def exponents(x, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr):
-    """(y, log2 of exp(z) relative to 2^shift), for logits x."""
+    """(y, t) of logits x, where t = log2(exp(z)) - shift."""
     y = x.to(tl.float32)
     if HAS_SOFTCAP:
         y = tanh(pre * y)
@@ -64,8 +62,9 @@ def exponents(x, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Exponents ``[LANES, VEC]`` of vectors ``[LANES, 4]`` of 32-bit words: one instruction takes a
-    bf16 out of a word.
+    """Exponents `[LANES, VEC]` of vectors `[LANES, 4]` of 32-bit words.
+
+    One instruction extracts a bf16 from a word.
     """
     if dtype.primitive_bitwidth == 32:
         x = words.to(dtype, bitcast=True)
@@ -84,7 +83,7 @@ def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFT
 
 @triton.jit
 def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr):
-    """Add the powers 2^t of one tile, slot by slot, and 2^t t."""
+    """Add the powers 2^t of a tile elementwise, and 2^t t."""
     weights = tl.exp2(t)
     if HAS_ENTROPY:
         moments = tl.fma(weights, tl.maximum(t, NOTHING), moments)
@@ -106,7 +105,7 @@ def _add_edge(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """Add the vector from ``column`` on, as far as it lies in [0, width), to one lane."""
+    """Add the vector at `column`, as far as it lies in [0, width), to one lane."""
     cols = column + tl.arange(0, sums.shape[1])[None, :]
     valid = (cols >= 0) & (cols < width)
     _, t = exponents(tl.load(ptr + cols, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
@@ -128,7 +127,7 @@ def _add_tiles(
     HAS_ENTROPY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Add whole vectors from an aligned address on. ``label`` counts from there."""
+    """Add whole vectors from an aligned address on; `label` is relative to it."""
     LANES: tl.constexpr = sums.shape[0]
     VEC: tl.constexpr = sums.shape[1]
     dtype: tl.constexpr = body.dtype.element_ty
@@ -140,7 +139,7 @@ def _add_tiles(
     full = vectors // LANES
     tiles = (vectors + LANES - 1) // LANES
     tile = 0
-    while tile < tiles:  # twice at most: up to the label's tile, and from there to the end
+    while tile < tiles:  # at most twice: up to the label's tile, and the rest
         until = full
         if (label >= tile * LANES * VEC) & (label < full * LANES * VEC):
             until = label // (LANES * VEC)
@@ -180,10 +179,10 @@ def _power_of_two(n):
 
 @triton.jit
 def _exact_sum(x, LIMIT: tl.constexpr):
-    """Sum of a tile in fixed point, 40 bits below the largest: exact, so that the order of its
-    terms does not matter.
+    """Sum a tile in fixed point, with 40 bits below its largest element.
 
-    NaN where the largest is beyond 2^LIMIT, infinite or NaN.
+    The sum is exact, so the order of its terms does not matter. NaN if the largest element is
+    beyond 2^LIMIT, infinite or NaN.
     """
     magnitudes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     top = tl.maximum((tl.max(tl.max(magnitudes, axis=1), axis=0) >> 23) - 127, -80)
@@ -207,11 +206,11 @@ def sums_of_exponentials(
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """(sum of 2^t, sum of 2^t t) over columns [first, stop) without the label's.
+    """Return (sum of 2^t, sum of 2^t t) over columns [first, stop), without the label's.
 
-    Columns a whole number of tiles apart share a sum, in their order, and these sums are added
-    exactly: wherever the row lies in memory, the result has the same bits.
-    ``stop - first`` is a multiple of the tile, but in the last part of a row.
+    Columns that are a whole number of tiles apart share a partial sum, in order; the partial sums
+    are added exactly. The result therefore has the same bits wherever the row lies in memory. The
+    width stop - first is a multiple of the tile, except in the last part of a row.
     """
     width = stop - first
     label -= first
@@ -282,9 +281,9 @@ def largest_exponent(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Largest t, relative to 1, over columns [first, stop) without the label's.
+    """Return the largest t, for shift 0, over columns [first, stop) without the label's.
 
-    Rarely needed, so simple.
+    Rarely needed, so it is kept simple.
     """
     peak = tl.full([LANES, VEC], float("-inf"), tl.float32)
     for start in range(first, stop, LANES * VEC):

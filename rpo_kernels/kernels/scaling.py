@@ -1,6 +1,4 @@
-"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched
-when that is 1.
-"""
+"""Multiplication of gradients that are ready by the upstream gradient, unless that is 1."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import triton.language as tl
 from .launch import on_device_of
 
 _BLOCK = 4096
-_PROGRAMS = 1024  # several per multiprocessor; a program that has nothing to do costs nanoseconds
+_PROGRAMS = 1024  # several per multiprocessor; an idle program costs nanoseconds
 
 
 @triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x_ptr", "factor_ptr"])
@@ -22,7 +20,7 @@ def _scale_kernel(
     ALIGNED: tl.constexpr,  # x begins at a multiple of 16 bytes, and size is a multiple of 16
     BLOCK: tl.constexpr,
 ):
-    """Cost: one read and write of x, or one load per program when the factor is 1."""
+    """Cost: one read and write of x, or one load per program if the factor is 1."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -38,7 +36,7 @@ def _scale_kernel(
 
 
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """x *= factor in place; x contiguous, factor fp32 ``[]``."""
+    """x *= factor in place; x is contiguous, factor fp32 `[]`."""
     size = x.numel()
     if size:
         aligned = x.data_ptr() % 16 == 0 and size % 16 == 0

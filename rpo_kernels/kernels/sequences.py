@@ -1,4 +1,4 @@
-"""Tokens to sequences and back: sums of log-probabilities forward, coefficients backward."""
+"""From tokens to sequences and back: sums of log-probabilities, and coefficients."""
 
 import triton
 import triton.language as tl
@@ -34,7 +34,7 @@ def bounds_of_sequence(s, p, n, FLAGS: tl.constexpr, mask):
 
 @triton.jit
 def _bounds_of(i, cu_ptr, size, total, uniform, PACKED: tl.constexpr, mask):
-    """[start, end) of segment i of a total, and whether its offsets are unusable."""
+    """[start, end) of segment i, and whether its offsets are invalid."""
     if PACKED:
         start = tl.load(cu_ptr + i, mask=mask, other=0)
         end = tl.load(cu_ptr + i + 1, mask=mask, other=0)
@@ -51,7 +51,7 @@ def _bounds_of(i, cu_ptr, size, total, uniform, PACKED: tl.constexpr, mask):
 def sum_sequences(p, n, o, FLAGS: tl.constexpr):
     """Phase 1: l_i, n_i and a_i (l_i - lref_i), summed in fp64.
 
-    Returns how many offsets do not partition the tokens.
+    Returns the number of offsets that do not partition the tokens.
     """
     BLOCK_S: tl.constexpr = FLAGS.block_s
     BLOCK_T: tl.constexpr = FLAGS.block_t

@@ -1,4 +1,4 @@
-"""Rows whose columns lie on several ranks: their statistics combined."""
+"""Combination of statistics for rows whose columns are spread over ranks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BLOCK = 128
 
 @triton.jit(do_not_specialize=["N", "R", "ignore_index"], do_not_specialize_on_alignment=ANYWHERE)
 def _shards_combine_kernel(
-    statistics_ptr,  # in   [R, 3 or 4, N] fp32, of ``vocabulary_forward.shard_statistics``
+    statistics_ptr,  # in   [R, 3 or 4, N] fp32, from vocabulary_forward.shard_statistics
     labels_ptr,  # in   [N] int
-    logps_ptr,  # out  [N] fp32; 0 where ignored, NaN where two shards hold the label
+    logps_ptr,  # out  [N] fp32; 0 where ignored, NaN if two shards hold the label
     lse_ptr,  # out  [2, N] fp32, (integer, fraction)
     entropy_ptr,  # out  [N] fp32, or unused
     N,
@@ -28,7 +28,7 @@ def _shards_combine_kernel(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cost: one read of the statistics, about R x 16 bytes a row."""
+    """Cost: one read of the statistics, about R x 16 bytes per row."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < N
     label = tl.load(labels_ptr + rows, mask=valid, other=0)
@@ -53,7 +53,7 @@ def _shards_combine_kernel(
             shard_moment = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
         top, total, moment = merge(top, total, moment, shard_top, shard_total, shard_moment)
     y_label = tl.where(owners > 1, float("nan"), y_label)
-    # The label's exponent counts also where its shard has no other finite column.
+    # the label's exponent counts even if its shard has no other finite column
     nothing = tl.zeros([BLOCK], tl.float32)
     top, total, moment = merge(
         label_exponent(y_label, post * LOG2E), nothing, nothing, top, total, moment
@@ -70,8 +70,9 @@ def _shards_combine_kernel(
 def combine(
     statistics: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What ``vocabulary_forward`` returns of whole rows, from the statistics ``[R, 3 or 4, N]`` of
-    their R shards.
+    """Return what `vocabulary_forward` returns for whole rows, given the statistics of R shards.
+
+    statistics are `[R, 3 or 4, N]`, from `shard_statistics`.
     """
     R, _, N = statistics.shape
     logps = torch.empty(N, dtype=torch.float32, device=statistics.device)

@@ -15,9 +15,9 @@ from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
 
 
 class Row(NamedTuple):
-    """What turns the logits of a row into gradients: 2^t (factor + entropy_factor t)."""
+    """Constants of a row, whose gradients are 2^t (factor + entropy_factor t)."""
 
-    at_label: tl.tensor  # gradient of the label's column
+    at_label: tl.tensor  # gradient at the label's column
     shift: tl.tensor  # t = y * scale2 - shift
     factor: tl.tensor
     entropy_factor: tl.tensor
@@ -51,7 +51,7 @@ def _gradient_tiles(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Whole vectors, written 16 bytes at a time, and read so if they are aligned alike."""
+    """Write whole vectors, 16 bytes at a time; reads are as wide if ALIGNED like the writes."""
     ptr += head
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
@@ -64,7 +64,7 @@ def _gradient_tiles(
         valid = lane + lanes < vectors  # constant over a vector
         at = lane * VEC + slots
         x = tl.load(ptr + at, mask=valid, other=0.0)
-        # a comparison with a constant for each register
+        # compares each register with a constant
         is_label = in_vector == label - (lane + lanes) * VEC
         d = _gradients(x, is_label, row, HAS_SOFTCAP, HAS_ENTROPY)
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
@@ -100,7 +100,7 @@ def _vocabulary_backward_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Cost: one read of each row with a gradient, one write of every row, one exp2 per element."""
+    """Cost: reads each row that has a gradient, writes every row, one exp2 per element."""
     scale2 = post * LOG2E
     lanes = tl.arange(0, LANES)[:, None]
     slots = lanes * VEC + tl.arange(0, VEC)[None, :]
@@ -140,7 +140,7 @@ def _vocabulary_backward_kernel(
             if HAS_SOFTCAP:
                 chain = post * pre
             # With p = 2^(t - fraction) and log p = (t - fraction) log 2, the gradient of a column
-            # is 2^t (factor + ... t).
+            # is 2^t (factor + entropy_factor t).
             factor = -coef * chain * tl.exp2(-fraction)
             at_label = -coef * chain * expm1(logp)
             entropy_factor = 0.0
@@ -216,8 +216,9 @@ def vocabulary_backward(
     entropy_coef: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place),
-    given dL/dlogp ``[N]``.
+    """Write dL/dlogits to `out` `[outer, inner, V]`, given coef = dL/dlogp `[N]`.
+
+    `out` may be `logits`. `upstream` `[]` multiplies the coefficients.
     """
     outer, inner, V = logits.shape
     N = outer * inner

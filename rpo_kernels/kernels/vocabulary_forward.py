@@ -1,18 +1,17 @@
 """The vocabulary pass forward: one program per row, or per part of a row.
 
-z = post * y,   y = x                 (post = logit_scale / temperature)
-                y = tanh(pre * x)     (pre = logit_scale / softcap, post = softcap / temperature)
+    z = post * y,   y = x               (post = logit_scale / temperature)
+                    y = tanh(pre * x)   (pre = logit_scale / softcap, post = softcap / temperature)
 
-Exponentials are powers of two of one multiply-add, t = y * scale2 - shift, and shift is the label's
-own exponent, rounded to an
-integer. It is known before the row is read: so there is no running maximum, the parts of a row that
-several programs read are combined by addition, and log p keeps its digits whether p is near 1 or
-near 0. A part that is too large for that (where the label is 33 nats below another) is read again,
-twice: for its maximum, and relative to it.
+Exponentials are powers of two of a single multiply-add, t = y * scale2 - shift, where shift is the
+label's exponent, rounded to an integer. It is known before the row is read, so there is no running
+maximum; parts of a row that several programs read are combined by addition; and log p keeps its
+digits whether p is close to 1 or to 0. If the sum of a part is too large for that (another logit
+exceeds the label's by 33 nats), the part is read twice more: for its maximum, and relative to it.
 
-A shard, one rank's columns of rows that lie on several, stores its sums; ``shards`` combines them,
-as it does parts. Where the label is elsewhere, or at -inf, shift is 0, and a part whose sum nears 0
-is read again too.
+A shard (one rank's columns of a row) stores its sums; `shards` combines them as parts are combined.
+If the label is on another shard, or at -inf, shift is 0, and a part whose sum is close to 0 is read
+again, too.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_w
 from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, tanh
 from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
 
-LEAST = tl.constexpr(-1e30)  # less than any exponent: what a sum of nothing is relative to
+LEAST = tl.constexpr(-1e30)  # below any exponent: that of an empty sum
 
 
 @triton.jit
 def _integer(t):
-    """The integer next to t; 0 where there is none.
+    """Round t to an integer; 0 for NaN and infinities.
 
-    2^23 at most: beyond it a fused y * scale2 - shift is what rounding left of the product, up to
-    half an ulp of it, and a logsumexp has no room for that.
+    At most 2^23 in magnitude: beyond it, a fused y * scale2 - shift is the rounding error of the
+    product, up to half an ulp, for which a logsumexp has no digits.
     """
     near = tl.minimum(tl.maximum(tl.floor(t + 0.5), -8388608.0), 8388608.0)
     return tl.where(tl.abs(t) < float("inf"), near, 0.0)
@@ -42,11 +41,9 @@ def _integer(t):
 
 @triton.jit
 def merge(shift, total, moment, shift_b, total_b, moment_b):
-    """Sums so far and those of a part; their factors are powers of two, and 1 where both are
-    relative to the label.
+    """Combine two sums; their factors are powers of two, and 1 if both are relative to the label.
 
-    A part that sums to nothing, of columns at -inf, has no exponent to raise that of the sums so
-    far.
+    An empty sum (all columns at -inf) leaves the exponent of the other one.
     """
     shift_b = tl.where(total_b == 0.0, shift, shift_b)
     top = tl.maximum(shift, shift_b)
@@ -57,12 +54,12 @@ def merge(shift, total, moment, shift_b, total_b, moment_b):
 
 @triton.jit
 def finish(shift, total, moment, y_label, scale2):
-    """(log p, whole and fraction of log2 of the sum with the label's, entropy) of a row."""
+    """Return (log p, integer and fraction of log2 of the sum including the label's, entropy)."""
     t_label = tl.fma(y_label, scale2, -shift)
     exponent, mantissa = split_exponent(total)
     log2_mantissa = tl.log2(mantissa)
-    odds = LN2 * (exponent + log2_mantissa - t_label)  # lse of the others - z_label
-    # all of them are below -2^23
+    odds = LN2 * (exponent + log2_mantissa - t_label)  # logsumexp of the other columns - z_label
+    # the other columns are all below -2^23
     lost = (total == 0.0) & (t_label < -1.0) & (t_label > float("-inf"))
     odds = tl.where((y_label == float("inf")) | lost, float("nan"), odds)
     logp = -softplus(odds)
@@ -70,8 +67,8 @@ def finish(shift, total, moment, y_label, scale2):
     whole = tl.where(odds > 0.0, exponent, 0.0)
     rest = tl.where(odds > 0.0, log2_mantissa - log_p_not * LOG2E, t_label - logp * LOG2E)
     carry = _integer(rest)
-    # H = H(label or not) + p(not) H(others), each term without cancellation.
-    rest_moment = tl.fma(-exponent, total, moment)  # relative to the sum itself, not to the label
+    # H = H(label or not) + p(not) H(others), each term without cancellation
+    rest_moment = tl.fma(-exponent, total, moment)  # relative to the sum, not to the label
     h_others = LN2 * tl.where(total == 0.0, 0.0, log2_mantissa - rest_moment / total)
     p_not = -expm1(logp)
     h_label = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
@@ -81,9 +78,9 @@ def finish(shift, total, moment, y_label, scale2):
 
 @triton.jit
 def label_exponent(y_label, scale2):
-    """What the sums of a row are relative to at first.
+    """Return the exponent that the sums of a row are relative to at first.
 
-    Less than any exponent if the label is at -inf, or on another shard.
+    It is LEAST if the label is at -inf or on another shard.
     """
     t = y_label * scale2
     return tl.where(t == float("-inf"), LEAST, _integer(t))
@@ -91,7 +88,7 @@ def label_exponent(y_label, scale2):
 
 @triton.jit
 def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr, IS_SHARD: tl.constexpr):
-    """(column or -1, y there; NaN for a label outside, -inf for one on another shard)."""
+    """Return (column or -1, y): y is NaN for an invalid label, -inf for one on another shard."""
     inside = (label >= 0) & (label < V)
     y = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
     if HAS_SOFTCAP:
@@ -105,16 +102,10 @@ def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr, IS_SHARD: tl.
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
-    # out  [N] fp32, log p(label); 0 where ignored, NaN where the label is outside [0, V)
-    logps_ptr,
-    # out  [2, N] fp32, log2 of the sum of e^z as an integer and a fraction; 0 where ignored
-    lse_ptr,
-    # out  [N] fp32, or unused; of a shard these three are y of the label (-inf: elsewhere), shift
-    # and sum, and moment
-    entropy_ptr,
-    # out  [N, parts, 3] fp32, (shift, total, moment) of each part, in place of the outputs; or
-    # unused
-    parts_ptr,
+    logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN for a label outside [0, V)
+    lse_ptr,  # out  [2, N] fp32, log2 of the sum of e^z as (integer, fraction); 0 where ignored
+    entropy_ptr,  # out  [N] fp32, or unused
+    parts_ptr,  # out  [N, parts, 3] fp32, (shift, total, moment), in place of these; or unused
     N,
     V,
     inner,
@@ -132,7 +123,10 @@ def _vocabulary_forward_kernel(
     VEC: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Cost: one read of each scored row, one exp2 per element; nothing for an ignored row."""
+    """Cost: one read of each scored row, one exp2 per element; nothing for an ignored row.
+
+    A shard's outputs are y of the label (-inf if elsewhere), (shift, total), and moment.
+    """
     parts = (V + part_width - 1) // part_width
     scale2 = post * LOG2E
     for item in range(tl.program_id(0), N * parts if SPLIT else N, tl.num_programs(0)):
@@ -142,7 +136,7 @@ def _vocabulary_forward_kernel(
             row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
             column, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP, IS_SHARD)
             top = label_exponent(y_label, scale2)
-            alone = top == LEAST  # without the label's exponent
+            alone = top == LEAST  # the label has no exponent
             shift = tl.where(alone, 0.0, top)
             total = 0.0
             moment = 0.0
@@ -261,7 +255,7 @@ def _vocabulary_merge_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
 ):
-    """What the forward kernel does after its row, where several programs have read it.
+    """Finish rows that several programs have read in parts.
 
     Cost: a few numbers per row.
     """
@@ -304,12 +298,17 @@ def vocabulary_forward(
     entropy: bool = False,
     out: tuple | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log p(label) ``[N]``, logsumexp ``[2, N]`` and if asked entropy ``[N]``, fp32, of rows
-    ``[outer, inner, V]``; labels ``[N]``.
+    """Return log p(label) `[N]`, logsumexp `[2, N]` and, on request, entropy `[N]`, fp32.
 
-    The logsumexp of z comes as (integer, fraction), in units of log 2: their sum would round the
-    digits of small logits away.
-    ``out``: what the three are written to, of a shard of the columns (:func:`shard_statistics`).
+    Args:
+        logits: `[outer, inner, V]`, N = outer * inner rows.
+        labels: `[N]`.
+        transform: the map from logits to z.
+        entropy: whether to compute entropies.
+        out: for a shard of the columns, what the three are written to (see `shard_statistics`).
+
+    The logsumexp of z is (integer, fraction) in units of log 2, because their sum would round away
+    the digits of small logits.
     """
     V, N = logits.shape[2], labels.numel()
     is_shard = out is not None
@@ -367,12 +366,11 @@ def vocabulary_forward(
 def shard_statistics(
     logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> torch.Tensor:
-    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count
-    from its first column.
+    """Compute what `shards.combine` needs of one shard of the columns, fp32 `[3 or 4, N]`.
 
-    The label's y (-inf for label -1, which lies on another shard); of the other columns an
-    exponent, the sum of e^z relative to two to that power, and if asked the sum of those times log2
-    of them.
+    The rows are the label's y (-inf for label -1, which is on another shard); and of the other
+    columns an exponent, the sum of e^z relative to two to that power, and, with entropy, the sum of
+    these terms times their log2. Labels are relative to the shard's first column.
     """
     statistics = torch.empty(
         (4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device

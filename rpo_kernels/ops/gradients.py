@@ -1,8 +1,8 @@
-"""Gradients of an lm_head whose coefficients come late.
+"""Gradients of an lm_head whose coefficients become known after the logits are gone.
 
-The gradient of a token's log-probability in its logits, P = d logp / d logits, does not depend on
-the loss. So a chunk of logits turns into P at once, P into U = P weight, and the coefficients c =
-dL / dlogp enter when they are known, on the small side of both GEMMs:
+The gradient of a token's log-probability in its logits, P = dlogp/dlogits `[n, V]`, does not depend
+on the loss. So each chunk of logits is turned into P, and P into U = P weight `[n, H]`, at once.
+The coefficients c = dL/dlogp `[n]` enter when they are known, on the small side of both GEMMs:
 
     dhidden = c * U        dweight = P^T (c * hidden)        dbias = P^T c
 """
@@ -20,7 +20,7 @@ from .head import Chunks, Head, Leaves, Needs, Options, Rows, buffer
 
 
 def over_tokens(needs: list[bool]) -> bool:
-    """Whether a gradient is asked for that sums over tokens, for which P is kept."""
+    """Return whether any required gradient sums over tokens, so that P must be kept."""
     wanted = Needs(*needs)
     return bool(wanted.weight or wanted.bias or wanted.lora_weight)  # in a trace they are 0 or 1
 
@@ -28,9 +28,7 @@ def over_tokens(needs: list[bool]) -> bool:
 def spared_bytes(
     leaves: Leaves, needs: list[bool], options: Options, weight_grad: Tensor | None
 ) -> int:
-    """Of a column of the head: what an fp32 sum of dweight takes that is not needed where it comes
-    from one GEMM.
-    """
+    """Bytes per column of the head that P may use where no fp32 sum of dweight is needed."""
     sums = needs[1] and leaves.weight.dtype == options.compute_dtype == torch.bfloat16
     return (
         4 * leaves.weight.shape[1]
@@ -40,9 +38,9 @@ def spared_bytes(
 
 
 class Kept(NamedTuple):
-    """What waits for coefficients, as tensors that autograd can save.
+    """Tensors that wait for the coefficients, in a form that autograd can save.
 
-    Buffers may have more rows than are in use.
+    Buffers may have more rows than are used.
     """
 
     index: Tensor  # type: ignore[assignment]  # [n] int64: flat positions of the rows
@@ -53,17 +51,15 @@ class Kept(NamedTuple):
     p: Tensor  # [k, V]: P of the last rows
     u: Tensor  # [n, H] fp32: P weight
     u_lora: Tensor  # [n, r] fp32: P lora_weight
-    sizes: Tensor  # [2] int64 on the CPU: n, and how many of the rows have no P
+    sizes: Tensor  # [2] int64 on the CPU: n, and the number of rows without P
 
 
-# of the leaves, in their order
+# gradients of hidden, weight, bias, lora_hidden, lora_weight
 FiveTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class LiveReference(NamedTuple):
-    """A reference policy whose log-probabilities of the same rows are computed beside the
-    policy's.
-    """
+    """A reference policy that is evaluated on the same rows, along with the policy."""
 
     head: Head
     rows: Rows
@@ -71,11 +67,10 @@ class LiveReference(NamedTuple):
 
 
 class Store:
-    """Log-probabilities of rows, and what their gradients are made of once their coefficients are
-    known.
+    """Log-probabilities of rows, and what their gradients are computed from once c is known.
 
-    P of as many rows as fit the workspace waits for coefficients, the last ones read; logits of the
-    others are computed once more. U of all rows waits.
+    P is kept for as many rows as fit into the workspace, the last ones read; the logits of the
+    other rows are recomputed. U is kept for all rows.
     """
 
     def __init__(
@@ -88,9 +83,7 @@ class Store:
         held: slice,
         is_saved: bool = False,
     ):
-        """``tensors`` to fill, or those of an earlier store (``is_saved``), which are not written
-        to; ``held``: rows whose P they hold.
-        """
+        """Store over `tensors` with P of the rows `held`; not written to if `is_saved`."""
         self.head, self.rows, self.needs, self.chunks, self.tensors = (
             head,
             rows,
@@ -111,9 +104,7 @@ class Store:
         entropy: bool = False,
         size: int | None = None,
     ) -> Store:
-        """``size``: rows of what is kept, where that is to be another number than that of the
-        rows.
-        """
+        """Allocate a store for `rows`; its buffers have `size` rows, if that is given."""
         n = rows.size if size is None else size
         floats: dict[str, Any] = {"dtype": torch.float32, "device": head.device}
         p = head.buffer(min(n, max(chunks)) if any(needs) else 0, head.options.compute_dtype)
@@ -147,15 +138,16 @@ class Store:
         return self.tensors.logps
 
     def _chunk(self, size: int) -> Tensor:
-        """Memory for a chunk of logits that do not lie in P's place."""
+        """Return memory for a chunk of logits that is not computed in P's buffer."""
         if self.scratch is None:
             rows = min(len(self.logps), self.chunks.logits)
             self.scratch = self.head.buffer(rows, self.head.options.logits_dtype)
         return self.scratch[:size]
 
     def read(self, part: slice, reference: LiveReference | None = None) -> None:
-        """Log-probabilities of a part of the rows, chunk by chunk (those of ``reference`` beside
-        them), P and U.
+        """Compute log-probabilities, P and U of the rows `part`, chunk by chunk.
+
+        The log-probabilities of `reference` are computed in the same loop.
         """
         head, (_, _, all_logps, all_lse, entropies, p, *us, _) = self.head, self.tensors
         self.held = slice(part.stop, part.stop)
@@ -194,9 +186,9 @@ class Store:
                 head.backproject(p[:size], [u[batch] for u in us])
 
     def _batches(self, part: slice) -> Iterator[slice]:
-        """Rows that share the buffer of P, the last batch the largest that may wait.
+        """Split `part` into batches that share the buffer of P and begin at whole chunks.
 
-        All begin at whole chunks.
+        The last batch is the largest that may be kept.
         """
         chunk, waiting = self.chunks
         size = part.stop - part.start
@@ -210,7 +202,7 @@ class Store:
             yield slice(first, part.stop)
 
     def settle(self, part: slice, coef: Tensor, gradients: Gradients) -> None:
-        """Gradients of a part of the rows, the last that was read, from dL/dlogp ``[n]`` of it."""
+        """Add the gradients of the rows `part`, the last one read, given their dL/dlogp `[n]`."""
         held, p = self.held, self.tensors.p
         gradients.add_hidden(part, self.tensors.u[part], self.tensors.u_lora[part], coef)
         if not over_tokens(self.needs):
@@ -227,9 +219,7 @@ class Store:
     def settle_with_entropies(
         self, coef: Tensor, entropy_coef: Tensor | None, gradients: Gradients
     ) -> None:
-        """Gradients of all rows from dL/dlogp and dL/dentropy ``[n]``, which go into dlogits of
-        logits that are computed anew.
-        """
+        """Add the gradients of all rows, from recomputed logits and dL/dlogp, dL/dentropy `[n]`."""
         n, head = self.rows.size, self.head
         p = head.buffer(min(n, self.chunks.waiting), head.options.compute_dtype)
         scale = torch.ones((), device=head.device)
@@ -244,7 +234,7 @@ class Store:
             dlogits = self._dlogits(batch, p, coef, entropy_coef)
             head.backproject(dlogits, [u[batch] for u in us])
             gradients.add_tokens(batch, dlogits, unscale)
-        # at once: ranks sum it, whose batches differ
+        # in one call: ranks sum it together, and their batches differ
         gradients.add_hidden(slice(0, n), *us, unscale)
 
     def _dlogits(
@@ -254,8 +244,9 @@ class Store:
         coef: Tensor | None = None,
         entropy_coef: Tensor | None = None,
     ) -> Tensor:
-        """Of a batch, in p, from logits that are computed once more; P without coefficients, which
-        are ``[n]`` of all rows.
+        """Write dlogits of `batch` to `p`, from recomputed logits.
+
+        The coefficients are `[n]` for all rows; without them the result is P.
         """
         head, (_, _, logps, lse, entropies, *_) = self.head, self.tensors
         for at in _split(batch, self.chunks.logits):
@@ -276,7 +267,7 @@ class Store:
         return p[: batch.stop - batch.start]
 
     def kept(self) -> Kept:
-        """The store as tensors; rows without P come first."""
+        """Return the store as tensors; rows without P come first."""
         if not over_tokens(self.needs):
             return self.tensors._replace(p=self.head.buffer(0, self.tensors.p.dtype))
         p = self.tensors.p if self.chunks.waiting else self.head.buffer(0, self.tensors.p.dtype)
@@ -293,7 +284,7 @@ class Store:
         size: int,
         entropy: bool,
     ) -> Kept:
-        """Empty tensors of the shapes of :meth:`kept`."""
+        """Return empty tensors with the shapes of `kept`."""
         x, lora_hidden, wanted = leaves.hidden, leaves.lora_hidden, Needs(*needs)
         floats, ints = x.new_empty(size, dtype=torch.float32), x.new_empty(size, dtype=torch.int64)
         waits = over_tokens(needs) and chunks.waiting > 0
@@ -319,9 +310,7 @@ class Store:
 
 
 def _empty_u(rows: Rows, needs: list[bool], n: int) -> tuple[Tensor, Tensor]:
-    """Memory for P weight ``[n, H]`` and P lora_weight ``[n, r]`` in fp32; of no columns where they
-    are not needed.
-    """
+    """Allocate P weight `[n, H]` and P lora_weight `[n, r]`, fp32; no columns if not needed."""
     wanted = Needs(*needs)
 
     def empty(x: Tensor | None, want: bool) -> Tensor:
@@ -332,7 +321,7 @@ def _empty_u(rows: Rows, needs: list[bool], n: int) -> tuple[Tensor, Tensor]:
 
 
 def _near_one(largest: Tensor) -> Tensor:
-    """A power of two whose product with a number is near 1, where fp16 keeps its digits."""
+    """Return the power of two that scales `largest` to about 1, where fp16 is most precise."""
     return torch.ldexp(
         torch.ones_like(largest), -largest.log2().ceil().nan_to_num(0, 0, 0).clamp(-60, 60)
     )
@@ -344,7 +333,7 @@ def _split(part: slice, rows: int) -> Iterator[slice]:
 
 
 class Gradients:
-    """Gradients of :class:`Leaves`, summed over parts of the rows in fp32 and rounded once."""
+    """Gradients of `Leaves`, summed over parts of the rows in fp32 and rounded once."""
 
     def __init__(
         self,
@@ -357,9 +346,10 @@ class Gradients:
         weight_grad: Tensor | None = None,
         early: bool = False,
     ):
-        """``once``: all rows' P comes at once. ``weight_grad`` takes in dweight, if it is given.
-        With ``early`` an upstream gradient
-        is still to come: gradients of fp16 leaves, which could not hold them before, stay in
+        """Prepare the sums; `once` if P of all rows arrives in one call.
+
+        dweight is added to `weight_grad` if that is given. With `early` the upstream gradient is
+        not known yet: gradients of fp16 leaves, which might overflow before it is applied, stay in
         fp32.
         """
         self.leaves, self.rows, self.weight_grad, self.early = leaves, rows, weight_grad, early
@@ -387,15 +377,13 @@ class Gradients:
             self.dbias = torch.zeros_like(leaves.bias, dtype=torch.float32)
 
     def add_hidden(self, part: slice, u: Tensor, u_lora: Tensor, coef: Tensor) -> None:
-        """dhidden = coef * U of these rows, coef ``[n]``."""
+        """Add dhidden = coef * U for these rows, coef `[n]`."""
         for gradient, x in ((self.dhidden, u), (self.dlora_hidden, u_lora)):
             if gradient is not None:
                 gradient.add(part, x, coef)
 
     def add_tokens(self, part: slice, p: Tensor, coef: Tensor) -> None:
-        """What P of these rows ``[n, V]`` adds to gradients that sum over tokens, times coef ``[>=
-        n]``.
-        """
+        """Add P `[n, V]` of these rows times coef `[>= n]` to the sums over tokens."""
         coef = coef[: len(p)]
         for gradient, x in (
             (self.dweight, self.rows.hidden),
@@ -407,8 +395,9 @@ class Gradients:
             gemm.bias_gradient(p, coef, self.dbias)
 
     def finish(self) -> FiveTensors:
-        """In the order, shapes and dtypes of the leaves; empty where none is asked for or
-        ``weight_grad`` has it.
+        """Return the gradients in the order, shapes and dtypes of the leaves.
+
+        A gradient is empty where none is required, or where `weight_grad` holds it.
         """
         gradients = [
             None if self.dhidden is None else self.dhidden.finish(),
@@ -428,7 +417,7 @@ class Gradients:
 def empty_gradients(
     leaves: Leaves, needs: list[bool], weight_grad: Tensor | None, early: bool = False
 ) -> FiveTensors:
-    """Of the shapes and dtypes of :meth:`Gradients.finish`."""
+    """Return empty tensors with the shapes and dtypes of `Gradients.finish`."""
     wanted = Needs(*needs)._replace(weight=needs[1] and weight_grad is None)
     empty = (
         leaf.new_empty(leaf.shape, dtype=dtype_of(leaf, early))
@@ -444,15 +433,16 @@ def dtype_of(leaf: Tensor, early: bool) -> torch.dtype:
 
 
 class _HiddenGradient:
-    """coef * U at the scored rows, 0 elsewhere; summed over the ranks of a named group, beside what
-    comes after it.
+    """coef * U at the scored rows, 0 elsewhere.
+
+    With a process group it is summed over the ranks; the sums overlap the work that follows.
     """
 
     def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype, group: str):
         self.index, self.group = rows.index, group
         self.shape = hidden.shape[:-1].numel(), hidden.shape[-1]
         self.waits: list[Callable[[], object]] = []
-        # rows that travel lie side by side
+        # rows that are summed over ranks are contiguous
         self.total = (
             hidden.new_empty((rows.size, self.shape[1]), dtype=dtype)
             if group
@@ -476,19 +466,19 @@ class _HiddenGradient:
 
 
 class _WeightGradient:
-    """P^T (coef * x), summed in fp32 and rounded once, or added to a buffer of the caller's."""
+    """P^T (coef * x), summed in fp32 and rounded once, or added to a buffer of the caller."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, once: bool, into: Tensor | None):
-        """``once`` if nothing is added twice; ``into`` ``[V, H]`` takes in the gradient."""
+        """Prepare the sum: of one product if `once`; into the caller's buffer `into` `[V, H]`."""
         self.weight, self.dtype, self.once, self.into = weight, dtype, once, into
         self.scale: Tensor | None = None
         self.total: Tensor | None = None
 
     def add(self, p: Tensor, x: Tensor, coef: Tensor) -> None:
-        """p ``[n, V]``, x ``[n, H]`` of one dtype, coef ``[n]``."""
+        """Add the product of p `[n, V]` and coef `[n]` times x `[n, H]`; p and x have one dtype."""
         scale = None
         if x.dtype == torch.float16:
-            scale = _near_one(coef.abs().max())  # taken out of the fp32 sum
+            scale = _near_one(coef.abs().max())  # divided out of the fp32 sum
             coef = coef * scale
         x = torch.where(coef[:, None] == 0, 0, coef[:, None] * x).to(x.dtype)
         if self.total is not None and self.scale is not None and scale is not None:
@@ -505,7 +495,7 @@ class _WeightGradient:
         gemm.weight_gradient(p, x, total, accumulate)
 
     def _buffer(self, x: Tensor) -> Tensor | None:
-        """The caller's, where the products can go straight into it: into fp32, or all at once."""
+        """Return the caller's buffer if products can go into it: fp32, or the only product."""
         if self.into is None or x.dtype == torch.float16:
             return None
         return self.into if self.once or self.into.dtype == torch.float32 else None
@@ -520,6 +510,6 @@ class _WeightGradient:
                 else self.total
             )
         if self.total is not None and self.total is not self.into:
-            for into, rows in gemm.blocks(self.into, self.total):  # a CPU upcasts what is added to
+            for into, rows in gemm.blocks(self.into, self.total):  # a CPU upcasts the summand
                 into.add_(rows)
         return None

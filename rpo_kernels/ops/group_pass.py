@@ -34,9 +34,9 @@ def group_pass(
     parts: list[Groups],
     ignore_index: int,
 ) -> tuple[Losses, Tensor, Tensor]:
-    """Losses, lengths ``[S]`` int32 and dL/dlogps of tokens ``[N]`` (empty without labels).
+    """Return losses, lengths `[S]` int32 and dL/dlogps of tokens `[N]` (empty without labels).
 
-    Each of ``parts`` has one objective; the rest is as for ``kernels.group_pass``.
+    Each of `parts` has a single objective; the other arguments are those of `kernels.group_pass`.
     """
     one = module_of(op, backend, logps.device, "group_pass").group_pass
     results = [one(logps, labels, lengths, sequences, part, ignore_index) for part in parts]
@@ -50,12 +50,12 @@ def group_pass(
 
 
 def fake_losses(like: Tensor, groups: Groups, S: int) -> Losses:
-    """Empty tensors of the shapes of :class:`Losses`."""
+    """Return empty tensors with the shapes of `Losses`."""
     x, G, P = like.new_empty((), dtype=torch.float32), groups.number(S), len(groups.objective.parts)
     return Losses(x, x.new_empty(G), x.new_empty(P if P > 1 else 0, G), x.new_empty(5 * P, S))
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
-    """Their sum; of a single one, itself."""
+    """Return the sum of tensors; a single one unchanged."""
     first, *others = terms
     return torch.stack([first, *others]).sum(0) if others else first

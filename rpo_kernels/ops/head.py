@@ -1,4 +1,4 @@
-"""An lm_head whose logits exist a chunk of scored rows at a time."""
+"""An lm_head whose logits exist one chunk of scored rows at a time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..inputs import LogitTransform
 
 GPU_WORKSPACE = 2 << 30
 CPU_WORKSPACE = 256 << 20
-# Rows of a logits chunk, enough for the GEMMs' full rate. On a CPU fewer, so that the row passes
-# find them in the cache.
+# Rows of a chunk of logits: enough for the GEMMs to reach their full rate. Fewer on a CPU, so that
+# the row passes find them in the cache.
 GPU_CHUNK_ROWS = 1024
 CPU_CHUNK_ROWS = 256
-# Rows of P that one dhidden GEMM takes under a frozen head: enough tiles for every multiprocessor.
+# Rows of P in one dhidden GEMM with a frozen head: enough tiles for every multiprocessor.
 GPU_FROZEN_ROWS = 4096
 
 
-# The function that is shown the logits of the call that runs now; operators take plain types, so it
-# does not travel with them.
+# The function that the running call shows its logits to. A context variable, because operators take
+# plain types only.
 OnLogits = Callable[[Tensor, Tensor, dict], None] | None
 _on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
 
 
 def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
-    """Within it, heads that compute logits show them to ``on_logits``."""
+    """Return a context in which heads show the logits they compute to `on_logits`."""
     if on_logits is None:
         return contextlib.nullcontext()
     if not callable(on_logits):
@@ -58,21 +58,19 @@ def _showing(on_logits: OnLogits) -> Iterator[None]:
 
 
 class Options(NamedTuple):
-    """How hidden states become logits, and where."""
+    """How and where hidden states become logits."""
 
     transform: LogitTransform
     compute_dtype: torch.dtype  # of the GEMMs' inputs
     logits_dtype: torch.dtype
     workspace_bytes: int
     backend: str
-    vocab_ranks: str = ""  # name of the process group whose ranks hold the vocabulary together
-    reduce_dhidden: bool = True  # whether gradients of hidden states are summed over these ranks
+    vocab_ranks: str = ""  # name of the process group that shares the vocabulary
+    reduce_dhidden: bool = True  # whether dhidden is summed over these ranks
 
 
 class Leaves(NamedTuple):
-    """What logits are made of, and may have gradients: x = hidden weight^T + lora_hidden
-    lora_weight^T + bias.
-    """
+    """Inputs of the logits x = hidden weight^T + lora_hidden lora_weight^T + bias."""
 
     hidden: Tensor  # [..., H]
     weight: Tensor  # [V, H]
@@ -81,13 +79,13 @@ class Leaves(NamedTuple):
     lora_weight: Tensor | None  # [V, r]
 
     def needs(self) -> list[bool]:
-        """Which of them a gradient is asked for."""
+        """Return which of them require a gradient."""
         grad = torch.is_grad_enabled()
         return [grad and x is not None and x.requires_grad for x in self]
 
 
 class Needs(NamedTuple):
-    """Of which leaves a gradient is asked for, by name."""
+    """Which leaves require a gradient, by name."""
 
     hidden: bool
     weight: bool
@@ -102,7 +100,7 @@ class Rows(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # [n] int64, flat positions; not tuple.index
     hidden: Tensor  # [n, H] in the compute dtype
     lora_hidden: Tensor | None  # [n, r] in the compute dtype
-    labels: Tensor  # [n] int64; of a shard, counted from its first column
+    labels: Tensor  # [n] int64; on a shard, relative to its first column
 
     @property
     def size(self) -> int:
@@ -110,23 +108,23 @@ class Rows(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How many rows exist at a time."""
+    """Numbers of rows that exist at a time."""
 
-    logits: int  # of logits
-    waiting: int  # of P: a multiple of the above, or all rows
+    logits: int  # rows of logits
+    waiting: int  # rows of P: a multiple of `logits`, or all rows
 
 
 class Head:
-    """Weights, bias, and the vocabulary pass over chunks of their logits."""
+    """The head's weight and bias, and the vocabulary passes over chunks of its logits."""
 
     def __init__(
         self, op: str, leaves: Leaves, options: Options, shard: distributed.Shard | None = None
     ):
-        """With a shard, only its columns; labels count from its first one."""
+        """With a shard, `leaves` are its columns and labels are relative to the first of them."""
         self.op, self.options, self.shard = op, options, shard
         self.leaves, self.V, self.device = leaves, leaves.weight.shape[0], leaves.weight.device
         self.on_logits = _on_logits.get()
-        # dlogits are written over the logits where both have one dtype
+        # where both have one dtype, dlogits overwrite the logits
         self.in_place = options.logits_dtype == options.compute_dtype
         self.transform = options.transform
         choose = functools.partial(module_of, op, options.backend, self.device)
@@ -138,7 +136,7 @@ class Head:
 
     @functools.cached_property
     def weights(self) -> tuple[Tensor, Tensor | None]:
-        """weight and lora_weight in the GEMMs' dtype: a copy only where a GEMM needs one."""
+        """weight and lora_weight in the GEMMs' dtype; copied only if they have another one."""
         dtype, lora_weight = self.options.compute_dtype, self.leaves.lora_weight
         return self.leaves.weight.to(dtype), None if lora_weight is None else lora_weight.to(dtype)
 
@@ -148,14 +146,14 @@ class Head:
         return self.V if self.shard is None else self.shard.widest
 
     def rows(self, leaves: Leaves, labels: Tensor, index: Tensor) -> Rows:
-        """The rows of these positions."""
+        """Gather the rows at these positions."""
         labels = labels.reshape(-1)[index]
         if self.shard is not None:
             labels = self.shard.labels(labels, self.options.transform.ignore_index)
         return gathered(leaves, self.options.compute_dtype, index, labels)
 
     def plan(self, rows: int, keeps: bool, spared: int) -> Chunks:
-        """See :func:`plan`."""
+        """Call the function `plan` for this head."""
         return plan(
             self.op, self.options, self.widest, rows, self.device.type == "cuda", keeps, spared
         )
@@ -171,15 +169,16 @@ class Head:
         return out if self.leaves.bias is None else out.add_(self.leaves.bias)
 
     def backproject(self, p: Tensor, us: list[Tensor]) -> None:
-        """P ``[n, V]`` times weight and lora_weight, into ``[n, H]`` and ``[n, r]`` fp32, where
-        these have columns.
+        """Write P `[n, V]` times weight and lora_weight to `[n, H]` and `[n, r]`, fp32.
+
+        Outputs without columns are skipped.
         """
         for u, weight in zip(us, self.weights):
             if u.shape[1] and weight is not None:
                 gemm.backproject(p, weight, u)
 
     def show(self, logits: Tensor, labels: Tensor) -> None:
-        """To the caller's function, where there is one."""
+        """Pass the logits to the caller's `on_logits`, if there is one."""
         if self.on_logits is not None:
             t = self.options.transform
             transform = {
@@ -191,7 +190,7 @@ class Head:
 
 
 def gathered(leaves: Leaves, dtype: torch.dtype, index: Tensor, labels: Tensor) -> Rows:
-    """Rows of these positions, in the GEMMs' dtype, with their labels ``[n]``."""
+    """Gather the rows at these positions in the GEMMs' dtype, with their labels `[n]`."""
 
     def gather(x: Tensor) -> Tensor:
         x = x.reshape(-1, x.shape[-1])
@@ -202,22 +201,22 @@ def gathered(leaves: Leaves, dtype: torch.dtype, index: Tensor, labels: Tensor) 
 
 
 def buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[rows, V]`` whose rows begin at multiples of 16 bytes."""
+    """Allocate `[rows, V]` with rows that begin at multiples of 16 bytes."""
     return torch.empty((rows, -(-V // 16) * 16), dtype=dtype, device=device)[:, :V]
 
 
 def plan(
     op: str, options: Options, V: int, rows: int, is_gpu: bool, keeps: bool, spared: int = 0
 ) -> Chunks:
-    """How many of ``rows`` rows in all exist at a time.
+    """Decide how many of `rows` rows exist at a time.
 
-    ``keeps``: P waits for coefficients, in what the workspace leaves beside a chunk of logits; and
-    in ``spared`` bytes of a column more, which a sum of dweight would take, where that is room for
-    P of all rows.
+    With `keeps`, P waits for coefficients in what a chunk of logits leaves of the workspace. Where
+    P of all rows then fits, it may also use `spared` bytes per column, which the sum of dweight no
+    longer needs.
     """
     V, rows = max(V, 1), max(rows, 1)
     in_place = options.logits_dtype == options.compute_dtype
-    # bytes of a row
+    # bytes of one row
     logits, p = (
         options.logits_dtype.itemsize * V,
         options.compute_dtype.itemsize * V,

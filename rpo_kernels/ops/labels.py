@@ -11,17 +11,25 @@ from .. import checks
 def shift_labels(
     input_ids: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """Labels aligned with logits: ``labels[t] = input_ids[t + 1]`` where ``mask[t + 1]``, else
-    ignore_index.
+    """Align labels with logits.
 
-    Shifting the labels instead of the logits leaves ``[S, T, V]`` uncopied.
+        labels[t] = input_ids[t + 1]  if mask[t + 1],  else ignore_index
+
+    Shifting the labels instead of the logits avoids a copy of `[S, T, V]`.
 
     Args:
-        input_ids: ``[..., T]`` int, or packed ``[N]``.
-        mask: same shape, bool or 0/1: tokens to score (the response, without prompt and padding).
-        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences: the last token of one predicts
+        input_ids: `[..., T]` int, or packed `[N]`.
+        mask: same shape, bool or 0/1: the tokens to score (the response, without prompt and
+            padding).
+        cu_seqlens: `[S+1]` int32 boundaries of packed sequences; the last token of each predicts
             nothing.
-        ignore_index: label of positions that are not scored.
+        ignore_index: label of the positions that are not scored.
+
+    Returns:
+        Labels of the shape and dtype of input_ids.
+
+    Raises:
+        ValueError, TypeError: if an argument does not fit.
     """
     op = "shift_labels"
     checks.check_tensor(op, "input_ids", input_ids)
@@ -43,7 +51,6 @@ def shift_labels(
     labels = torch.full_like(input_ids, ignore_index)
     labels[..., :-1] = torch.where(mask[..., 1:].bool(), input_ids[..., 1:], ignore_index)
     if cu_seqlens is not None and labels.numel():
-        labels[cu_seqlens[1:].long() - 1] = (
-            ignore_index  # -1, of an empty first sequence, is a last token too
-        )
+        # -1, if the first sequence is empty, is also the last token of one
+        labels[cu_seqlens[1:].long() - 1] = ignore_index
     return labels

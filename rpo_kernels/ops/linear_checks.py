@@ -1,4 +1,4 @@
-"""Checks of what the linear operations take beyond the others."""
+"""Checks of the arguments that only the linear operations take."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def local_leaves(
     process_group: ProcessGroup | None,
     reduce_dhidden: bool,
 ) -> tuple[Leaves, ProcessGroup | None, bool]:
-    """Leaves without DTensors, the process group they bring or was given, and whether gradients of
-    hidden are to be summed.
+    """Replace DTensors by their local part.
+
+    Returns the leaves, the process group (the given one, or that of the DTensors), and whether the
+    gradient of hidden has to be summed over it.
     """
     if not isinstance(reduce_dhidden, bool):
         raise TypeError(f"{op}: `reduce_dhidden` must be a bool, got {reduce_dhidden!r}")
@@ -44,7 +46,7 @@ def local_leaves(
         if lora_hidden is not None:
             lora_hidden, _ = distributed.local_hidden(op, "lora_hidden", lora_hidden, process_group)
         hidden, process_group = distributed.local_hidden(op, "hidden", hidden, process_group)
-        reduce_dhidden = False  # DTensor does
+        reduce_dhidden = False  # DTensor sums it
     if distributed.is_dtensor(leaves.weight) and weight_grad is not None:
         raise ValueError(
             f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this "
@@ -70,21 +72,22 @@ def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the GEMMs' inputs."""
+    """Dtype of the GEMMs' inputs."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if under_autocast(kind) else hidden.dtype
 
 
 def under_autocast(kind: str) -> bool:
-    """Of a device; some, such as meta, have none."""
+    """Return whether a device runs under autocast; some, such as meta, have none."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_leaves(
     op: str, leaves: Leaves, labels: Tensor, ignore_index: int, is_shard: bool = False
 ) -> None:
-    """A linear head with its low-rank term, whose dtypes are free: adapters often stay in fp32
-    beside a 16-bit model.
+    """Check a linear head and its low-rank term.
+
+    The term may have any float dtype: adapters often stay in fp32 in a 16-bit model.
     """
     hidden, weight, bias, lora_hidden, lora_weight = leaves
     check_linear(op, hidden, weight, bias, labels, ignore_index, is_shard=is_shard)
@@ -126,7 +129,7 @@ def check_leaves(
 
 
 def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> None:
-    """A buffer that dweight may be added to."""
+    """Check a buffer that dweight is to be added to."""
     if weight_grad is None:
         return
     checks.check_tensor(op, "weight_grad", weight_grad)
@@ -154,8 +157,9 @@ def check_linear(
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
     is_shard: bool = False,
 ) -> None:
-    """Shapes, dtypes and devices of a linear head, or a shard of one; dtypes may differ under
-    autocast alone.
+    """Check shapes, dtypes and devices of a linear head or a shard of one.
+
+    Dtypes may differ only under autocast.
     """
     h, w, b = names
     for name, x in ((h, hidden), (w, weight)):
@@ -238,8 +242,9 @@ def shard_of_head(
     check: Callable[[], None],
     **facts: object,
 ) -> distributed.Shard | None:
-    """This rank's shard of the vocabulary, after all ranks agreed and labels were checked; None
-    without ranks.
+    """Return this rank's shard of the vocabulary, or None without ranks.
+
+    All ranks compare their arguments and check the labels first.
     """
     said = options.transform._asdict() | options._asdict()
     told = {
@@ -292,7 +297,7 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
 def local_reference(
     op: str, hidden: Tensor, reference: Reference, process_group: ProcessGroup | None
 ) -> Reference:
-    """The reference's tensors without DTensors."""
+    """Return the reference with DTensors replaced by their local part."""
     ref_hidden, ref_weight, ref_bias = reference
     if distributed.is_dtensor(ref_hidden):
         ref_hidden, _ = distributed.local_hidden(op, "ref_hidden", ref_hidden, None)
@@ -316,7 +321,7 @@ def check_live_reference(
     reference: Reference,
     is_shard: bool,
 ) -> Reference:
-    """The reference, detached; its head is None where it is the policy's."""
+    """Return the reference, detached; its weight is None if it uses the policy's head."""
     hidden, weight, bias, *_ = leaves
     ref_hidden, ref_weight, ref_bias = reference
     if ref_hidden is None:

@@ -1,4 +1,4 @@
-"""The RPO loss from hidden states and an lm_head: three GEMMs, whatever the length of a group."""
+"""The RPO loss from hidden states and an lm_head: three GEMMs for groups of any length."""
 
 from __future__ import annotations
 
@@ -76,64 +76,67 @@ def linear_rpo_loss(
     reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> RPOOutput:
-    """RPO loss of groups of responses, from hidden states: :func:`rpo_loss` of a linear head
-    without the logits.
+    """RPO loss of groups of responses, from hidden states.
+
+    Equal to `rpo_loss` of the logits of a linear head, which are never held as a whole.
 
         z = hidden weight^T + lora_hidden lora_weight^T + bias
         l_i = sum_t log softmax(z_it)[y_it],   s_i = a_i (l_i - lref_i)
         L = mean over groups of D[s || t]
 
-    Costs, in GEMMs of the scored rows with the head: 3 with a trainable head, 2 with a frozen one,
-    1 without gradients. Whole groups are processed together, as many as the workspace holds; of a
-    group of its own that is larger, the logits of the rows beyond are computed once more for
-    dweight (docs/memory.md). Gradients are ready when the forward returns; the backward scales them
-    by its upstream gradient, unless that is 1.
+    Cost, in GEMMs of the scored rows with the head: 3 with a trainable head, 2 with a frozen one, 1
+    without gradients. Whole groups are processed together, as many as the workspace holds; if a
+    single group is larger, the logits of the rows that do not fit are recomputed for dweight
+    (docs/memory.md). Gradients are ready when the forward returns; the backward only multiplies
+    them by its upstream gradient, unless that is 1.
+
+    `rewards`, `objective`, `ref_weights`, `group_size`, `cu_groups`, `reduction`, `normalizer`
+    and `group_weights` are those of `preference_loss`; `temperature`, `logit_scale`, `softcap`,
+    `ignore_index` and `backend` those of `token_logps`; `lora_hidden`, `lora_weight`,
+    `logits_dtype`, `workspace_bytes`, `on_logits` (it gets the policy's logits), `process_group`
+    and `reduce_dhidden` those of `linear_token_logps`.
 
     Args:
-        hidden: ``[S, T, H]``, or packed ``[N, H]`` with cu_seqlens; float32, float16 or bfloat16.
-            Under autocast the GEMMs run in its dtype.
-        weight: ``[V, H]``, the lm_head; bias ``[V]`` or None.
-        lora_hidden, lora_weight: as for :func:`linear_token_logps`.
-        weight_grad: ``[V, H]``, float, that dweight is added to while the forward runs, whether or
-            not a backward follows (weight.grad, or a trainer's fp32 buffer); autograd then brings
-            weight none. Avoids a ``[V, H]`` temporary; hooks of weight see nothing. The upstream
-            gradient of ``loss`` must be 1 then (scale by ``normalizer``): another raises on a CPU
-            and makes other gradients NaN on a GPU. Raises inside a checkpoint, which runs the
-            forward twice.
-        labels: ``[S, T]`` or ``[N]``, aligned with hidden; rows that hold ignore_index take part in
-            no GEMM.
-        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer,
-            group_weights: as for :func:`preference_loss`. ``reduction="none"`` has a free upstream
-            gradient, so that its gradients are computed in the backward, at the same cost.
-        ref_logps: ``[S]``, or per token in the shape of labels; with a leading ``R`` for several
+        hidden: `[S, T, H]`, or packed `[N, H]` with cu_seqlens; float32, float16 or bfloat16. Under
+            autocast the GEMMs run in its dtype.
+        weight: `[V, H]`, the lm_head.
+        labels: `[S, T]` or `[N]`, aligned with hidden; rows labelled ignore_index take part in no
+            GEMM.
+        bias: `[V]` or None.
+        weight_grad: `[V, H]`, float, a buffer that dweight is added to during the forward, whether
+            or not a backward follows (weight.grad, or a trainer's fp32 buffer). Autograd then
+            returns no gradient for weight: this avoids a `[V, H]` temporary, and hooks of weight
+            are not called. The upstream gradient of `loss` must be 1 (scale with `normalizer`);
+            another one raises on a CPU and makes the other gradients NaN on a GPU. Raises under
+            activation checkpointing, which runs the forward twice.
+        ref_logps: `[S]`, or per token in the shape of labels; with a leading `R` for several
             references.
-        ref_hidden: instead, the reference's hidden states ``[S, T, H']`` or ``[N, H']``, processed
-            beside the policy's, one GEMM more; equal inputs give log-ratios of exactly 0.
-        ref_weight, ref_bias: the reference's head ``[V, H']``, ``[V]``; weight and bias if None.
-        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
-        temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype, workspace_bytes, on_logits (the policy's logits): as for
-            :func:`linear_token_logps`.
-        counts: scored tokens of each sequence, if the caller knows them: avoids the only
-            synchronisation with the device (with cu_groups on a GPU one remains). Wrong ones raise
-            on a CPU; on a GPU they give a NaN loss, unless they change no chunk.
-        process_group, reduce_dhidden: as for :func:`linear_token_logps`, ref_weight and ref_bias
-            sharded alike. The ranks hold the same batch and return the same loss.
-        context_group: ranks that hold parts of the same sequences (context parallelism): each
-            passes its own tokens of every sequence, perhaps none (hidden, labels, cu_seqlens,
-            counts and per-token references); what belongs to sequences and groups is the same on
-            all. A few numbers per token travel, for the group pass; all return the same loss.
-            Gradients are those of the rank's own tokens: the gradient of a parameter is the sum
-            over the ranks, not their mean. Another group than process_group; with both, its ranks
-            hold the same columns.
+        ref_hidden: the reference's hidden states `[S, T, H']` or `[N, H']`, in place of ref_logps;
+            they are processed along with the policy's, at one more GEMM. Equal inputs give
+            log-ratios of exactly 0.
+        ref_weight: `[V, H']`, the reference's head; None for the policy's. Sharded like weight.
+        ref_bias: `[V]` or None, the reference's bias; the policy's if neither is given.
+        cu_seqlens: `[S+1]` int32 boundaries of packed sequences.
+        counts: number of scored tokens of each sequence, if the caller knows it: avoids the only
+            synchronisation with the device (with cu_groups on a GPU one remains). Wrong counts
+            raise on a CPU; on a GPU they give a NaN loss, unless they change no chunk.
+        context_group: ranks that hold parts of the same sequences (context parallelism). Each
+            passes its own tokens of every sequence, possibly none (hidden, labels, cu_seqlens,
+            counts, per-token references); arguments per sequence and per group are the same on all.
+            Only a few numbers per token are exchanged, for the group pass, and all ranks return the
+            same loss. Each rank gets the gradients of its own tokens: the gradient of a parameter
+            is the sum over the ranks, not the mean. Must differ from process_group; if both are
+            given, the ranks of context_group hold the same columns.
 
     Returns:
-        :class:`RPOOutput`; float32. Gradients flow to hidden, weight, bias, lora_hidden and
-        lora_weight; sums over chunks are fp32, rounded once. A second backward (but of
-        ``reduction="none"``) and second derivatives raise.
+        `RPOOutput`, float32. Gradients flow to hidden, weight, bias, lora_hidden and lora_weight;
+        they are summed over chunks in fp32 and rounded once. A second backward raises (except with
+        `reduction="none"`, where gradients are computed in the backward, at the same cost), and so
+        do second derivatives. With a process_group, the ranks pass the same batch and return the
+        same loss.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+        ValueError, TypeError: if an argument does not fit; checked before any launch.
     """
     op = "linear_rpo_loss"
     with distributed.raising_together(op, process_group=process_group, context_group=context_group):
@@ -221,9 +224,7 @@ def linear_rpo_loss(
 def _begin(
     op: str, leaves: Leaves, data: Batch, needs: list[bool], options: Options
 ) -> tuple[Head, Layout, Rows, LiveReference | None]:
-    """The head, where the batch's rows lie, the scored ones, and the reference that is evaluated
-    beside them.
-    """
+    """Prepare the head, the layout of the batch, its scored rows and the reference."""
     labels, sequences, groups = data.labels, data.sequences, data.groups
     facts = {
         "`counts`": data.counts,
@@ -266,8 +267,9 @@ def _forward(
     needs: list[bool],
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`Losses`, lengths, and the gradients of the leaves for an upstream
-    gradient of 1.
+    """Return the fields of `Losses`, lengths, and the leaves' gradients.
+
+    The gradients are those for an upstream gradient of 1.
     """
     op, leaves, training = (
         "linear_rpo_loss",
@@ -282,7 +284,8 @@ def _forward(
     head, layout, rows, reference = _begin(op, leaves, data, needs, options)
     keeps, most = over_tokens(needs), sum(layout.most)
     chunks = head.plan(most, keeps, spared_bytes(leaves, needs, options, weight_grad))
-    # under a frozen head nothing waits: one window, unless ranks sum it while the next one runs
+    # with a frozen head nothing waits: a single window, unless ranks sum its dhidden during the
+    # next one
     bounded = keeps or bool(options.vocab_ranks)
     windows = layout.windows(chunks.waiting if bounded else max(most, 1))
     store = Store.new(head, rows, needs, chunks)
@@ -299,7 +302,7 @@ def _forward(
         if training:
             store.settle(window.rows, coef, gradients)
     loss, losses, part_losses, by_sequence = zip(*results)
-    del store  # the workspace is free before gradients are rounded
+    del store  # frees the workspace before gradients are rounded
     return (
         torch.stack(loss).sum(),
         torch.cat(losses),
@@ -325,8 +328,8 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-# Writes to weight_grad, so that operators allow it no derivative: the loss gets its gradients from
-# `_ready`.
+# Operators that write to an argument (weight_grad) have no derivative, so `_ready` attaches the
+# gradients to the loss.
 _loss = Operator("linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",))
 
 
@@ -342,9 +345,7 @@ def _ready_forward(
     weight_grad: bool,
     backend: str,
 ) -> Tensor:
-    """The loss; its backward brings the leaves the gradients that are ready, of the weight none if
-    ``weight_grad`` has it.
-    """
+    """Return the loss; its backward returns the ready gradients (none if in `weight_grad`)."""
     return loss.clone()
 
 
@@ -355,19 +356,19 @@ def _ready_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _ready_backward(ctx: Any, dloss: Tensor) -> tuple:
     only_once("linear_rpo_loss", ctx)
-    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    saved = ctx.saved_tensors  # read once: checkpointing allows no second access
     leaves, gradients = saved[:5], saved[5:]
     results: list[Tensor | None] = []
     with torch.no_grad():
         if ctx.weight_grad and ctx.needs[1]:
             dloss = require_one.on(dloss)(dloss)
         for i, (leaf, gradient) in enumerate(zip(leaves, gradients)):
-            # a leaf's shape tells nothing: ZeRO-3 empties parameters after the forward
+            # no check of the leaf's shape: ZeRO-3 empties parameters after the forward
             if not ctx.needs[i] or (i == 1 and ctx.weight_grad):
                 results.append(None)
                 continue
             scale_.on(gradient)(gradient, dloss, ctx.backend)
-            # detached, it may become a .grad without a copy
+            # detached, so that it may become .grad without a copy
             results.append(gradient.detach().to(leaf.dtype))
     return (*(None if x is None else once_differentiable(x, *leaves) for x in results), None)
 
@@ -414,9 +415,7 @@ def _forward_per_group(
     Tensor,
     Tensor,
 ]:
-    """The fields of :class:`Losses` and lengths; of each row dL/dlogp and its group; and the fields
-    of :class:`Kept`.
-    """
+    """Return the fields of `Losses`, lengths, dL/dlogp and the group of each row, and `Kept`."""
     op, leaves = "linear_rpo_loss", Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     head, layout, rows, reference = _begin(op, leaves, data, needs, options)
     n = rows.size if size < 0 else size

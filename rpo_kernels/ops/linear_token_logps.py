@@ -1,6 +1,4 @@
-"""Token log-probabilities (and entropies) from hidden states and an lm_head, never holding more
-than a chunk of logits.
-"""
+"""Token log-probabilities and entropies from hidden states and an lm_head, in chunks of logits."""
 
 from __future__ import annotations
 
@@ -54,58 +52,65 @@ def linear_token_logps(
     reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """Log-probability of each label under a linear head: :func:`token_logps` without the logits.
+    """Log-probability of each label under a linear head.
+
+    Equal to `token_logps` of the head's logits, which are never held as a whole:
 
         x = hidden weight^T + lora_hidden lora_weight^T + bias
 
-    Costs, in GEMMs of the scored rows with the head: 1 without gradients; 2 with a frozen head; 3
-    with a trainable one, whatever the loss. d logp / d logits of each row is computed in the
-    forward and kept for dweight, as far as the workspace goes; the logits of rows beyond it are
-    computed once more, at one GEMM for their share of the rows.
+    Cost, in GEMMs of the scored rows with the head: 1 without gradients, 2 with a frozen head, 3
+    with a trainable one, for any loss. dlogp / dlogits of each row is computed in the forward and
+    kept for dweight, as far as the workspace allows; the logits of the other rows are recomputed,
+    at one GEMM for their share of the rows.
+
+    `temperature`, `logit_scale`, `softcap`, `ignore_index` and `backend` are those of
+    `token_logps`.
 
     Args:
-        hidden: ``[..., H]`` float32, float16 or bfloat16. Under autocast the GEMMs run in its
-            dtype.
-        weight: ``[V, H]``, the lm_head; tied weights are fine. A DTensor (FSDP2, of any layout) is
-            gathered in hidden's dtype, and its gradient is the mean over the ranks of its mesh,
-            reduced once, in fp32; bias and lora_weight likewise.
-        labels: ``[...]`` int64 or int32, aligned with hidden. Rows that hold ignore_index take part
-            in no GEMM.
-        bias: ``[V]`` or None.
-        lora_hidden, lora_weight: ``[..., r]`` and ``[V, r]``, or None: a low-rank term of the head.
-            For LoRA on the lm_head these are scaling * dropout(hidden) A^T and B. Any float dtype;
-            their GEMMs run in the dtype of the others.
-        weight_grad: ``[V, H]``, float, that dweight is added to in the backward (weight.grad, or a
-            trainer's fp32 buffer); autograd then brings weight none. Avoids a ``[V, H]`` temporary;
-            hooks of weight see nothing.
-        temperature, logit_scale, softcap, ignore_index, backend: as for :func:`token_logps`.
-        logits_dtype: of the chunk of logits: float32 (default: 16-bit logits cost up to 0.4 nats a
-            sequence), or the dtype of the GEMMs.
-        workspace_bytes: bound on logits and d logp / d logits held at a time, of which as much is
-            allocated as the batch needs; 2 GiB on a GPU, 256 MiB on a CPU. See docs/memory.md.
-        count: number of scored rows, if the caller knows it: avoids the only synchronisation. A
-            wrong count gives NaN.
-        on_logits: called in the forward, without gradients, with each chunk of logits x ``[n, V]``,
-            the labels ``[n]`` of its rows (scored ones, in order), and the keywords that make
-            :func:`token_logps` of them. For statistics that need the whole row, such as accuracies,
-            at no further GEMM; it may not keep or change x. Not under ``torch.compile``.
-        process_group: ranks that hold the vocabulary together: weight, bias and lora_weight are
-            this rank's rows ``[V_r, ...]`` (in rank order; any number; a DTensor sharded in
-            dimension 0 over the group will do), all else is the same on all ranks. See
-            :func:`token_logps`. Hidden states that are a DTensor, replicated or sharded along the
-            sequence, bring their group, and get a gradient laid out as they are.
-        reduce_dhidden: sum the gradient of hidden (and lora_hidden) over the process group, in its
-            dtype and of the scored rows only; the sum overlaps the GEMMs that follow. False leaves
-            each rank its part, for layers that sum it themselves: Megatron's column-parallel ones,
-            or an all-gather along the sequence, whose backward is a reduce-scatter.
+        hidden: `[..., H]` float32, float16 or bfloat16. Under autocast the GEMMs run in its dtype.
+            A DTensor, replicated or sharded along the sequence, provides the process group; its
+            gradient has the same layout.
+        weight: `[V, H]`, the lm_head; it may be tied. A DTensor (FSDP2, any layout) is gathered in
+            the dtype of hidden, and its gradient is the mean over the ranks of its mesh, reduced
+            once, in fp32; likewise bias and lora_weight.
+        labels: `[...]` int64 or int32, aligned with hidden. Rows labelled ignore_index take part in
+            no GEMM.
+        bias: `[V]` or None.
+        lora_hidden: `[..., r]` or None, left factor of a low-rank term of the head. For LoRA on the
+            lm_head it is scaling * dropout(hidden) A^T. Any float dtype; its GEMMs run in the dtype
+            of the others.
+        lora_weight: `[V, r]` or None, right factor of that term; for LoRA it is B. Any float dtype.
+        weight_grad: `[V, H]`, float, a buffer that dweight is added to in the backward
+            (weight.grad, or a trainer's fp32 buffer). Autograd then returns no gradient for weight:
+            this avoids a `[V, H]` temporary, and hooks of weight are not called.
+        logits_dtype: dtype of the chunk of logits: float32 (default; 16-bit logits cost up to 0.4
+            nats per sequence), or the dtype of the GEMMs.
+        workspace_bytes: bound on the logits and dlogp / dlogits held at a time, allocated only as
+            far as the batch needs it; default 2 GiB on a GPU, 256 MiB on a CPU. See docs/memory.md.
+        count: number of scored rows, if the caller knows it: avoids the only synchronisation with
+            the device. A wrong count raises on a CPU and gives NaN on a GPU.
+        on_logits: function that is called in the forward, without gradients, with each chunk of
+            logits x `[n, V]`, the labels `[n]` of its rows (scored rows, in order), and the keyword
+            arguments with which `token_logps` reads it. For statistics of whole rows, such as
+            accuracies, without another GEMM. It must not keep or change x. Not available under
+            `torch.compile`.
+        process_group: ranks that share the vocabulary: weight, bias and lora_weight are this rank's
+            rows `[V_r, ...]` (in rank order, any number of rows; also as a DTensor sharded in
+            dimension 0 over the group); everything else is the same on all ranks. See
+            `token_logps`.
+        reduce_dhidden: sum the gradients of hidden and lora_hidden over the process group, in their
+            dtype and for the scored rows only; the sum overlaps the GEMMs that follow. With False
+            each rank keeps its part, for layers that sum it themselves: Megatron's column-parallel
+            ones, or an all-gather along the sequence, whose backward is a reduce-scatter.
 
     Returns:
         float32 in the shape of labels, in nats; 0 at ignored positions. Gradients flow to hidden,
-        weight, bias, lora_hidden and lora_weight, from any loss; sums over chunks are fp32, rounded
-        once. A second backward (``retain_graph``) gives the same numbers; second derivatives raise.
+        weight, bias, lora_hidden and lora_weight, from any loss; they are summed over chunks in
+        fp32 and rounded once. A second backward (`retain_graph`) gives the same numbers; second
+        derivatives raise.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+        ValueError, TypeError: if an argument does not fit; checked before any launch.
     """
     return _linear_token_logps(
         "linear_token_logps",
@@ -149,16 +154,16 @@ def linear_token_logps_and_entropy(
     reduce_dhidden: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`linear_token_logps` and the entropy of each row in nats, from the same pass.
+    """`linear_token_logps` and the entropy of each row in nats, from the same pass.
 
-    Arguments and errors as there, and:
+    Arguments, results and errors as there, and:
 
     Args:
-        entropy_grad: whether the entropies will be differentiated. False (they are only reported)
-            costs what :func:`linear_token_logps` does, and they have no gradient; True computes the
-            logits once more in the backward: 4 GEMMs, 3 with a frozen head. None (default) costs
-            what False does where no gradient of the entropies arrives, and one GEMM and up to the
-            workspace more than True where one does.
+        entropy_grad: whether the entropies will be differentiated. With False (entropies that are
+            only reported) they have no gradient and the cost is that of `linear_token_logps`. With
+            True the logits are recomputed in the backward: 4 GEMMs, 3 with a frozen head. None
+            (default) costs as much as False if the entropies receive no gradient; otherwise one
+            GEMM, and memory up to the workspace, more than True.
     """
     if entropy_grad is not None and not isinstance(entropy_grad, bool):
         raise TypeError(
@@ -185,7 +190,7 @@ def linear_token_logps_and_entropy(
     )
 
 
-# What is wanted of entropies.
+# What the caller needs of the entropies.
 NONE, REPORTED, UNDECIDED, DIFFERENTIABLE = range(4)
 
 
@@ -230,9 +235,9 @@ def _linear_token_logps(
 
 
 def scored_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
-    """Flat positions ``[n]`` of the scored rows.
+    """Return the flat positions `[n]` of the scored rows.
 
-    Their number decides shapes: one synchronisation, unless the count (>= 0) is known.
+    Shapes depend on n: this is the one synchronisation, unless the count (>= 0) is known.
     """
     scored = labels.reshape(-1) != ignore_index
     if count < 0:
@@ -241,7 +246,7 @@ def scored_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
 
 
 def _right_count(op: str, labels: Tensor, ignore_index: int, count: int) -> Tensor:
-    """A factor that is NaN if the caller's count of scored rows is wrong; on a CPU that raises."""
+    """Return 1, or NaN if the caller's count of scored rows is wrong; on a CPU that raises."""
     true = (labels != ignore_index).sum()
     if true.device.type == "cpu" and int(true) != count:
         raise ValueError(
@@ -260,11 +265,11 @@ def late_chunks(
     rows: int,
     weight_grad: Tensor | None,
 ) -> Chunks:
-    """Of a store that is settled in a backward, where P that was kept and the logits that are
-    computed again lie side by side.
+    """Plan for a backward in which kept P and recomputed logits share the workspace.
 
-    Chunks of logits are those of the widest shard, because ranks combine each; how much P is kept
-    is a rank's own affair, and its shape is known in a trace, where other ranks' widths are not.
+    Chunks of logits are those of the widest shard, because all ranks combine each chunk. How much P
+    is kept each rank decides by itself: its shape must be known in a trace, where the widths of
+    other ranks are not.
     """
     keeps = over_tokens(needs)
     spared = spared_bytes(leaves, needs, options, weight_grad)
@@ -284,13 +289,13 @@ def _forward(
     lora_weight: Tensor | None,
     labels: Tensor,
     weight_grad: Tensor | None,
-    count: int,  # of scored rows; -1: unknown
+    count: int,  # number of scored rows; -1: unknown
     entropy: int,
     needs: list[bool],
-    size: int,  # in traces, whose shapes depend on no label: rows of what is kept; else -1
+    size: int,  # rows of what is kept, in traces, whose shapes depend on no label; else -1
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropies in the shape of labels, and the fields of :class:`Kept`."""
+    """Return log-probabilities and entropies in the shape of labels, and the fields of `Kept`."""
     op = "linear_token_logps" if entropy == NONE else "linear_token_logps_and_entropy"
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     shard = shard_of_head(
@@ -326,7 +331,7 @@ def _forward(
 
 
 def _needs_now(needs: list[bool], entropy: int) -> list[bool]:
-    """Gradients that the forward prepares: with entropies to differentiate, none."""
+    """Return which gradients the forward prepares: none if entropies will be differentiated."""
     return [False] * 5 if entropy == DIFFERENTIABLE else needs
 
 
@@ -351,7 +356,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(
     ctx: Any, dlogps: Tensor | None, dentropies: Tensor | None, *_: Tensor | None
 ) -> tuple:
-    saved = ctx.saved_tensors  # once: checkpoints refuse a second look
+    saved = ctx.saved_tensors  # read once: checkpointing allows no second access
     leaves, kept = saved[:5], Kept(*saved[5:])
     needs = list(ctx.needs_input_grad[:5])
     none = (None,) * 2
@@ -381,7 +386,7 @@ def _backward(
 _token_logps = Operator("linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward)
 
 
-# ---- what waited, settled ------------------------------------------------------------------------
+# ---- gradients from what was kept ----------------------------------------------------------------
 
 
 def _settle(
@@ -394,18 +399,17 @@ def _settle(
     kept: Kept,
     coef: Tensor,  # [n], dL / dlogp of the rows
     entropy_coef: Tensor | None,  # [n], dL / dentropy
-    # whether nothing waited, because coefficients of entropies go into dlogits themselves
-    from_logits: bool,  # coefficients of entropies go into dlogits: what was kept is of no use
+    from_logits: bool,  # entropies have coefficients, which enter dlogits: kept P and U are unused
     needs: list[bool],
     options: Options,
 ) -> FiveTensors:
-    """Gradients of the leaves."""
+    """Return the gradients of the leaves."""
     leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
     n, dropped = kept.sizes.tolist()
-    if options.vocab_ranks:  # labels that were kept count from the shard's first column
+    if options.vocab_ranks:  # kept labels are relative to the shard's first column
         transform = options.transform._replace(ignore_index=distributed.IGNORED)
         options = options._replace(transform=transform)
-    # beside P that was kept, new dlogits come in smaller batches
+    # kept P leaves less memory for new dlogits: smaller batches
     keeps = over_tokens(needs) and not (from_logits and len(kept.p))
     head = Head("linear_token_logps", leaves, options)
     chunks = head.plan(n, keeps, spared_bytes(leaves, needs, options, weight_grad))

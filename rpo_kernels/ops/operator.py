@@ -1,9 +1,8 @@
-"""Functions with a backward of their own: a ``torch.autograd.Function`` in eager mode, an operator
-of ``torch.library`` in traces.
+"""Functions with a custom backward.
 
-Operators take plain types. The values that our functions take (:mod:`rpo_kernels.inputs`) are
-packed into lists of tensors, integers and floats and one string on the way in, and made again
-inside.
+They are a `torch.autograd.Function` in eager mode and an operator of `torch.library` in traces.
+Operators take plain types, so structured arguments (`rpo_kernels.inputs`) are packed into lists of
+tensors, integers and floats and one string, and rebuilt inside.
 """
 
 from __future__ import annotations
@@ -25,21 +24,20 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Operator:
-    """A function of some leading tensors and further values, with its shapes and, if it has one,
-    its derivative.
+    """A function of leading tensors and other values, with its output shapes and optional backward.
 
     Args:
-        name: of the operator, in the namespace of :mod:`rpo_kernels._ops`.
-        tensors: how many of the first parameters are tensors (or None); the only ones that may be
-            differentiated or changed.
-            The others are values: tensors, numbers, strings, NamedTuples of these.
-        forward: the function; returns a tensor, a tuple of them, or None; none of them one of its
+        name: name of the operator, in the namespace of `rpo_kernels._ops`.
+        tensors: number of leading parameters that are tensors (or None). Only these may be
+            differentiated or mutated. The others are values: tensors, numbers, strings, and
+            NamedTuples of them.
+        forward: the function. Returns a tensor, a tuple of tensors or None, and never one of its
             arguments.
-        fake: of the same arguments; returns empty tensors of the results' shapes.
-        setup_context: ``(ctx, inputs, outputs)``, what the backward needs; without it there is no
-            derivative.
-        backward: ``(ctx, *gradients)``, gradients of the leading tensors.
-        mutates: names of leading tensors that the function writes to.
+        fake: takes the same arguments and returns empty tensors with the shapes of the results.
+        setup_context: `(ctx, inputs, outputs)`, saves what the backward needs; without it there is
+            no derivative.
+        backward: `(ctx, *gradients)`, returns the gradients of the leading tensors.
+        mutates: names of the leading tensors that the function writes to.
     """
 
     def __init__(
@@ -82,8 +80,8 @@ class Operator:
         if setup_context is not None and backward is not None:
 
             def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-                # as torch.library has it: a list of tensors alone has a list of gradients, and
-                # everything else one
+                # torch.library expects a list of gradients for a list of tensors only, and one
+                # gradient for anything else
                 alone = [all(isinstance(y, Tensor) for y in x) for x in inputs[tensors:-1]]
                 ctx.no_gradients = [
                     [None] * len(x) if tree else None for x, tree in zip(inputs[tensors:-1], alone)
@@ -98,9 +96,7 @@ class Operator:
         self._operator = operator
 
     def on(self, x: Tensor) -> Callable:
-        """What to call with tensors such as this one: the function itself, or the operator where
-        someone traces.
-        """
+        """Return what to call with tensors like x: the function, or the operator inside a trace."""
         plain = (
             type(x) in (Tensor, torch.nn.Parameter)
             and not x.is_meta
@@ -112,7 +108,7 @@ class Operator:
         return self._operator(*self.packed(args))
 
     def packed(self, args: Sequence[Any]) -> tuple:
-        """Arguments of the function as those of the operator."""
+        """Convert the function's arguments to those of the operator."""
         streams: tuple[list, list, list, list] = ([], [], [], [])
         for value, layout in zip(args[self._tensors :], self._layouts, strict=True):
             _pack(value, layout, streams)
@@ -144,8 +140,9 @@ def _function(
 
 
 def _layout(hint: Any) -> Any:
-    """Which of the four streams a value travels in; for a NamedTuple, the class and the layouts of
-    its fields.
+    """Return which of the four streams carries a value.
+
+    For a NamedTuple, return the class and the layouts of its fields.
     """
     if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
         hints = typing.get_type_hints(hint)
@@ -173,7 +170,7 @@ def _pack(value: Any, layout: Any, packed: tuple[list, list, list, list]) -> Non
         tensors.append(value)
     elif layout == "ints":
         ints.append(-1 if value is None else len(value))
-        ints.extend(map(int, value or ()))  # a list that holds a symbolic integer may hold no bool
+        ints.extend(map(int, value or ()))  # a list with a symbolic integer may not hold bools
     elif layout in ("int", "bool"):
         ints.append(int(value) if layout == "bool" else value)
     elif layout == "dtype":
@@ -199,11 +196,11 @@ def _unpack(layout: Any, streams: tuple[Iterator, Iterator, Iterator, Iterator])
     return next(tensors if layout == "tensor" else floats if layout == "float" else text)
 
 
-# ---- what backwards share ------------------------------------------------------------------------
+# ---- shared by the backwards ---------------------------------------------------------------------
 
 
 def only_once(op: str, ctx: Any) -> None:
-    """At the start of a backward that overwrites what it is made of; in a second one, raises."""
+    """Raise in a second backward; for backwards that overwrite what they read."""
     if getattr(ctx, "spent", False):
         raise RuntimeError(
             f"{op}: no second backward: the first has overwritten what it was made of; call {op} "
@@ -213,9 +210,7 @@ def only_once(op: str, ctx: Any) -> None:
 
 
 def once_differentiable(gradient: Tensor, *sources: object) -> Tensor:
-    """The gradient; to differentiate it again in one of its sources raises, instead of leaving that
-    term out.
-    """
+    """Return the gradient; differentiating it again raises instead of omitting a term."""
     return _OnceDifferentiable.apply(gradient, *sources) if torch.is_grad_enabled() else gradient
 
 
@@ -248,8 +243,8 @@ def _require_one(upstream: Tensor) -> Tensor:
     return torch.where(upstream == 1, upstream, torch.nan)
 
 
-# x *= factor in place; nothing is touched where the factor is 1
+# x *= factor in place; nothing is read or written where the factor is 1
 scale_ = Operator("scale_", 1, _scale, lambda x, factor, backend: None, mutates=("x",))
-# an upstream gradient that is 1; another raises on a CPU and gives NaN elsewhere, where reading it
-# would synchronise
+# Returns an upstream gradient that is 1. Any other raises on a CPU and becomes NaN elsewhere, where
+# reading it would synchronise.
 require_one = Operator("require_one", 1, _require_one, torch.empty_like)

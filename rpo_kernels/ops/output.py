@@ -1,4 +1,4 @@
-"""What the loss functions return."""
+"""The result of the loss functions."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..inputs import groups_of
 
 
 class RPOOutput(NamedTuple):
-    """A preference loss and what it was made of. Only ``loss`` carries a gradient.
+    """A preference loss and the quantities it was computed from; only `loss` has a gradient.
 
     Attributes:
-        loss: scalar, or ``[G]`` with ``reduction="none"``.
-        losses: ``[G]``, of each group; 0 for a group with nothing to compare.
-        rewards: ``[S]``, implicit rewards a_i (l_i - lref_i), in reward units, without margin; 0
-            where nothing is scored.
-        logps: ``[S]``, log-probabilities of the sequences (sums, in nats).
-        lengths: ``[S]`` int32, scored tokens; None where the caller gave none.
-        targets: ``[S]``, target rewards t_i.
-        cu_groups: ``[G+1]`` int32 for ragged groups, None for groups of one size.
-        parts: of a sum of objectives, the output of each part by its name, whose losses add up to
-            this one's; rewards and targets above are those of the first part. None otherwise.
+        loss: scalar, or `[G]` with `reduction="none"`.
+        losses: `[G]`, loss of each group; 0 for a group with nothing to compare.
+        rewards: `[S]`, implicit rewards a_i (l_i - lref_i) in reward units, without margin; 0 for a
+            response without scored tokens.
+        logps: `[S]`, log-probabilities of the sequences (sums over tokens, in nats).
+        lengths: `[S]` int32, numbers of scored tokens; None if the caller gave none.
+        targets: `[S]`, target rewards t_i.
+        cu_groups: `[G+1]` int32 for ragged groups, None for groups of one size.
+        parts: for a sum of objectives, the output of each part by name, whose losses add up to this
+            one's (rewards and targets above are those of the first part); None otherwise.
     """
 
     loss: Tensor
@@ -37,20 +37,25 @@ class RPOOutput(NamedTuple):
 
     @property
     def implicit_rewards(self) -> Tensor:
-        """``rewards``, by the name that tells them from the explicit rewards a loss is given."""
+        """Alias of `rewards`, to distinguish them from the explicit rewards passed to a loss."""
         return self.rewards
 
     def metrics(self) -> dict[str, Tensor]:
-        """Scalar tensors on the device, without a sync.
+        """Compute scalar metrics, on the device and without synchronisation.
 
-        Pairs have TRL's names: ``rewards/chosen``, ``rewards/rejected``, ``rewards/accuracies``
-        (share of pairs with s_chosen > s_rejected), ``rewards/margins``, ``logps/chosen``,
-        ``logps/rejected``; chosen is the response with the larger target, the first when tied.
-        Other groups have ``rewards/mean``, ``rewards/agreement`` (share of response pairs with
-        different targets that the implicit rewards order alike) and ``rewards/spread`` (standard
-        deviation of implicit rewards within a group, averaged). Responses without scored tokens,
-        and pairs that lack one, do not count; a mean over nothing is NaN. A sum of objectives has
-        the metrics of its first part, and ``NAME/loss``, ``NAME/rewards/...`` of each part.
+        Pairs have TRL's names: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies` (share of
+        pairs with s_chosen > s_rejected), `rewards/margins`, `logps/chosen`, `logps/rejected`. The
+        chosen response is the one with the larger target, or the first of two equal ones.
+
+        Other groups have `rewards/mean`, `rewards/agreement` (share of response pairs with
+        different targets that the implicit rewards order alike), `rewards/spread` (standard
+        deviation of the implicit rewards within a group, averaged over groups) and `logps/mean`.
+
+        Responses without scored tokens do not count, nor do pairs that contain one; a mean over
+        nothing is NaN.
+
+        A sum of objectives has the metrics of its first part, then `NAME/loss` and
+        `NAME/rewards/...` of each part.
         """
         metrics = self._metrics()
         for name, part in (self.parts or {}).items():
@@ -101,7 +106,7 @@ class RPOOutput(NamedTuple):
 
 
 def _by_group(x: Tensor, group: Tensor, G: int) -> Tensor:
-    """Sums over groups, in a fixed order (an index_add on a GPU has none)."""
+    """Sum over groups in a fixed order, which index_add on a GPU does not have."""
     member = group == torch.arange(G, device=group.device)[:, None]
     return torch.where(member, x, 0).sum(1)
 

@@ -32,41 +32,42 @@ def preference_loss(
     group_weights: Tensor | None = None,
     backend: str = "auto",
 ) -> RPOOutput:
-    """RPO loss D[s || t] of groups of responses, from the log-probabilities of whole sequences.
+    """RPO loss of groups of responses, from the log-probabilities of whole sequences.
 
         s_i = a_i (l_i - lref_i),   t_i = eta r*_i,   L = mean over groups of D[s || t]
 
-    (see :class:`RPOObjective`).
+    See `RPOObjective` for a, eta and D. Source: Sun et al., Reward-aware Preference Optimization,
+    arXiv:2502.00203.
 
     Args:
-        logps: ``[S]`` log-probabilities of the responses, in nats: sums over tokens, also for
+        logps: `[S]`, log-probabilities l of the responses in nats: sums over tokens, also for
             objectives that average.
-        rewards: ``[S]`` explicit rewards r*, or None for objectives with a target of their own,
-            where the first response of each group is the chosen one.
-        objective: what to minimise; or a weighted sum of objectives, ``[(weight, objective), ...]``
-            with weights > 0, whose parts share groups and references (a part without either takes
-            none).
-        ref_logps: ``[S]`` of the reference policy; ``[R, S]`` for objectives with several
-            references; None for reference-free ones. No gradient.
-        ref_weights: ``[R]``, or ``[R, G]`` per group: weights alpha of several references, summing
-            to 1; uniform if None.
-        lengths: ``[S]`` int, scored tokens of each response; needed by objectives that average, or
-            normalise the SFT term. A response of length 0 is dropped from its group.
+        rewards: `[S]`, explicit rewards r*; None for objectives with a fixed target, where the
+            first response of each group is the chosen one.
+        objective: what to minimise, or a weighted sum `[(weight, objective), ...]`, weights > 0.
+            Its parts share groups, rewards and references; a part that uses none gets none.
+        ref_logps: `[S]`, log-probabilities lref under the reference policy; `[R, S]` for objectives
+            with several references, None for those without one. Gets no gradient.
+        ref_weights: `[R]`, or `[R, G]` per group: weights of several references, with sum 1;
+            uniform if None.
+        lengths: `[S]` int, number of scored tokens of each response; needed by objectives that
+            average or that normalise the SFT term. A response of length 0 is dropped from its
+            group.
         group_size: K, responses per prompt, 2 by default; groups are contiguous.
-        cu_groups: ``[G+1]`` int32 boundaries of ragged groups, in place of group_size.
-        reduction: ``"mean"`` over the groups that have something to compare, ``"sum"``, or
-            ``"none"`` for ``[G]``.
-        normalizer: number or scalar tensor that divides the sum of losses instead, for gradient
-            accumulation and data parallelism.
-        group_weights: ``[G]``, factors on the losses of the groups; a mean still divides by the
+        cu_groups: `[G+1]` int32 boundaries of ragged groups, in place of group_size.
+        reduction: `"mean"` over the groups that have something to compare, `"sum"`, or `"none"` for
+            `[G]`.
+        normalizer: number or scalar tensor that the sum of the losses is divided by instead, for
+            gradient accumulation and data parallelism.
+        group_weights: `[G]`, factors on the losses of the groups; a mean is still one over the
             number of groups.
-        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+        backend: `"auto"` (Triton on a GPU, PyTorch elsewhere), `"triton"` or `"torch"`.
 
     Returns:
-        :class:`RPOOutput`; float32. Second derivatives raise.
+        `RPOOutput`, float32. Second derivatives raise.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+        ValueError, TypeError: if an argument does not fit; checked before any launch.
     """
     op = "preference_loss"
     checks.check_tensor(op, "logps", logps)
@@ -123,24 +124,29 @@ def sequence_logps(
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Log-probabilities of sequences: l_i = sum_t m_it lp_it, or that over n_i = sum_t m_it.
+    """Sum token log-probabilities over sequences, or average them over the scored tokens.
+
+        l_i = sum_t m_it lp_it           or, with average,  l_i / n_i,   n_i = sum_t m_it
 
     Args:
-        token_logps: ``[S, T]``, or packed ``[N]`` with cu_seqlens; 0 where not scored, as
-            :func:`token_logps` returns it.
-        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences.
-        average: divide by the number of scored tokens (at least 1), which needs labels.
-        labels: same shape; positions that hold ignore_index do not count, whatever token_logps
-            holds there.
+        token_logps: `[S, T]`, or packed `[N]` with cu_seqlens; 0 where not scored, as `token_logps`
+            returns them.
+        cu_seqlens: `[S+1]` int32 boundaries of packed sequences.
+        average: divide by the number of scored tokens (at least 1); needs labels.
+        labels: same shape; positions labelled ignore_index do not count, whatever token_logps is
+            there.
         ignore_index: see labels.
-        process_group: ranks that hold parts of the same sequences (context parallelism): sums run
-            over the tokens of all. Each rank passes its own tokens of every sequence, perhaps none,
-            and gets the same sums.
+        process_group: ranks that hold parts of the same sequences (context parallelism). Each
+            passes its own tokens of every sequence, possibly none, and gets the sums over all
+            ranks.
 
     Returns:
-        float32 ``[S]``, in nats; summed in float64. Differentiable. With a process group each rank
-        is to compute the same loss from the sums; its tokens then get the gradient of that one
-        loss, so gradients of parameters are sums over the ranks.
+        float32 `[S]`, in nats, summed in float64; differentiable. With a process group, every rank
+        must compute the same loss from the sums; its tokens then get the gradient of that one loss,
+        so the gradient of a parameter is the sum over the ranks.
+
+    Raises:
+        ValueError, TypeError: if an argument does not fit.
     """
     op = "sequence_logps"
     with distributed.raising_together(op, process_group=process_group):
@@ -243,7 +249,7 @@ def _backward(
 ) -> tuple[Tensor | None]:
     logps, coef, cu_groups = ctx.saved_tensors
     upstream = dloss
-    if dlosses is not None:  # reduction "none"
+    if dlosses is not None:  # reduction="none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]
     return (None if upstream is None else once_differentiable(coef * upstream, logps),)
 

@@ -1,6 +1,4 @@
-"""What lies on several ranks: responses of groups, gathered with gradients, and tokens of sequences
-(context parallelism).
-"""
+"""Groups and sequences that are spread over several ranks."""
 
 from __future__ import annotations
 
@@ -22,41 +20,39 @@ def gather_responses(
     group_size: int = 1,
     cu_groups: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One number per response from all ranks, where each group's responses lie on several: what the
-    group pass needs.
+    """Gather one number per response from all ranks, for groups that are spread over ranks.
 
-    Each rank holds ``group_size`` responses of every group, or ragged numbers of them between its
-    own ``cu_groups``, perhaps none; in the same order of groups. What comes back has the responses
-    of one group side by side, those of rank 0 first, and is equal on all R ranks. Of a group only
-    these numbers travel.
+    Each rank holds `group_size` responses of every group, or with its own `cu_groups` any number of
+    them, possibly none; the groups have the same order on all ranks. In the result the responses of
+    a group are contiguous, those of rank 0 first, and all R ranks have the same result. Nothing but
+    these numbers is exchanged.
 
-        logps = gather_responses(sequence_logps(token_logps(...)), process_group=group)
-        loss = preference_loss(logps, gather_responses(rewards, process_group=group), objective,
-        group_size=R).loss
+        logps = gather_responses(sequence_logps(token_logps(...)), process_group=ranks)
+        rewards = gather_responses(rewards, process_group=ranks)
+        loss = preference_loss(logps, rewards, objective, group_size=R).loss
 
-        logps, everyone = gather_responses(logps, cu_groups=cu_groups, process_group=group)
-        rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=group)
-        loss = preference_loss(logps, rewards, objective, cu_groups=everyone).loss
+        logps, whole = gather_responses(logps, cu_groups=cu_groups, process_group=ranks)
+        rewards, _ = gather_responses(rewards, cu_groups=cu_groups, process_group=ranks)
+        loss = preference_loss(logps, rewards, objective, cu_groups=whole).loss
 
     Args:
-        x: ``[S_r]``, of any dtype (log-probabilities, rewards, lengths); without cu_groups the same
+        x: `[S_r]`, of any dtype (log-probabilities, rewards, lengths); without cu_groups the same
             S_r on all ranks.
-        process_group: the ranks (needed).
-        group_size: responses of each group on this rank.
-        cu_groups: ``[G+1]`` int32 boundaries of this rank's part of each group, in place of
+        process_group: the ranks; required.
+        group_size: number of responses of each group on this rank.
+        cu_groups: `[G+1]` int32 boundaries of this rank's part of each group, in place of
             group_size; the same G on all ranks.
 
     Returns:
-        ``[S]``, S the sum of S_r over the ranks; with cu_groups a pair of that and the boundaries
-        ``[G+1]`` int32 of whole groups. Each rank is to compute the same loss from it; this rank's
-        x then gets the gradient of that one loss, so gradients of parameters are sums over the
-        ranks, not means. Second derivatives raise. Under ``torch.compile`` the S of ragged groups
-        is
-        known when the graph runs: say ``torch._check(rewards.shape[0] == logps.shape[0])`` of two
-            of them.
+        `[S]`, where S is the sum of S_r over the ranks; with cu_groups a pair of that and the
+        boundaries `[G+1]` int32 of the whole groups. Every rank must compute the same loss from it;
+        its x then gets the gradient of that one loss, so the gradient of a parameter is the sum
+        over the ranks, not the mean. Second derivatives raise. Under `torch.compile` the S of
+        ragged groups is known only at run time: for two results of equal length call
+        `torch._check(rewards.shape[0] == logps.shape[0])`.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, on all ranks.
+        ValueError, TypeError: if an argument does not fit; on all ranks.
     """
     op = "gather_responses"
     with distributed.raising_together(op, process_group=process_group):
@@ -102,7 +98,7 @@ def _gather_responses(
 
 
 def gather(op: str, x: Tensor, process_group: ProcessGroup) -> Tensor:
-    """``[R, ...]``, equal on all ranks; differentiable in this rank's part."""
+    """Gather to `[R, ...]`, equal on all ranks; differentiable in this rank's part."""
     checks.check_tangents(op, x)
     return _gather_op(x, process_group.group_name, process_group.size(), op)
 
@@ -173,21 +169,19 @@ _gather_ragged_op.register_autograd(_backward_ragged, setup_context=_setup_ragge
 
 
 class Merged(NamedTuple):
-    """Segments of which each rank has a part, combined: in each segment the entries of rank 0
-    first.
-    """
+    """Segments that are spread over ranks, merged, with the entries of rank 0 first in each."""
 
     group: ProcessGroup
-    widest: int  # entries of the rank that has most
-    order: Tensor  # [n] int64: where merged entries lie among R times ``widest`` gathered ones
-    offsets: Tensor  # [S+1] int32, of merged segments
-    mine: Tensor  # [n_r] int64: where this rank's entries lie among the merged
+    widest: int  # most entries of any rank
+    order: Tensor  # [n] int64: positions of merged entries among the R * widest gathered ones
+    offsets: Tensor  # [S+1] int32, boundaries of merged segments
+    mine: Tensor  # [n_r] int64: positions of this rank's entries among the merged ones
 
     @staticmethod
     def of(offsets: Tensor, sizes: list[int], group: ProcessGroup) -> Merged:
-        """From all ranks' offsets ``[R, S+1]`` and how many entries each has.
+        """Merge offsets `[R, S+1]` of all ranks, whose numbers of entries are `sizes`.
 
-        Offsets that do not partition them stay unusable.
+        Invalid offsets give invalid merged offsets (-1).
         """
         widest, S = max(sizes), offsets.shape[1] - 1
         entry = (
@@ -199,7 +193,7 @@ class Merged(NamedTuple):
         segment = torch.searchsorted(offsets[:, 1:].contiguous(), entry, right=True).clamp(
             max=S - 1
         )
-        # what fills up goes last
+        # padding goes last
         order = torch.where(entry < total, segment, S).view(-1).argsort(stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(order.shape[0], device=order.device)
@@ -215,7 +209,7 @@ class Merged(NamedTuple):
         )
 
     def merge(self, x: Tensor) -> Tensor:
-        """``[..., n]`` of all ranks' ``[..., n_r]``."""
+        """Merge `[..., n_r]` of all ranks to `[..., n]`."""
         padded = x.new_zeros((*x.shape[:-1], self.widest))
         padded[..., : x.shape[-1]] = x
         return (
@@ -227,8 +221,9 @@ class Merged(NamedTuple):
 
 
 class Context:
-    """Sequences whose scored tokens lie on several ranks, of which the group pass sees all: a few
-    numbers per token travel.
+    """Sequences whose scored tokens are spread over ranks (context parallelism).
+
+    The group pass runs on whole sequences, for which a few numbers per token are exchanged.
     """
 
     def __init__(
@@ -241,18 +236,22 @@ class Context:
         device: torch.device,
         facts: dict[str, object],
     ):
-        """``counts`` of this rank's scored tokens of each sequence, N positions in all,
-        ``ref_logps`` ``[R, N]`` or ``[R, S]``; facts that the ranks of the named group are to agree
-        on.
+        """Exchange numbers of tokens and compare arguments with the ranks of the group `name`.
+
+        Args:
+            counts: scored tokens of each sequence on this rank.
+            N: positions on this rank.
+            ref_logps: `[R, N]`, `[R, S]` or None.
+            facts: what must be equal on all ranks.
         """
         facts = {"the number of sequences": len(counts), **facts}
         distributed.agree(op, name, sum(counts), facts, lambda: None, "context_group")
         self.group = distributed.resolve(name)
         own = [N, -1 if ref_logps is None else ref_logps.shape[1], distributed.digest(ref_logps)]
         told = distributed.tell([*own, *counts], self.group)
-        self.counts = [counts for _, _, _, *counts in told]  # [R, S]
+        self.counts = [counts for _, _, _, *counts in told]  # [ranks, S]
         self.by_rank = torch.tensor(self.counts, dtype=torch.int32, device=device)
-        # A rank with as many positions as there are sequences leaves it to the others.
+        # if this rank has as many positions as sequences, the other ranks decide
         self.ref_per_token = all(given == positions for positions, given, *_ in told)
         if not self.ref_per_token and len({(given, values) for _, given, values, *_ in told}) > 1:
             raise ValueError(
@@ -264,12 +263,12 @@ class Context:
 
     @property
     def lengths(self) -> Tensor:
-        """``[S]`` int32, of whole sequences."""
+        """`[S]` int32, scored tokens of whole sequences."""
         return self.by_rank.sum(0, dtype=torch.int32)
 
     @property
     def most(self) -> list[int]:
-        """Tokens of each sequence on the rank that has most of it."""
+        """Largest number of tokens of each sequence on any rank."""
         return [max(counts) for counts in zip(*self.counts)]
 
     def merged(self, sequences: slice) -> Merged:

@@ -1,4 +1,4 @@
-"""The RPO loss straight from logits: two launches forward, one backward."""
+"""The RPO loss from logits: two kernel launches in the forward, one in the backward."""
 
 from __future__ import annotations
 
@@ -47,29 +47,29 @@ def rpo_loss(
         L = mean over groups of D[s || t]
         dL/dz_it = dL/dl_i (onehot(y_it) - softmax(z_it))
 
-    Equal to :func:`preference_loss` of :func:`sequence_logps` of :func:`token_logps`, in one
-    vocabulary pass each way and one group pass, which leaves a single coefficient per token for the
+    Equal to `preference_loss` of `sequence_logps` of `token_logps`, with one pass over the
+    vocabulary in each direction and one group pass, which leaves one coefficient per token for the
     backward.
 
+    `rewards`, `objective`, `ref_weights`, `group_size`, `cu_groups`, `reduction`, `normalizer`
+    and `group_weights` are those of `preference_loss`; `temperature`, `logit_scale`, `softcap`,
+    `ignore_index`, `inplace_backward`, `process_group` and `backend` those of `token_logps`.
+
     Args:
-        logits: ``[S, T, V]``, or packed ``[N, V]`` with cu_seqlens; float32, float16 or bfloat16.
-        labels: ``[S, T]`` or ``[N]``, aligned with logits; ignore_index where a token is not scored
+        logits: `[S, T, V]`, or packed `[N, V]` with cu_seqlens; float32, float16 or bfloat16.
+        labels: `[S, T]` or `[N]`, aligned with logits; ignore_index where a token is not scored
             (prompt, padding).
-        rewards, objective, ref_weights, group_size, cu_groups, reduction, normalizer,
-            group_weights: as for :func:`preference_loss`.
-        ref_logps: per sequence ``[S]``, or per token in the shape of labels (more accurate: the
-            difference is summed, not the sums subtracted); with a leading ``R`` for objectives with
+        ref_logps: per sequence `[S]`, or per token in the shape of labels (more accurate:
+            differences are summed, not sums subtracted); with a leading `R` for objectives with
             several references.
-        cu_seqlens: ``[S+1]`` int32 boundaries of packed sequences, as in FlashAttention.
-        temperature, logit_scale, softcap, ignore_index, inplace_backward, process_group, backend:
-            as for :func:`token_logps`. The ranks of a process group hold the same batch and return
-            the same loss.
+        cu_seqlens: `[S+1]` int32 boundaries of packed sequences, as in FlashAttention.
 
     Returns:
-        :class:`RPOOutput`; float32. Second derivatives raise.
+        `RPOOutput`, float32. Second derivatives raise. With a process_group, the ranks pass the
+        same batch and return the same loss.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+        ValueError, TypeError: if an argument does not fit; checked before any launch.
     """
     op = "rpo_loss"
     with distributed.raising_together(op, process_group=process_group):
@@ -114,8 +114,10 @@ def _forward(
     backend: str,
     vocab_ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`Losses`, lengths; coefficients, log-probabilities and logsumexps of the
-    tokens; and of a shard its labels."""
+    """Return the fields of `Losses`, lengths, and what the backward reads of the tokens.
+
+    These are coefficients, log-probabilities, logsumexps, and a shard's labels.
+    """
     op = "rpo_loss"
     check = functools.partial(groups.check_values, op, logits.device, sequences, labels.numel())
     read = row_pass(
@@ -171,7 +173,7 @@ def _backward(
         only_once("rpo_loss", ctx)
     logits, labels, logps, lse, coef, cu_seqlens, cu_groups = ctx.saved_tensors
     upstream = dloss
-    if dlosses is not None:  # reduction "none": one factor per group
+    if dlosses is not None:  # reduction="none": one factor per group
         sequence = Sequences(ctx.number, cu_seqlens).of_token(coef.shape[0], coef.device)
         group = groups_of(ctx.number, ctx.group_size, cu_groups, coef.device)
         coef, upstream = coef * dlosses[group][sequence], None

@@ -1,6 +1,4 @@
-"""Token log-probabilities (and entropies) from logits: one pass over the vocabulary forward, one
-backward.
-"""
+"""Token log-probabilities and entropies from logits, with one vocabulary pass in each direction."""
 
 from __future__ import annotations
 
@@ -33,38 +31,40 @@ def token_logps(
 ) -> Tensor:
     """Log-probability of each label under its row of logits.
 
-        lp_t = log softmax(z_t)[y_t],   z = softcap tanh(logit_scale x / softcap) / temperature
-                                        (without softcap: z = logit_scale x / temperature)
+        lp_t = log softmax(z_t)[y_t]
+        z = softcap tanh(logit_scale x / softcap) / temperature
+            (without softcap: z = logit_scale x / temperature)
         dL/dx_t = dL/dlp_t (onehot(y_t) - softmax(z_t)) dz/dx
 
     Args:
-        logits: ``[..., V]`` float32, float16 or bfloat16; any strides on the leading dimensions,
-            last one contiguous. A DTensor that is sharded in the last dimension brings its process
-            group.
-        labels: ``[...]`` int64 or int32, aligned with logits: ``labels[t]`` is the token that
-            position t predicts (:func:`shift_labels`). On a CPU a label outside [0, V) raises; on a
-            GPU its log-probability is NaN.
+        logits: `[..., V]` float32, float16 or bfloat16; any strides in the leading dimensions, the
+            last one contiguous. A DTensor that is sharded in the last dimension provides the
+            process group.
+        labels: `[...]` int64 or int32, aligned with logits: `labels[t]` is the token that position
+            t predicts (see `shift_labels`). A label outside [0, V) raises on a CPU; on a GPU its
+            log-probability is NaN.
         temperature: divides the logits, > 0.
         logit_scale: multiplies the logits, > 0.
         softcap: bound of the logits (Gemma 2), > 0, or None.
         ignore_index: label of a position that is not scored: its logits are not read, its
-            log-probability is 0 and its gradient 0.
-        inplace_backward: write the gradient over the logits. No other operation may need them then;
-            autograd raises if one does, and on a second backward. Under ``torch.compile`` the
-            graph's own memory planning decides.
-        process_group: ranks that hold the vocabulary together: logits are this rank's columns
-            ``[..., V_r]`` (in rank order; any widths), labels count over all columns and are the
-            same on all ranks. Results agree bit for bit on all of them; each gets the gradient of
-            its own columns. A rank that raises makes all raise. See :mod:`rpo_kernels.distributed`.
-        backend: ``"auto"`` (Triton on a GPU, PyTorch elsewhere), ``"triton"`` or ``"torch"``.
+            log-probability and its gradient are 0.
+        inplace_backward: write the gradient over the logits. No other operation may need the logits
+            then: autograd raises if one does, and in a second backward. Under `torch.compile` the
+            graph's memory planning decides instead.
+        process_group: ranks that share the vocabulary: logits are this rank's columns `[..., V_r]`
+            (in rank order, any widths); labels count over all columns and are the same on all
+            ranks. Results are bit-identical on all ranks; each gets the gradient of its own
+            columns. If one rank raises, all do. See `rpo_kernels.distributed`.
+        backend: `"auto"` (Triton on a GPU, PyTorch elsewhere), `"triton"` or `"torch"`.
 
     Returns:
-        float32 in the shape of labels, in nats. A row's value does not depend on its batch. NaN and
-        infinite logits behave as in :func:`torch.log_softmax`; on a GPU a row whose largest logit
-        is beyond 5.8e6 in size, and not the label's, is NaN. Second derivatives raise.
+        float32 in the shape of labels, in nats. A row's value does not depend on the rest of its
+        batch. NaN and infinite logits behave as in `torch.log_softmax`; but on a GPU, a row whose
+        largest logit exceeds 5.8e6 in magnitude and is not the label's gives NaN. Second
+        derivatives raise.
 
     Raises:
-        ValueError, TypeError: for arguments that do not fit, before anything is launched.
+        ValueError, TypeError: if an argument does not fit; checked before any launch.
     """
     return _checked(
         "token_logps",
@@ -93,13 +93,11 @@ def token_logps_and_entropy(
     process_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """:func:`token_logps` and the entropy of each row, from the same pass; both differentiable.
+    """`token_logps` and the entropy of each row, from the same pass; both are differentiable.
 
         H_t = -sum_v p_tv log p_tv,   dH/dz_tv = -p_tv (log p_tv + H_t)
 
-    in nats; 0 at ignored positions.
-
-    Arguments and errors as there.
+    Entropies are in nats and 0 at ignored positions. Arguments and errors as there.
     """
     return _checked(
         "token_logps_and_entropy",
@@ -145,7 +143,7 @@ def _checked(
 
 
 def rows_of(op: str, logits: Tensor) -> Tensor:
-    """Logits ``[..., V]`` as a view ``[outer, inner, V]``."""
+    """View logits `[..., V]` as `[outer, inner, V]`."""
     dims = logits.dim()
     if dims == 3:
         return logits
@@ -163,7 +161,7 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
 
 
 def flat(x: Tensor) -> Tensor:
-    """``[N]`` and contiguous, as kernels read it: a reshape may be a strided view."""
+    """Return `[N]`, contiguous for the kernels: a reshape may be a strided view."""
     return (x if x.dim() == 1 else x.reshape(-1)).contiguous()
 
 
@@ -176,8 +174,9 @@ def shard_of(
     check: Callable[[], None],
     **facts: object,
 ) -> distributed.Shard | None:
-    """This rank's shard of the vocabulary, all ranks that share it agreeing; labels checked against
-    all of its columns.
+    """Return this rank's shard of the vocabulary, or None without ranks.
+
+    All ranks compare their arguments; labels are checked against all columns.
     """
     if vocab_ranks:
         facts["the number of `labels`"] = labels.numel()
@@ -192,13 +191,11 @@ def shard_of(
 
 
 class RowPass(NamedTuple):
-    """Rows of logits and how they are read."""
+    """Rows of logits and the function that reads them."""
 
     rows: Tensor  # [outer, inner, V]
-    labels: Tensor  # [N]; of a shard, counted from its first column
-    forward: (
-        Callable  # vocabulary_forward(rows, labels, transform, entropy), combined over the ranks
-    )
+    labels: Tensor  # [N]; on a shard, relative to its first column
+    forward: Callable  # vocabulary_forward, combined over ranks: (rows, labels, transform, entropy)
 
 
 def row_pass(
@@ -211,7 +208,7 @@ def row_pass(
     check: Callable[[], None] = lambda: None,
     **facts: object,
 ) -> RowPass:
-    """Checks of values, agreed on by all ranks, and what reads the rows after them."""
+    """Check values on all ranks, and return the rows with the function that reads them."""
     choose = functools.partial(module_of, op, backend, logits.device)
     if not vocab_ranks:
         rows = rows_of(op, logits)
@@ -244,7 +241,7 @@ def _forward(
     backend: str,
     vocab_ranks: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities, logsumexps ``[2, N]``, entropies, and of a shard its labels."""
+    """Return log-probabilities, logsumexps `[2, N]`, entropies, and a shard's labels."""
     op = "token_logps_and_entropy" if entropy else "token_logps"
     read = row_pass(op, logits, labels, transform, backend, vocab_ranks, entropy=entropy)
     logps, lse, entropies = read.forward(read.rows, read.labels, transform, entropy)
@@ -306,8 +303,9 @@ _token_logps = Operator("token_logps", 1, _forward, _fake_forward, _setup_contex
 
 
 def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
-    """Gradient of the logits, in memory of its own or over the logits; ``read``: as of
-    :func:`_dlogits`.
+    """Return the gradient of the logits, in new memory or over the logits.
+
+    `read` are the other arguments of `_dlogits`.
     """
     with torch.no_grad():
         if inplace:

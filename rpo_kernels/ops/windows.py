@@ -1,6 +1,4 @@
-"""Groups of responses processed in windows: as many whole groups at a time as the workspace has
-room for.
-"""
+"""Windows of groups: as many whole groups as the workspace holds are processed together."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from .ranks import Context
 
 
 class Reference(NamedTuple):
-    """A reference policy that is evaluated in the same call; without a weight its head is the
-    policy's.
-    """
+    """A reference policy evaluated in the same call, with the policy's head if weight is None."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -31,18 +27,18 @@ class Reference(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the loss takes beside the head."""
+    """The arguments of the loss other than the head."""
 
     labels: Tensor
     sequences: Sequences
     groups: Groups
     reference: Reference
-    counts: list[int] | None  # scored tokens of each sequence, where the caller knows them
-    context_ranks: str  # name of the process group whose ranks hold parts of the same sequences
+    counts: list[int] | None  # scored tokens of each sequence, if the caller knows them
+    context_ranks: str  # name of the process group that shares the sequences
 
 
 class Window(NamedTuple):
-    """Neighbouring groups that are processed together."""
+    """Consecutive groups that are processed together."""
 
     groups: slice
     sequences: slice
@@ -52,11 +48,14 @@ class Window(NamedTuple):
 def split_into_windows(
     counts: list[int], bounds: list[int], rows: int, most: list[int] | None = None
 ) -> Iterator[Window]:
-    """Whole groups with at most ``rows`` scored tokens; a larger group has a window to itself.
+    """Split into windows of whole groups with at most `rows` scored tokens, or one larger group.
 
-    ``counts`` are the scored tokens of each sequence, ``bounds`` ``[G+1]`` the groups' boundaries
-    among the sequences. Ranks that share sequences make the same windows from ``most``, the largest
-    count of each sequence on any of them.
+    Args:
+        counts: scored tokens of each sequence.
+        bounds: `[G+1]`, boundaries of the groups among the sequences.
+        rows: bound on the scored tokens of a window.
+        most: the largest count of each sequence on any rank, so that ranks that share sequences
+            make the same windows; counts if None.
     """
     tokens, sizes = ([0, *itertools.accumulate(x)] for x in (counts, most or counts))
     first, held = 0, 0
@@ -75,15 +74,15 @@ def _window(first: int, last: int, bounds: list[int], tokens: list[int]) -> Wind
 
 
 class Layout:
-    """Where the scored rows of a batch lie in its sequences and groups, and the group pass over
-    some of them.
+    """Positions of a batch's scored rows in its sequences and groups, and the group pass over them.
 
-    Made by the only synchronisation with the device, and an agreement of the ranks that share the
-    sequences.
+    Its construction is the only synchronisation with the device; ranks that share sequences compare
+    their arguments in it.
 
     Attributes:
-        counts: scored rows of each sequence on this rank; ``most`` on the rank that has most of it.
-        lengths: ``[S]`` int32, scored tokens of whole sequences.
+        counts: scored rows of each sequence on this rank.
+        most: the largest such count on any rank.
+        lengths: `[S]` int32, scored tokens of whole sequences.
     """
 
     def __init__(
@@ -103,14 +102,14 @@ class Layout:
                 list(data.counts),
                 bounds if offsets is None else offsets.tolist(),
             )
-            # Elsewhere wrong counts leave offsets that do not partition the rows: the group pass
-            # makes NaN of those.
+            # On a GPU, wrong counts give offsets that do not partition the rows, and the group pass
+            # returns NaN for those.
             if self.device.type == "cpu" and self.counts != (true := own.tolist()):
                 raise ValueError(
                     f"{op}: `counts` must be the scored tokens of each sequence, {true[:16]}; got "
                     f"{self.counts[:16]}"
                 )
-        # On any device: bad offsets of the whole would be good ones of its windows.
+        # checked on every device: parts of invalid offsets could be valid for a window
         if (
             self.bounds[0] != 0
             or self.bounds[-1] != S
@@ -161,9 +160,7 @@ class Layout:
         self.parts = groups.parts()
 
     def refer(self, index: Tensor, logps: Tensor | None) -> None:
-        """Reference log-probabilities of the scored rows: those of an own pass ``[n]``, or of the
-        positions ``index``.
-        """
+        """Set the reference of the scored rows: `logps` `[n]`, or the given ones at `index`."""
 
         def referred(part: Groups) -> Groups:
             if part.objective.reference == "none":
@@ -177,15 +174,15 @@ class Layout:
         self.parts = [referred(part) for part in self.parts]
 
     def windows(self, rows: int) -> list[Window]:
-        """Of at most ``rows`` rows.
+        """Return windows of at most `rows` rows.
 
-        Where there are several, what divides their losses is settled first.
+        If there are several, the normalizer of the whole batch is computed first.
         """
         windows = list(split_into_windows(self.counts, self.bounds, rows, self.most))
         context = None if self.device.type == "cpu" else self.context
         if len(windows) > 1 or context is not None:
             self.parts = [self._normalized(part) for part in self.parts]
-        if context is not None:  # a rank that told the others wrong counts gives NaN
+        if context is not None:  # NaN if this rank reported wrong counts to the others
             own = context.by_rank[context.group.rank()] == self.offsets.diff()
             one = torch.ones((), device=self.device)
             self.parts = [
@@ -199,10 +196,10 @@ class Layout:
         return windows
 
     def _normalized(self, part: Groups) -> Groups:
-        """With the number of groups that count, and their share of the chosen responses' tokens, of
-        the whole batch.
+        """Set what normalises losses and SFT terms, over the whole batch.
 
-        Which groups count does not depend on log-probabilities, and the group pass knows it.
+        These are the number of valid groups, and that number per token of their chosen responses.
+        Neither depends on log-probabilities, so a group pass over zeros gives both.
         """
         (objective,) = part.objective.parts
         by_tokens = objective.sft_weight > 0 and objective.sft_normalizer == "tokens"
@@ -225,9 +222,9 @@ class Layout:
         return part._replace(mean=False)
 
     def group_pass(self, window: Window, logps: Tensor) -> tuple[Losses, Tensor]:
-        """Losses of the window, and dL/dlogp of this rank's rows of it.
+        """Return the losses of a window and dL/dlogp of this rank's rows in it.
 
-        logps ``[n]`` are those of all rows.
+        logps are `[n]` of all rows.
         """
         _, s, rows = window
         offsets, logps = self.offsets[s.start : s.stop + 1] - rows.start, logps[rows]

@@ -1,15 +1,14 @@
-"""Compile every kernel for real chips, on a machine with no GPU, and read from the machine code
-what it costs.
+"""Compile every kernel for real chips, without a GPU, and read its cost from the machine code.
 
-Columns: registers and stack (spills) per thread, shared memory per program; for kernels that stream
-rows, the widest access to global memory in the loop that streams the most, in bytes per thread;
-exponentials and instructions per element of that loop; and what that arithmetic allows, as a
-multiple of what the memory delivers by data sheet ("1.9 issue": issue slots would feed 1.9 times
-the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of
-it).
+Columns: registers and stack (spills) per thread and shared memory per program. For kernels that
+stream rows, also the widest access to global memory, in bytes per thread, of the loop that streams
+most; exponentials and instructions per element of that loop; and the rate that this arithmetic
+allows, as a multiple of the memory bandwidth in the data sheet ("1.9 issue": issue slots suffice
+for 1.9 times the bandwidth; "0.8 special": the unit for exponentials and reciprocals limits the
+kernel to 80 % of it).
 
-Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves
-single elements in that loop.
+Exit code 1 if a kernel that streams rows of the vocabulary spills registers, or accesses single
+elements in that loop.
 """
 
 from __future__ import annotations
@@ -44,17 +43,20 @@ COLUMNS = {
     "allows": "allows x bandwidth",
     "verdict": "verdict",
 }
-# one program: ptxas keeps up to sixteen of its registers in local memory, which costs nothing there
+# the group pass is one program: ptxas keeps up to 16 of its registers in local memory, at no cost
 GROUP_PASS_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Inner:
-    """The loop that streams the most.
+    """The loop that streams most.
 
     Attributes:
-        elements: that a thread takes per iteration.
-        exponentials, special, instructions, bytes: per element; bytes moved both ways.
+        elements: elements that a thread processes per iteration.
+        exponentials: exponentials per element.
+        special: instructions of the special function unit per element.
+        instructions: issued instructions per element.
+        bytes: bytes per element, read and written.
     """
 
     elements: float
@@ -65,11 +67,11 @@ class Inner:
 
 
 def streaming_loop(code: MachineCode) -> Loop:
-    """Of the loops with none inside, that whose narrowest load is the widest; of these the longest
-    of those that load the most.
+    """Return the innermost loop that streams most.
 
-    The others handle the edges of rows, and what is rare. Where there is one for each place of a
-    row in memory, the longest counts.
+    It is the one whose narrowest load is the widest; then the one that loads most; then the
+    longest. Other loops handle edges of rows and rare cases; of loops for different alignments of a
+    row the longest counts.
     """
     return max(
         code.loops,
@@ -79,7 +81,7 @@ def streaming_loop(code: MachineCode) -> Loop:
 
 
 def inner_loop(code: MachineCode, element_size: int) -> Inner | None:
-    """None where no loop loads anything."""
+    """Return the figures of the streaming loop; None if no loop loads anything."""
     loop = streaming_loop(code)
     if not loop.moved("load"):
         return None
@@ -89,7 +91,7 @@ def inner_loop(code: MachineCode, element_size: int) -> Inner | None:
 
 
 def audited(target: str, variant: Variant, launch: Launch, **options: Any) -> dict[str, Any]:
-    """One row: a launch compiled for a chip."""
+    """Compile a launch for a chip, and return its row of the table."""
     from triton.backends.compiler import GPUTarget
 
     chip = CHIPS[target]
@@ -140,7 +142,7 @@ def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
 
 
 def _job(job: tuple[str, int, int, bool]) -> dict[str, Any]:
-    """Launches are made again in each process: kernels cannot travel."""
+    """Audit one launch; it is recorded again in each process, because kernels cannot be pickled."""
     target, variant, launch, full = job
     chosen = list(variants(full))[variant]
     with assumed_arch(target):
@@ -175,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("audit", "triton")
-    # read when a kernel is imported, which has not happened yet
+    # before kernels are imported, which read it
     os.environ.pop("TRITON_INTERPRET", None)
     names: dict[tuple[int, int], str] = {}  # of each launch
     for i, variant in enumerate(variants(args.full)):

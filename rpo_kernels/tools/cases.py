@@ -1,6 +1,4 @@
-"""What `verify` runs: each case makes its inputs from a seed and compares ours, PyTorch in the same
-dtype and float64.
-"""
+"""The cases of `verify`: each makes inputs from a seed and compares ours, PyTorch and float64."""
 
 from __future__ import annotations
 
@@ -32,7 +30,8 @@ TRANSFORMS: dict[str, dict[str, float]] = {
     "scaled": {"temperature": 0.7, "logit_scale": 1.3},
     "softcap": {"softcap": 30.0, "logit_scale": 0.5, "temperature": 1.5},
 }
-OPTIONS: dict[str, dict[str, Any]] = {  # that meet in the group pass, one of each kind per set
+# options of the group pass; each set has one of each kind
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "average, margin, sft mean": {
         "average": True,
@@ -48,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # that meet in the group pass, one of ea
     "geometric, sft sum": {"reference": "geometric", "sft_weight": 0.2},
     "no reference, average": {"reference": "none", "average": True},
 }
-GUARD = 1 << 15  # elements before and after the rows, more than any tile
+GUARD = 1 << 15  # elements before and after the rows: more than any tile
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -56,7 +55,7 @@ EPS = torch.finfo(torch.float32).eps
 class Machine:
     """Where and how cases run.
 
-    ``keeps_bf16``: whether stores to bf16 round (Triton's interpreter truncates them).
+    `keeps_bf16` tells whether stores to bf16 round (Triton's interpreter truncates them).
     """
 
     device: str
@@ -66,7 +65,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Worst errors of one output against float64: ours, PyTorch's, and what ours may reach."""
+    """Largest errors of one output against float64: ours, PyTorch's, and the bound of ours."""
 
     name: str
     error: float
@@ -74,7 +73,7 @@ class Quantity:
     allowed: float
 
     def share(self) -> float:
-        """Of what is allowed."""
+        """The error as a share of its bound."""
         if self.error == 0:
             return 0.0
         return self.error / self.allowed if self.allowed else float("inf")
@@ -95,8 +94,9 @@ class Case:
 
 
 def worst(ours: Tensor, truth: Tensor) -> float:
-    """Largest absolute error; equal infinities and NaNs agree, any other non-finite difference is
-    infinite.
+    """Return the largest absolute error.
+
+    Equal infinities and NaNs agree; any other non-finite difference is infinite.
     """
     a, b = ours.detach().double(), truth.detach().double()
     same = (a == b) | (a.isnan() & b.isnan())
@@ -105,15 +105,16 @@ def worst(ours: Tensor, truth: Tensor) -> float:
 
 
 def size(x: Tensor) -> float:
-    """Largest finite magnitude."""
+    """Return the largest finite magnitude."""
     return (
         float(x.detach().double().abs().nan_to_num(posinf=0, neginf=0).max()) if x.numel() else 0.0
     )
 
 
 def judged(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, rounding: float) -> Quantity:
-    """Ours may err half as much again as PyTorch, and by ``rounding`` where PyTorch happens to be
-    exact.
+    """Compare ours and PyTorch's with float64.
+
+    Our error may be 1.5 times PyTorch's plus `rounding`, since PyTorch may happen to be exact.
     """
     pytorch = worst(theirs, truth)
     return Quantity(name, worst(ours, truth), pytorch, 1.5 * pytorch + rounding)
@@ -121,7 +122,7 @@ def judged(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, rounding: flo
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New tensors hold NaN, so that an element that is not written shows."""
+    """Context in which new tensors hold NaN, so that elements which are not written show."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def poison(x: Tensor) -> Tensor:
@@ -141,11 +142,11 @@ def poisoned_memory() -> Iterator[None]:
 def rows_among_nans(
     V: int, dtype: torch.dtype, layout: str, at: Machine, g: Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits ``[2, 3, V]``, labels, which elements of the memory lie outside the logits).
+    """Return logits `[2, 3, V]`, labels, and the mask of the memory outside the logits.
 
     Rows are flat, ordinary, confident in the label, confident in another token, ignored, and with a
-    maximum in the last column.
-    All memory around them is NaN: a masked element that is read, or written in place, shows.
+    maximum in the last column. All memory around them is NaN, so that out-of-bounds reads and
+    writes show.
     """
     x = torch.randn(2, 3, V, generator=g) * 8
     labels = torch.randint(0, V, (2, 3), generator=g)
@@ -204,8 +205,8 @@ def vocabulary(
     memory = leaf.detach().as_strided(outside.shape, (1,), 0)
     spoilt = int((~memory.isnan() & outside).sum())
     names = ["logps", "entropy", "dlogits"] if entropy else ["logps", "dlogits"]
-    # Roundings of fp32: of the value; of a sum of some log V nats; of the gradient, and its own
-    # dtype's half an ulp.
+    # fp32 roundings: of the value; of a sum of some log V nats; of the gradient, and half an ulp of
+    # its dtype
     of_gradient = max(4 * EPS, torch.finfo(dtype).eps / 2) * size(truth[-1]) + (
         4 * EPS * 8.3 if entropy else 0
     )
@@ -220,8 +221,9 @@ def vocabulary(
 
 
 def batch(objective: RPOObjective, packed: bool, ragged: bool, at: Machine, g: Generator) -> tuple:
-    """(logits, labels, rewards, options): sequences of 0 to 5 scored tokens; a group of one and an
-    empty one among the ragged.
+    """Return logits, labels, rewards and options for sequences of 0 to 5 scored tokens.
+
+    Ragged groups include one of size 1 and an empty one.
     """
     V, counts, options = 5, [3, 1, 0, 5, 3, 3, 2, 2, 3, 2, 5, 3], {}
     shape = (sum(counts),) if packed else (12, 3)
@@ -266,8 +268,9 @@ def losses(
     objective: RPOObjective,
     gradients: Iterable[tuple[str, Tensor, Tensor, Tensor]],
 ) -> list[Quantity]:
-    """Losses and rewards pass through s = a (l - lref), whose own rounding is that of sums of some
-    ten nats.
+    """Compare losses and rewards, and the given gradients.
+
+    s = a (l - lref) rounds sums of about ten nats.
     """
     spread = 1 + size(truth.rewards)
     of = {
@@ -354,9 +357,7 @@ def groups(objective: RPOObjective, K: int, at: Machine, g: Generator) -> list[Q
 def linear(
     objective: RPOObjective, dtype: torch.dtype, workspace: int | None, at: Machine, g: Generator
 ) -> list[Quantity]:
-    """With an upstream gradient of 3, so that gradients that are ready before the backward are
-    scaled.
-    """
+    """Compare the linear path, with an upstream gradient of 3, which scales ready gradients."""
     logits, labels, rewards, options = batch(objective, True, True, at, g)
     H = 6
     shapes = (len(labels), H), (logits.shape[-1], H), (logits.shape[-1],)
@@ -393,16 +394,16 @@ def linear(
     return losses(("logps", "rewards", "losses", "loss"), ours, theirs, truth, objective, gradients)
 
 
-# ---- which of them -------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------
 
 
 def cases(quick: bool, at: Machine) -> Iterator[Case]:
-    """Every kernel; in full over every dtype and option, and vocabularies of real models."""
+    """Yield cases of every kernel; in full, of every dtype and option, with real vocabularies."""
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     layouts = itertools.cycle(["contiguous", "shifted", "padded"])
     switches = itertools.cycle([(False, False), (True, True), (False, True), (True, False)])
-    # One element; odd below a tile; one past 16 bytes; one past a whole tile; GPT-2's odd
-    # vocabulary; Llama 2; Qwen 3.
+    # one element; odd and below a tile; one more than 16 bytes; one more than a tile; GPT-2 (odd);
+    # Llama 2; Qwen 3
     vocabularies = [31, 4097] if quick else [1, 31, 257, 4097, 32_000, 50_257, 151_936]
     for V, (name, transform), dtype in itertools.product(
         vocabularies, TRANSFORMS.items(), (fp32, fp16, bf16)

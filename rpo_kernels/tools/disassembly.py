@@ -1,10 +1,10 @@
-"""What the loops of a compiled kernel do, read from the instructions that a chip runs: SASS of
-NVIDIA, GCN assembly of AMD.
+"""Loops of a compiled kernel, from its instructions: SASS of NVIDIA, GCN assembly of AMD.
 
-    for loop in loops(code): loop.accesses, loop.exponentials, loop.issued
+    for loop in loops(code):
+        print(loop.accesses, loop.exponentials, loop.issued)
 
-Counts are of instructions as they stand: each counts once per iteration, whether or not its
-predicate or branch lets it work.
+Counts are static: each instruction counts once per iteration, even if its predicate or a branch
+skips it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-# Operation and operands, behind an address and a predicate: "/*0100*/ @!P0 BRA `(.L_x_0) ;",
+# Operation and operands, after an address and a predicate: "/*0100*/ @!P0 BRA `(.L_x_0) ;",
 # "s_cbranch_scc0 .LBB0_9".
 _SASS = re.compile(
-    r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?(?P<operation>[A-Z][\w.]*)(?P<operands>[^;]*);"
+    r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+\s+)?"
+    r"(?P<operation>[A-Z][\w.]*)(?P<operands>[^;]*);"
 )
 _GCN = re.compile(
     r"\t(?P<operation>[sv]_\w+|(?:global|buffer|flat|ds|scratch)_\w+)(?P<operands>[^;]*)"
@@ -29,26 +30,26 @@ _LABEL = re.compile(r"(\.L\w+):")
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions that one iteration passes, without those of loops inside it."""
+    """The instructions of one iteration, without those of inner loops."""
 
     operations: tuple[str, ...]
     innermost: bool = True
 
     @cached_property
     def accesses(self) -> Counter[tuple[str, int]]:
-        """Accesses to global memory, by (``"load"`` or ``"store"``, bytes per thread)."""
+        """Accesses to global memory, by (`"load"` or `"store"`, bytes per thread)."""
         return Counter(filter(None, map(_access, self.operations)))
 
     def moved(self, kind: str) -> int:
-        """Bytes that a thread loads or stores in one iteration."""
+        """Return the bytes that a thread loads or stores per iteration."""
         return sum(width * count for (what, width), count in self.accesses.items() if what == kind)
 
     def narrowest(self, kind: str) -> int:
-        """Bytes of the narrowest access of a thread; 0 where there is none."""
+        """Return the bytes of a thread's narrowest access, or 0."""
         return min((width for what, width in self.accesses if what == kind), default=0)
 
     def widest(self, kind: str) -> int | None:
-        """Bytes of the widest access of a thread."""
+        """Return the bytes of a thread's widest access, or None."""
         return max((width for what, width in self.accesses if what == kind), default=None)
 
     @property
@@ -64,8 +65,9 @@ class Loop:
 
     @property
     def issued(self) -> int:
-        """Instructions that take a vector issue slot: all of NVIDIA's, AMD's ``v_*`` (scalar ones
-        have a port of their own).
+        """Instructions that take a vector issue slot.
+
+        These are all of NVIDIA's, and `v_*` of AMD's, whose scalar ones use another port.
         """
         return sum(
             not x.startswith(("s_", "global_", "buffer_", "flat_", "ds_")) for x in self.operations
@@ -80,7 +82,7 @@ class _Block:
 
 
 def loops(code: str) -> list[Loop]:
-    """Every loop of a kernel, outer ones before those inside them."""
+    """Return every loop of a kernel, outer loops before inner ones."""
     import networkx  # comes with torch
 
     blocks, place = _blocks(code)
@@ -100,9 +102,7 @@ def loops(code: str) -> list[Loop]:
 def _bodies(
     graph: Any, nodes: set[int], components: Callable[[Any], Iterable[set[int]]]
 ) -> Iterator[tuple[set[int], bool]]:
-    """Blocks of each loop among the nodes, less those of loops inside it, and whether there are
-    none.
-    """
+    """Yield the blocks of each loop without those of inner loops, and whether there are none."""
     view = graph.subgraph(nodes)
     for cycle in list(components(view)):
         if len(cycle) == 1 and not view.has_edge(*2 * tuple(cycle)):
@@ -116,14 +116,13 @@ def _bodies(
 
 
 def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
-    """Straight pieces of code in order, and the piece that each label begins."""
+    """Split code into basic blocks, in order; return them and the block of each label."""
     blocks, place = [_Block()], {}
     instruction = _SASS if "/*0000*/" in code else _GCN
     for line in code.splitlines():
         if label := _LABEL.match(line):
-            if (
-                blocks[-1].operations
-            ):  # an empty one behind a branch would be a way into this label that nothing takes
+            # no empty block: after a branch it would be a predecessor that is never executed
+            if blocks[-1].operations:
                 blocks.append(_Block())
             place[label[1]] = len(blocks) - 1
         elif found := instruction.match(line):
@@ -132,7 +131,7 @@ def _blocks(code: str) -> tuple[list[_Block], dict[str, int]]:
             ends = bool(re.match(r"EXIT|RET|s_endpgm", operation))
             if re.match(r"BRA|s_c?branch", operation):
                 block.targets += re.findall(r"\.L\w+", found["operands"])
-                # `BRA.U UP0, ...`, `BRA P0, ...` and s_cbranch_* may fall through as well as a
+                # `BRA.U UP0, ...`, `BRA P0, ...` and s_cbranch_* may fall through, like a
                 # predicated BRA
                 ends = not re.search(r"\bU?P\d", found["operands"]) and not operation.startswith(
                     "s_cbranch"

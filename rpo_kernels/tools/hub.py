@@ -149,7 +149,7 @@ def sources() -> dict[str, bytes]:
 
 
 def variant(backend: str, version: int) -> dict[str, bytes]:
-    """Files of a built variant: the sources, an ``_ops.py`` with a namespace that is unique to
+    """Files of a built variant: the sources, an `_ops.py` with a namespace that is unique to
     their content, and metadata with their digests.
     """
     files = sources()

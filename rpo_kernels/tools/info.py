@@ -1,4 +1,4 @@
-"""Versions, devices, backends and the launch settings that this machine would use."""
+"""Print versions, devices, backends and the launch settings that this machine uses."""
 
 from __future__ import annotations
 

@@ -2,12 +2,11 @@
 
     with ledger() as launches:
         token_logps(logits, labels, backend="triton")
-    # times each element was loaded, in the shape of the logits
-    launches[0].kernel, launches[0].loads["logits"]
+    launches[0].loads["logits"]  # how often each element was loaded, in the shape of the logits
 
-The interpreter runs programs one after the other and sees every address. So counts are exact, and
-show what only a GPU would
-suffer from: accesses outside the arguments, and accesses that no barrier orders.
+The interpreter runs programs one after another and sees every address. Counts are therefore exact,
+and show what would fail on a GPU only: accesses outside the arguments, and accesses without a
+barrier between them.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ import torch
 
 
 class Launch:
-    """What one launch of a kernel did to its tensors, each under the name of its argument without
-    ``_ptr``.
+    """Accesses of one launch to its tensors, by argument name without `_ptr`.
 
     Attributes:
         kernel: name of the kernel.
-        loads, stores: per tensor, how often each element was accessed, in its shape. Tensors in the
-            same memory share counts.
-        loaded_bytes, stored_bytes: per tensor.
-        stray: accesses to no element of any argument.
-        races: accesses to what another program stores, and loads of what the same program stored
-            since its last barrier.
+        loads: per tensor, how often each element was loaded, in its shape. Tensors that share
+            memory share counts.
+        stores: the same for stores.
+        loaded_bytes: per tensor.
+        stored_bytes: per tensor.
+        stray: number of accesses outside all arguments.
+        races: number of accesses to what another program stores, and of loads of what the same
+            program has stored since its last barrier.
     """
 
     def __init__(self, kernel: str, arguments: dict[str, Any]):
         self.kernel, self.races, self._outside = kernel, 0, 0
-        self._epoch = self._program = (
-            0  # barriers and programs so far; epoch in which the present program began
-        )
+        # barriers and programs so far; the epoch in which the current program began
+        self._epoch = self._program = 0
         self._regions: dict[tuple, _Region] = {}
         tensors = {
             name.removesuffix("_ptr"): x
@@ -84,12 +83,12 @@ class Launch:
         return self._outside + int(sum(gaps))
 
     def advance(self, program: bool) -> None:
-        """A barrier, or the next program, begins."""
+        """Begin a new epoch, at a barrier or the next program."""
         self._epoch += 1
         self._program = self._epoch if program else self._program
 
     def book(self, pointers: Any, mask: Any, store: bool) -> None:
-        """Count an access to a block of pointers of the interpreter."""
+        """Count an access to a block of the interpreter's pointers."""
         addresses = pointers.data[
             np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
         ].astype(np.int64)
@@ -113,7 +112,7 @@ class Launch:
 
 
 class _Region:
-    """Counts over the memory from the first element of a tensor to its last."""
+    """Counts over the memory from a tensor's first element to its last."""
 
     def __init__(self, start: int, shape: tuple[int, ...], strides: tuple[int, ...], size: int):
         self.start, self.shape, self.strides, self.size = start, shape, strides, size
@@ -121,14 +120,14 @@ class _Region:
             0 if 0 in shape else 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
         )
         self.loads, self.stores = np.zeros((2, self.span), np.int64)
-        self._stored_in, self._loaded_by = np.full((2, self.span), -1)  # an epoch, a program
+        self._stored_in, self._loaded_by = np.full((2, self.span), -1)  # an epoch; a program
 
     def by_element(self, counts: np.ndarray) -> np.ndarray:
         strides = [counts.itemsize * stride for stride in self.strides]
         return np.lib.stride_tricks.as_strided(counts, self.shape, strides, writeable=False)
 
     def book(self, i: np.ndarray, store: bool, epoch: int, program: int) -> int:
-        """Count accesses to elements i; returns how many race."""
+        """Count accesses to elements i, and return how many of them race."""
         stored, loaded = self._stored_in[i], self._loaded_by[i]
         races = (stored >= 0) & (stored < program)
         races |= (loaded >= 0) & (loaded != program) if store else stored == epoch
@@ -139,11 +138,12 @@ class _Region:
 
 @contextlib.contextmanager
 def ledger() -> Iterator[list[Launch]]:
-    """Within it, every launch of a kernel is appended to the list that it yields. Atomics are
-    refused.
+    """Context that yields a list, to which every launch of a kernel is appended.
+
+    Atomics are not supported.
 
     Raises:
-        RuntimeError: where kernels are compiled, not interpreted.
+        RuntimeError: if kernels are compiled, not interpreted.
     """
     from ..backend import interpreted
 

@@ -1,4 +1,4 @@
-"""What a command cannot do without."""
+"""Packages that a command requires."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import importlib.util
 
 
 def require(command: str, *packages: str, otherwise: str = "") -> None:
-    """Ends the command with a message where a package is not installed; ``otherwise``: what else
-    serves.
-    """
+    """Exit with a message if a package is missing; `otherwise` names an alternative."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise SystemExit(

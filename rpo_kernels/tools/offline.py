@@ -1,13 +1,11 @@
-"""Kernels compiled with no GPU: the machine code that a launch would run on a given chip, and what
-that code costs.
+"""Kernels compiled without a GPU: the machine code of a launch on a given chip, and its cost.
 
     with recorded_launches() as launches:
-        # tensors may be on the meta device: nothing runs
-        vocabulary_forward(logits, labels, ...)
+        vocabulary_forward(logits, labels, ...)  # on the meta device, too: nothing runs
     code = launches[0].compile(GPUTarget("cuda", 90, 32))
-    code.registers, code.local_bytes, code.loop_accesses, code.loops[0].exponentials
+    print(code.registers, code.local_bytes, code.loop_accesses, code.loops[0].exponentials)
 
-Needs the package triton, and a process in which the kernels were not decorated for its interpreter.
+Requires triton, and a process in which the kernels were not decorated for its interpreter.
 """
 
 from __future__ import annotations
@@ -33,20 +31,20 @@ class MachineCode:
     """A compiled kernel.
 
     Attributes:
-        asm: what each stage of the compiler made (``"ttgir"``, ``"ptx"``, ``"amdgcn"``, ...).
-        registers: per thread, of 32 bits.
-        local_bytes: memory per thread that holds what registers do not: spills, stack.
-        shared_bytes: per program.
+        asm: output of each stage of the compiler (`"ttgir"`, `"ptx"`, `"amdgcn"`, ...).
+        registers: 32-bit registers per thread.
+        local_bytes: local memory per thread (spills, stack).
+        shared_bytes: shared memory per program.
     """
 
-    asm: Mapping[str, Any]  # str; of "cubin" bytes
+    asm: Mapping[str, Any]  # str; "cubin": bytes
     registers: int
     local_bytes: int
     shared_bytes: int
 
     @cached_property
     def instructions(self) -> str:
-        """What the chip runs, as text: SASS or GCN assembly."""
+        """The instructions of the chip as text: SASS or GCN assembly."""
         if "amdgcn" in self.asm:
             return self.asm["amdgcn"]
         return _nvidia_tool("nvdisasm", self.asm["cubin"], "-c")
@@ -57,9 +55,7 @@ class MachineCode:
 
     @property
     def loop_accesses(self) -> Counter[tuple[str, int]]:
-        """Instructions inside loops that access global memory, by (``"load"`` or ``"store"``, bytes
-        per thread).
-        """
+        """Accesses to global memory inside loops, by (`"load"` or `"store"`, bytes per thread)."""
         return sum((loop.accesses for loop in self.loops), Counter())
 
 
@@ -73,7 +69,7 @@ class Launch:
     options: Mapping[str, Any]
 
     def compile(self, target: Any, **options: Any) -> MachineCode:
-        """See :func:`compile_kernel`."""
+        """Compile the launch; see `compile_kernel`."""
         return compile_kernel(
             self.kernel, self.arguments, target, self.num_warps, **{**self.options, **options}
         )
@@ -81,7 +77,7 @@ class Launch:
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Within it kernels are not run: their launches are appended to the list that it yields."""
+    """Context that yields a list, to which launches are appended instead of being run."""
     triton = _triton()
     launches: list[Launch] = []
 
@@ -104,17 +100,20 @@ def recorded_launches() -> Iterator[list[Launch]]:
 def compile_kernel(
     kernel: Any, arguments: Mapping[str, Any], target: Any, num_warps: int, **options: Any
 ) -> MachineCode:
-    """Compile a ``@triton.jit`` function as a launch with these arguments would on a chip.
+    """Compile a `@triton.jit` function for a chip, as a launch with these arguments would.
 
     Args:
         kernel: the function, not decorated for the interpreter.
-        arguments: every argument by name. Tensors count by dtype and alignment, None and constexprs
-            by value, integers as Triton's launcher specialises them: divisible by 16, equal to 1,
+        arguments: all arguments by name. Tensors are specialised by dtype and alignment, None and
+            constexprs by value, integers as by Triton's launcher: divisible by 16, equal to 1,
             beyond 32 bits.
-        target: ``triton.backends.compiler.GPUTarget``: ``("cuda", 90, 32)``, ``("hip", "gfx942",
-            64)``, ...
-        num_warps: of a program.
-        options: further options of the compiler, such as ``maxnreg``.
+        target: `triton.backends.compiler.GPUTarget`: `("cuda", 90, 32)`, `("hip", "gfx942", 64)`,
+            ...
+        num_warps: warps of a program.
+        options: further options of the compiler, such as `maxnreg`.
+
+    Returns:
+        The compiled kernel.
 
     Raises:
         RuntimeError: without triton, or for a kernel decorated for its interpreter.
@@ -148,12 +147,12 @@ def compile_kernel(
 
 
 def _number(pattern: str, text: str) -> int:
-    """The one that the pattern's group finds."""
+    """Return the only number that the pattern's group matches."""
     return int(re.findall(pattern, text)[0])
 
 
 def _nvidia_tool(name: str, cubin: bytes, option: str) -> str:
-    """Output of a tool of triton's wheel."""
+    """Return the output of a tool from triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -175,7 +174,7 @@ _DTYPES = {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u"}
 
 
 def _specialise(param: Any, value: Any) -> tuple[str, Any, bool]:
-    """(type, value if constant, whether a multiple of 16), as the launcher takes an argument."""
+    """Return (type, value if constant, whether a multiple of 16), as the launcher would."""
     if param.is_constexpr or value is None:
         return "constexpr", value, False
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Tables of a command's results: for a terminal, for Markdown, for programs."""
+"""Tables of a command's results, for terminals, Markdown and programs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def show(rows: list[dict[str, Any]], columns: dict[str, str], style: str = "text") -> str:
-    """Rows of dictionaries as a table; ``columns`` maps their keys to headings.
+    """Format rows of dictionaries as a table; `columns` maps their keys to headings.
 
     Styles: text, markdown, json (every key).
     """

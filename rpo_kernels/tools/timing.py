@@ -1,4 +1,4 @@
-"""Seconds on the device's own clock, each step from a cold cache."""
+"""Timing with the device's clock, each step with a cold cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Tick:
-    """A moment on a GPU's clock; ``b - a`` are seconds."""
+    """A point in time on a GPU's clock; `b - a` is in seconds."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -22,12 +22,12 @@ class Tick:
 
 
 def clock(device: str) -> Callable[[], Any]:
-    """What tells the time: moments of which ``b - a`` are seconds."""
+    """Return a function that reads the device's clock; differences are in seconds."""
     return Tick if device == "cuda" else time.perf_counter
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Whether an error, in the words of PyTorch or of Triton, leaves the CUDA context unusable."""
+    """Return whether an error of PyTorch or Triton leaves the CUDA context unusable."""
     by_triton = "[CUDA]" in str(error) and any(
         word in str(error) for word in ("illegal", "launch failure", "misaligned")
     )
@@ -38,22 +38,22 @@ _cache: dict[torch.device, torch.Tensor] = {}
 
 
 def flush_cache(device: torch.device) -> None:
-    """Write more than the last cache holds.
+    """Overwrite the last-level cache of a GPU.
 
-    On a CPU nothing is done: large working sets do that themselves.
+    Nothing is done on a CPU, where large working sets do it themselves.
     """
     if device.type == "cuda":
         if device not in _cache:
             _cache[device] = torch.empty(256 << 20, dtype=torch.int8, device=device)
         _cache[device].zero_()
-        # about a millisecond, in which the host gets ahead of the device
+        # about a millisecond, in which the CPU gets ahead of the GPU
         torch.cuda._sleep(2_000_000)
 
 
 def seconds(
     step: Callable[[], object], prepare: Callable[[], object], device: str, rounds: int
 ) -> list[float]:
-    """Times of single steps, each prepared."""
+    """Time single steps, each after `prepare`."""
     now, times = clock(device), []
     for _ in range(rounds):
         prepare()

@@ -1,13 +1,12 @@
-"""Bytes that each kernel reads and writes, counted address by address in Triton's interpreter,
-against the cost model.
+"""Count the bytes that kernels read and write in Triton's interpreter, against the cost model.
 
-Columns: bytes read and written per call, in all and per element of the scored logits (per token for
-the group pass); what the cost model says; and the same for naive PyTorch (fp32 log_softmax and
-gather, with autograd), added up over its operators' inputs and
-outputs as it runs: a view moves nothing, every other operator reads its inputs once and writes its
-outputs once.
+Columns: bytes read and written per call, in total and per element of the scored logits (per token
+for the group pass); what the cost model allows; and the same for naive PyTorch (fp32 log_softmax
+and gather, with autograd). The latter is summed over operators as they run: a view moves nothing,
+any other operator reads its inputs once and writes its outputs once.
 
-Fails (exit code 1) if a kernel moves more than the model, reaches outside its tensors, or races.
+Exit code 1 if a kernel moves more than the model allows, accesses memory outside its tensors, or
+races.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ IGNORED_SHARE = 0.5
 
 
 class OperatorTraffic(TorchDispatchMode):
-    """Adds up the bytes that operators read and write: each input once and each output once.
+    """Sum the bytes that operators read and write: each input once and each output once.
 
     Views and uninitialised memory cost nothing, fills only their output, and a gather or an
-    in-place scatter only the elements that it picks.
+    in-place scatter only the elements that it selects.
     """
 
     def __init__(self) -> None:
@@ -68,11 +67,8 @@ class OperatorTraffic(TorchDispatchMode):
         read, written = (sum(x.nbytes for x in tensors) for tensors in (inputs, outputs))
         if re.match(r"(new_)?(zeros|ones|full)|zero_|fill_|scalar_tensor|arange", name):
             read = 0
-        elif name in (
-            "gather",
-            "scatter_add",
-            "scatter_add_",
-        ):  # out of place only under a dispatch mode
+        # scatter_add is out of place only under a dispatch mode
+        elif name in ("gather", "scatter_add", "scatter_add_"):
             whole, picked = args[0].nbytes, args[2].numel() * args[0].element_size()
             read += picked - whole
             written = picked
@@ -81,7 +77,7 @@ class OperatorTraffic(TorchDispatchMode):
 
 
 def naive_rpo_loss(logits: Tensor, labels: Tensor, rewards: Tensor, ref: Tensor) -> Tensor:
-    """Squared pairs from fp32 log-probabilities, as trainers write it."""
+    """Squared pairwise loss from fp32 log-probabilities, as trainers write it."""
     logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     s = 0.1 * torch.where(labels >= 0, logps - ref, 0).sum(-1)
     u = (s - rewards).view(-1, 2)
@@ -95,7 +91,7 @@ def counted_naive(steps: Callable[[], Any]) -> tuple[int, int]:
 
 
 def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
-    """Rows for a batch of 4 sequences of 8 tokens of which a share is scored."""
+    """Return the rows for a batch of 4 sequences of 8 tokens, of which a share is scored."""
     from .. import rpo_loss
     from .ledger import ledger
 
@@ -111,7 +107,7 @@ def measured(dtype: torch.dtype, V: int, share: float) -> list[dict[str, Any]]:
         out.loss.backward()
     N, scored, size = S * T, int((labels != -100).sum()), logits.element_size()
     call = f"{str(dtype)[6:]}, V = {V:,}, {share:.0%} scored"
-    # Beside the logits: a few numbers per token, and the logit of the label once more.
+    # besides the logits: a few numbers per token, and the label's logit once more
     models = {
         "_vocabulary_forward_kernel": (scored * (V + 1) * size, 0, "each scored row read once"),
         "_group_pass_kernel": (0, 0, "log-probs and references once, labels twice"),
@@ -198,9 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require("traffic", "triton", "numpy")
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read when a kernel is imported, which has not happened yet
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported, which read it
     rows = []
     with warnings.catch_warnings():
         warnings.filterwarnings(

@@ -1,17 +1,16 @@
-"""Choose launch settings of the row passes for vocabularies of yours, and write them into a table.
+"""Choose launch settings of the row passes for your vocabularies, and write them to a table.
 
-    # on a GPU, by the clock
+    # on a GPU, by timing
     python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json
-    # without one, by machine code
+    # without a GPU, by machine code
     python -m rpo_kernels tune --vocab 151936 --dtype bfloat16 --output table.json --audit sm_100
     RPO_KERNELS_LAUNCH_TABLE=table.json python train.py
 
-On a GPU each candidate is checked against float64, then timed with a cold cache; the fastest wins,
-of equals the first. With
---audit the first candidate wins that does not spill, accesses memory 16 bytes at a time and whose
-arithmetic allows 1.15 times the bandwidth; that is how rows of the package's own table were made
-that say so. Each row of the table carries its evidence. Rows that FILE has for other chips, passes,
-dtypes and sizes stay.
+On a GPU each candidate is checked against float64, then timed with a cold cache; the fastest is
+chosen, or the first of equally fast ones. With --audit it is the first candidate that does not
+spill, accesses memory 16 bytes at a time, and whose arithmetic allows 1.15 times the bandwidth; the
+rows of the package's table whose evidence says so were made in this way. Each row contains its
+evidence. Rows of FILE for other chips, passes, dtypes and sizes are kept.
 """
 
 from __future__ import annotations
@@ -53,18 +52,19 @@ COLUMNS = {
 }
 LOGITS_BYTES = 2 << 30  # of one launch: several times any cache
 ROUNDS = 15
-WITHIN = 0.01  # of the fastest, an earlier candidate is preferred
-ENOUGH = 1.15  # times the bandwidth, that arithmetic must allow
-SMALL_V = 4096  # below it a row is one warp's work
+WITHIN = 0.01  # of the fastest time: within it an earlier candidate is preferred
+ENOUGH = 1.15  # times the bandwidth: what the arithmetic must allow
+SMALL_V = 4096  # below it one warp processes a row
 
 
 def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[LaunchSettings]:
-    """In order of preference: many threads of few registers first, each with one vector of a tile
-    (backward: two).
+    """Yield settings in order of preference.
+
+    Many threads with few registers come first, each with one vector of a tile (backward: two).
     """
     amd = arch.startswith("gfx")
     if V < SMALL_V:
-        shapes = [(1, 0), (2, 0)]  # warps of a program, most registers of a thread
+        shapes = [(1, 0), (2, 0)]  # warps of a program, bound on the registers of a thread
     elif amd:
         shapes = [(4, 0), (2, 0), (8, 0)]
     elif op == "forward":
@@ -79,10 +79,7 @@ def candidates(op: str, V: int, element_size: int, arch: str) -> Iterator[Launch
 
 @contextlib.contextmanager
 def launching_with(settings: LaunchSettings) -> Iterator[None]:
-    """Row passes launched with these settings, whatever their table says.
-
-    The one place that knows how kernels take them.
-    """
+    """Context in which row passes are launched with these settings, instead of those of a table."""
     from ..kernels import vocabulary_backward, vocabulary_forward
 
     given = lambda *_: settings
@@ -93,13 +90,11 @@ def launching_with(settings: LaunchSettings) -> Iterator[None]:
         yield
 
 
-# ---- by the clock --------------------------------------------------------------------------------
+# ---- by timing -----------------------------------------------------------------------------------
 
 
 class RowPass:
-    """The forward and the backward kernel over ``[N, V]`` logits, with their float64 results in
-    some rows.
-    """
+    """The forward and backward kernels over `[N, V]` logits, and float64 results of some rows."""
 
     def __init__(self, N: int, V: int, dtype: torch.dtype, device: str):
         self.device = device
@@ -113,7 +108,7 @@ class RowPass:
         self.rows, self.logps = rows, reference.token_logps(z, self.labels[rows])
         onehot = torch.nn.functional.one_hot(self.labels[rows], V)
         self.dlogits = self.coef[rows, None] * (onehot - z.softmax(-1))
-        self.forward()  # with the settings of the table: what a backward needs
+        self.forward()  # with the table's settings: what the backward reads
 
     def forward(self) -> None:
         from ..kernels.vocabulary_forward import vocabulary_forward
@@ -132,18 +127,17 @@ class RowPass:
         return self.logits.nbytes * (1 if op == "forward" else 2)
 
     def error(self, op: str) -> float:
-        """Relative to what the arithmetic allows: above 1 is wrong."""
+        """Return the error relative to what the arithmetic allows: above 1 is wrong."""
         if op == "forward":
             return float((self.saved[0][self.rows] - self.logps).abs().max()) / 1e-4
-        half = torch.finfo(
-            self.out.dtype
-        ).eps  # a truncating store, as in the interpreter, errs by a whole unit
+        # a whole ulp: stores truncate in the interpreter
+        half = torch.finfo(self.out.dtype).eps
         allowed = (half + 1e-4) * self.dlogits.abs() + 1e-6
         return float(((self.out[0, self.rows].double() - self.dlogits).abs() / allowed).max())
 
 
 def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS) -> dict[str, Any]:
-    """One candidate: its median, or what is wrong with it."""
+    """Time one candidate: its median, or what is wrong with it."""
     step, saved = getattr(work, op), work.saved
     try:
         with launching_with(settings):
@@ -158,7 +152,7 @@ def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS
             median = statistics.median(
                 seconds(step, lambda: flush_cache(torch.device(work.device)), work.device, rounds)
             )
-    except Exception as error:  # too many registers, too much shared memory: no candidate then
+    except Exception as error:  # not a candidate: too many registers, too much shared memory
         if is_device_lost(error):
             raise
         return {"status": "failed", "figure": f"{type(error).__name__}: {str(error)[:80]}"}
@@ -174,14 +168,14 @@ def timed(work: RowPass, op: str, settings: LaunchSettings, rounds: int = ROUNDS
 
 
 def winner(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first candidate that is as good as the fastest."""
+    """Return the first candidate that is as fast as the fastest."""
     done = [row for row in rows if row["status"] == "ok"]
     best = min((row["median_s"] for row in done), default=0)
     return next((row for row in done if row["median_s"] <= (1 + WITHIN) * best), None)
 
 
 def copy_rate(device: str) -> float:
-    """Bytes read and written a second by a copy."""
+    """Return the bytes per second that a copy reads and writes."""
     source, target = torch.empty(2, 1 << 28 if device == "cuda" else 1 << 16, device=device)
     prepare = lambda: flush_cache(torch.device(device))
     return (
@@ -201,8 +195,9 @@ def by_clock(
     bytes: int = LOGITS_BYTES,
     rounds: int = ROUNDS,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """(every candidate, the winner with its evidence); no winner where a candidate would begin
-    after ``ends``.
+    """Return every candidate, and the winner with its evidence.
+
+    There is no winner if a candidate would begin after the time `ends`.
     """
     N = max(1, bytes // (V * dtype.itemsize))
     work, rows = RowPass(N, V, dtype, device), []
@@ -229,7 +224,7 @@ def by_clock(
 def by_audit(
     op: str, V: int, dtype: torch.dtype, arch: str
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """(candidates up to the winner, the winner with its evidence)."""
+    """Return the candidates up to the winner, and the winner with its evidence."""
     from .audit import audited
     from .variants import Variant, launch_vocabulary
 
@@ -269,8 +264,11 @@ def by_audit(
 def table_rows(
     arch: str, op: str, element_size: int, winners: dict[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Rows of the table from winners by vocabulary: the first of the small and of the large ones
-    stands for all of them, a larger one with the same settings needs no row."""
+    """Make rows of the table from the winners of each vocabulary.
+
+    The first of the small vocabularies and the first of the large ones represent their class; a
+    larger one with the same settings needs no row of its own.
+    """
     rows: list[dict[str, Any]] = []
     for V, best in sorted(winners.items()):
         chosen = {key: best[key] for key in TUNED}
@@ -288,9 +286,7 @@ def table_rows(
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what a table says of the same chip, pass, element size and class of vocabularies
-    (small or not).
-    """
+    """Replace a table's rows for the same chip, pass, element size and class of vocabularies."""
     key = lambda row: (row["arch"], row["op"], row["element_size"], row["V_at_least"] >= SMALL_V)
     places = {arch: i for i, arch in enumerate(CHIPS)}
     order = lambda row: (
@@ -348,7 +344,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _refusal(args: argparse.Namespace) -> str | None:
-    """Why nothing can be tuned."""
+    """Return why nothing can be tuned, or None."""
     if not args.audit and not torch.cuda.is_available():
         return (
             "candidates are timed on a GPU, and there is none; --audit CHIP chooses by machine code"
@@ -366,7 +362,7 @@ def _refusal(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # read when a kernel is imported, which has not happened yet
+    # before kernels are imported, which read it
     os.environ.pop("TRITON_INTERPRET", None)
     if refusal := _refusal(args):
         print(f"tune: {refusal}", file=sys.stderr)
@@ -392,7 +388,7 @@ def run(args: argparse.Namespace) -> int:
             else:
                 without.append(f"{op} {what['dtype']} V {V}")
         table += table_rows(arch, op, dtype.itemsize, winners)
-        if table:  # as soon as there is something: a run may be cut short
+        if table:  # after each pass: a run may be interrupted
             write_table(args.output, table)
     print(show(rows, COLUMNS, "json" if args.json else "text"))
     print(f"tune: {len(table)} rows of {arch} written to {args.output}", file=sys.stderr)

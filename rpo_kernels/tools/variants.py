@@ -1,4 +1,4 @@
-"""Kernels as users launch them, each with its name: what the audit compiles.
+"""Kernels as users launch them, by name: what the audit compiles.
 
 Tensors are on the meta device; nothing runs.
 """
@@ -17,11 +17,11 @@ from ..inputs import Groups, LogitTransform, Sequences
 from ..objectives import COMPARISONS, DISTANCES, RPOObjective
 from .offline import Launch, recorded_launches
 
-# How rows of logits lie in memory. A row is aligned if each begins at a multiple of 16 bytes;
-# triton sees that in a stride that is a multiple of 16 elements.
+# Vocabularies by the alignment of rows: a row is aligned if each begins at a multiple of 16 bytes,
+# which triton knows if the stride is a multiple of 16 elements.
 VOCABULARIES = {
     "aligned": 151_936,  # Qwen 3
-    # GPT-NeoX, padded to 8: bf16 rows are aligned, their stride is no multiple of 16
+    # GPT-NeoX, padded to 8: bf16 rows are aligned, but their stride is not a multiple of 16
     "multiple of 8": 50_280,
     "unaligned": 50_257,  # GPT-2
 }
@@ -35,14 +35,12 @@ EVERYTHING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Attributes: name; run, which launches kernels; dtype of what they stream, V of its rows (0:
-    no rows).
-    """
+    """A call that launches kernels."""
 
     name: str
     run: Any
-    dtype: torch.dtype = torch.float32
-    V: int = 0
+    dtype: torch.dtype = torch.float32  # of what they stream
+    V: int = 0  # columns of its rows; 0: no rows
 
     def launches(self) -> list[Launch]:
         with recorded_launches() as launches:
@@ -50,15 +48,16 @@ class Variant:
         return launches
 
     def streams(self, launch: Launch) -> bool:
-        """Whether the kernel passes over rows of the vocabulary (or over a gradient), whose speed
-        is that of the memory.
+        """Return whether the kernel streams rows of the vocabulary, or a gradient.
+
+        Its speed is then that of the memory.
         """
         shapes = [x.shape for x in launch.arguments.values() if isinstance(x, torch.Tensor)]
         return any(self.V and shape and shape[-1] == self.V for shape in shapes)
 
 
 def variants(full: bool = False) -> Iterator[Variant]:
-    """The common ones, those that need the fewest and the most registers; or every one."""
+    """Yield common variants, and those that need the fewest and most registers; or all of them."""
     for dtype, options, (rows, V) in itertools.product(
         (torch.bfloat16, torch.float16, torch.float32),
         itertools.product((False, True), repeat=2),
@@ -111,7 +110,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) -> None:
-    """Forward and backward of three rows."""
+    """Launch forward and backward of three rows."""
     from ..kernels.vocabulary_backward import vocabulary_backward
     from ..kernels.vocabulary_forward import vocabulary_forward
 
@@ -134,7 +133,7 @@ def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) 
 
 
 def launch_shards(dtype: torch.dtype, columns: int) -> None:
-    """Statistics of one of eight shards of a vocabulary, and what combines those of three rows."""
+    """Launch the statistics of one of eight shards, and their combination, for three rows."""
     from ..kernels.shards import combine
     from ..kernels.vocabulary_forward import shard_statistics
 
@@ -153,8 +152,9 @@ def launch_group_pass(
     K: int = 2,
     per_token: bool = True,
 ) -> None:
-    """256 sequences of a number of tokens each, or of sequence log-probabilities (0); K = 0 for
-    ragged groups.
+    """Launch the group pass for 256 sequences of `tokens` tokens (0: sequence log-probabilities).
+
+    K is 0 for ragged groups.
     """
     from ..kernels.group_pass import group_pass
 

@@ -1,13 +1,12 @@
-"""Run every kernel on this machine against the float64 reference, beside plain PyTorch in the same
-dtype.
+"""Compare every kernel with the float64 reference on this machine, next to plain PyTorch.
 
-A case passes if no output errs more than half as much again as PyTorch's own, plus the roundings
-that its arithmetic makes. Each
-row shows the output that comes closest to its bound: worst absolute error, PyTorch's, and the
-bound. Outputs are poisoned with NaN before each launch, and so is all memory around the logits.
+A case passes if no output's error exceeds 1.5 times that of PyTorch in the same dtype, plus the
+roundings of its arithmetic. Each row shows the output that is closest to its bound: largest
+absolute error, PyTorch's, and the bound. Outputs are filled with NaN before each launch, and so is
+all memory around the logits.
 
-Kernels run compiled where there is a GPU, and in Triton's interpreter elsewhere. Exit code 1 if a
-case fails.
+Kernels run compiled if there is a GPU, and in Triton's interpreter otherwise. Exit code 1 if a case
+fails.
 """
 
 from __future__ import annotations
@@ -67,9 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def machine(backend: str) -> Machine:
-    """This one. Without a GPU kernels are interpreted, which is settled when they are imported."""
+    """Return this machine.
+
+    Without a GPU, kernels are interpreted, which is decided when they are imported.
+    """
     gpu = torch.cuda.is_available()
-    if backend == "triton":  # whose interpreter is made of numpy
+    if backend == "triton":  # its interpreter uses numpy
         needed = ("triton",) if gpu else ("triton", "numpy")
         require("verify", *needed, otherwise=", or pass --backend torch")
     if backend == "triton" and not gpu:
@@ -78,7 +80,7 @@ def machine(backend: str) -> Machine:
 
 
 def verified(case: Case, at: Machine, seed: int) -> dict[str, Any]:
-    """One row."""
+    """Run a case, and return its row of the table."""
     quantities = case.run(at, torch.Generator().manual_seed(seed))
     closest = max(quantities, key=Quantity.share)
     return {
@@ -110,9 +112,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"verify: no case has the words {' '.join(args.only)}", file=sys.stderr)
         return 2
     print(f"verify: {len(chosen) * len(seeds)} cases on {at.device}, {how}", file=sys.stderr)
-    with (
-        warnings.catch_warnings()
-    ):  # numpy's, in the interpreter, where IEEE arithmetic is meant to give inf or nan
+    # numpy warns in the interpreter where IEEE arithmetic is meant to give inf or nan
+    with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
         )

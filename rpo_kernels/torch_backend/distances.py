@@ -1,5 +1,6 @@
-"""Distances between implicit and target reward gaps in float64, where textbook forms keep enough
-digits: the functions of ``kernels.distances``, under their names.
+"""Distances between gaps of implicit and target rewards in float64, in their textbook forms.
+
+The functions are those of `kernels.distances`, under the same names.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from ..objectives import RPOObjective
 
 
 def distance_of_gap(d: Tensor, tau: Tensor, objective: RPOObjective) -> tuple[Tensor, Tensor]:
-    """D[d || tau] and its derivative in d."""
+    """Return D[d || tau] and its derivative in d."""
     return _function(objective, "of_gap")(d, tau, objective.cross_entropy)
 
 
 def distance_of_outcome(log_p: Tensor, log_q: Tensor, objective: RPOObjective) -> Tensor:
-    """An outcome's share of D between softmaxes p and q."""
+    """Return the term of one outcome in D between softmaxes p and q."""
     return _function(objective, "of_outcome")(log_p, log_q, objective.cross_entropy)
 
 
 def distance_pull(log_p: Tensor, log_q: Tensor, gap: Tensor, objective: RPOObjective) -> Tensor:
-    """What response j adds to dD/ds_i, ``[G, K, K]``; of log-probabilities ``[G, K]``."""
+    """Return what response j adds to dD/ds_i, `[G, K, K]`; log-probabilities are `[G, K]`."""
     i, j = (..., slice(None), None), (..., None, slice(None))
     return _function(objective, "pull")(log_p[i], log_q[i], log_p[j], log_q[j], gap)
 
@@ -90,7 +91,7 @@ def hellinger_pull(
 
 
 def kl_term(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """q log(q / p) - q + p >= 0, whose sum over outcomes is KL(q || p); p where q = 0."""
+    """q log(q / p) - q + p >= 0; summed over outcomes it is KL(q || p). p where q = 0."""
     q, p = log_q.exp(), log_p.exp()
     return torch.where(q == 0, p, q * (log_q - log_p) - q + p).clamp(min=0)
 
@@ -108,7 +109,7 @@ def labelled(d: Tensor, label: Tensor, cross_entropy: bool) -> tuple[Tensor, Ten
 def _both_outcomes(
     of_outcome: Callable[..., Tensor], d: Tensor, tau: Tensor, *options: bool
 ) -> Tensor:
-    """D between the Bernoulli distributions sigmoid(d) and sigmoid(tau)."""
+    """D between the Bernoulli distributions of sigmoid(d) and sigmoid(tau)."""
     yes, no = (
         of_outcome(F.logsigmoid(sign * d), F.logsigmoid(sign * tau), *options) for sign in (1, -1)
     )

@@ -1,8 +1,6 @@
-"""The group pass in PyTorch: the backend for CPUs, same signature and results as
-``kernels.group_pass``.
+"""The group pass in PyTorch, for CPUs; same signature and results as `kernels.group_pass`.
 
-It works on ``[G, K, K]`` pairs in float64, where the textbook forms of the distances keep enough
-digits.
+It works on `[G, K, K]` pairs in float64, where the textbook forms of the distances are accurate.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def group_pass(
     groups: Groups,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The group pass over log-probabilities of tokens or sequences; see ``kernels.group_pass``."""
+    """Run the group pass over tokens or sequences; see `kernels.group_pass`."""
     (
         whole,
         rewards,
@@ -75,7 +73,7 @@ def group_pass(
     s = torch.where(lengths > 0, unit * _combine(ratios, ref_weights, group_of, objective), 0)
     t = _targets(S, objective, rewards, members, device)
 
-    # [G, K] from here on; absent and empty responses are masked.
+    # [G, K] from here on; missing and empty responses are masked
     present = present & (lengths[members.clamp(min=0)] > 0)
     sg, tg = s[members.clamp(min=0)], t[members.clamp(min=0)]
     chosen, counted = _roles(tg, present, objective)
@@ -133,7 +131,7 @@ def group_pass(
 def _segment_of(
     total: int, segments: int, offsets: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """The segment of each of ``total`` entries: equal rows, or between consecutive offsets."""
+    """Return the segment of each of `total` entries: equal rows, or between consecutive offsets."""
     if offsets is None:
         return torch.arange(total, device=device) // max(total // segments, 1)
     return torch.repeat_interleave(offsets.diff().long(), output_size=total)
@@ -142,7 +140,7 @@ def _segment_of(
 def _members(
     S: int, group_size: int, cu_groups: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Sequences of each group, ``[G, K]``, -1 beyond a group's end."""
+    """Return the sequences of each group, `[G, K]`, with -1 beyond a group's end."""
     if cu_groups is None:
         return torch.arange(S, device=device).view(-1, group_size)
     start, end = cu_groups[:-1, None].long(), cu_groups[1:, None].long()
@@ -156,7 +154,7 @@ def _combine(
     group_of: torch.Tensor,
     objective: RPOObjective,
 ) -> torch.Tensor:
-    """l - lref ``[S]`` of log-ratios ``[R, S]`` to each reference."""
+    """Combine log-ratios `[R, S]` to several references into l - lref `[S]`."""
     if objective.reference not in ("harmonic", "geometric"):
         return ratios[0]
     alpha = torch.full_like(ratios, 1 / len(ratios))
@@ -187,7 +185,7 @@ def _targets(
 def _roles(
     t: torch.Tensor, present: torch.Tensor, objective: RPOObjective
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column of the chosen response of each group, and whether the group counts."""
+    """Return the column of the chosen response of each group, and whether the group counts."""
     count = present.sum(1)
     counted = count >= (1 if objective.comparison == "pointwise" else 2)
     if objective.label is not None:
@@ -201,7 +199,7 @@ def _roles(
 def _distance(
     s: torch.Tensor, t: torch.Tensor, present: torch.Tensor, objective: RPOObjective
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss ``[G]``, dloss/ds ``[G, K]`` (garbage where not present) and the targets, ``[G, K]``."""
+    """Return loss `[G]`, dloss/ds `[G, K]` (undefined where not present) and targets `[G, K]`."""
     k = present.sum(1, keepdim=True).clamp(min=1).double()
     if objective.comparison == "pointwise":
         weight = torch.ones_like(s)
@@ -245,7 +243,7 @@ def _distance(
 
 
 def _log_softmax(x: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Over present members; infinite maxima share the mass."""
+    """log-softmax over present members; infinite maxima share the mass."""
     x = torch.where(present, x, -math.inf)
     top = x.amax(1, keepdim=True)
     x = torch.where(top.isinf(), torch.where(present & (x == top), 0.0, -math.inf), x)

@@ -1,8 +1,8 @@
-"""Rows of logits in PyTorch, a chunk at a time: what the vocabulary pass does in both directions.
+"""Rows of logits in PyTorch, a chunk at a time: shared by the vocabulary passes.
 
-A chunk stays in the cache: one chunk of fp32 logits is all that exists beside input and gradient.
-The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and sum one
-after the other; it sums a row naively in fp32, so long rows go through it in blocks whose sums are
+A chunk of fp32 logits stays in the cache and is all that exists besides input and gradient. It goes
+through PyTorch's fused (log_)softmax, which is several times faster than exp, sub and sum in
+sequence. That sums a row naively in fp32, so long rows are split into blocks, whose sums are
 combined in float64.
 """
 
@@ -14,16 +14,18 @@ import torch
 
 from ..inputs import LogitTransform
 
-# of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
+# bytes of fp32 logits: they fit the L3 cache, and chunks are few enough that waking threads is
+# cheap
 CHUNK_BYTES = 8 << 20
-FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
+FLOOR = -1e4  # of log-probabilities, so that 0 log 0 is 0
 
 
 def log_softmax_blocks(
     z: torch.Tensor, exponentiate: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-softmax (or softmax) within each block of columns, in place ``[rows, blocks, columns]``,
-    and lse ``[rows, blocks]``.
+    """Compute log-softmax (or softmax) in place within each block of columns.
+
+    Returns it as `[rows, blocks, columns]`, and the logsumexps `[rows, blocks]`.
     """
     blocks = as_blocks(z)
     top = blocks.amax(2)
@@ -35,7 +37,7 @@ def log_softmax_blocks(
 
 
 def as_blocks(z: torch.Tensor) -> torch.Tensor:
-    """Rows of a scratch buffer, padding included, as ``[rows, blocks, columns]``."""
+    """View rows of a scratch buffer, with padding, as `[rows, blocks, columns]`."""
     count = _block_count(z.shape[1])
     return z.as_strided(
         (z.shape[0], count, z.stride(0) // count),
@@ -49,9 +51,7 @@ def _block_count(V: int) -> int:
 
 
 def scratch_for(logits: torch.Tensor, buffers: int) -> torch.Tensor:
-    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds
-    -inf.
-    """
+    """Allocate `[buffers, rows, V]` fp32 for a chunk of rows, padded with -inf to whole blocks."""
     V = logits.shape[2]
     rows = min(_rows(V), logits.shape[0] * logits.shape[1])
     pitch = -(-V // _block_count(V)) * _block_count(V)
@@ -65,10 +65,10 @@ def _rows(V: int) -> int:
 
 
 def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
-    """The logits z in fp32, in the buffer."""
+    """Compute the logits z, fp32, in the buffer."""
     z = buffer.copy_(x)
     V = x.shape[1]
-    # padding was overwritten
+    # the copy has overwritten the padding
     z.as_strided((len(z), z.stride(0) - V), (z.stride(0), 1), z.storage_offset() + V).fill_(
         -torch.inf
     )
@@ -81,9 +81,7 @@ def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform
 def chunks_of(
     logits: torch.Tensor, alive: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they
-    are neighbours.
-    """
+    """Yield flat indices and logits `[rows, V]` of live rows; a view if they are adjacent."""
     inner, V = logits.shape[1:]
     scored = alive.nonzero()[:, 0]
     for rows in scored.split(_rows(V)) if scored.numel() else ():
@@ -92,7 +90,7 @@ def chunks_of(
 
 
 def view_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-    """Rows of ``[outer, inner, V]`` as a view, if they are neighbours that one stride reaches."""
+    """Return rows of `[outer, inner, V]` as a view, if they are adjacent and one stride apart."""
     outer, inner, V = logits.shape
     first, last = int(rows[0]), int(rows[-1])
     if last - first + 1 != rows.numel():

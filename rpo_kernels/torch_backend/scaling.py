@@ -1,12 +1,10 @@
-"""Gradients that are ready before the backward, times its upstream gradient; nothing is touched
-when that is 1.
-"""
+"""Multiplication of gradients that are ready by the upstream gradient, unless that is 1."""
 
 import torch
 
 
 def scale(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """x *= factor in place; on a CPU reading the factor costs no synchronisation."""
+    """x *= factor in place; on a CPU reading the factor needs no synchronisation."""
     if x.device.type == "cpu":
         if float(factor) != 1.0:
             x.mul_(factor)

@@ -1,6 +1,4 @@
-"""The vocabulary pass backward in PyTorch, for CPUs: same signature and results as
-``kernels.vocabulary_backward``.
-"""
+"""The vocabulary pass backward in PyTorch, for CPUs; see `kernels.vocabulary_backward`."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ def vocabulary_backward(
     entropy_coef: torch.Tensor | None = None,
     upstream: torch.Tensor | None = None,
 ) -> None:
-    """Write dL/dlogits into ``out`` ``[outer, inner, V]`` (``logits`` itself to work in place),
-    given dL/dlogp ``[N]``.
+    """Write dL/dlogits to `out` `[outer, inner, V]`, given coef = dL/dlogp `[N]`.
+
+    `out` may be `logits`. `upstream` `[]` multiplies the coefficients.
     """
     if not logits.shape[2]:
         return
@@ -71,7 +70,7 @@ def vocabulary_backward(
             at_label -= hc * logp.exp() * (logp.clamp(min=FLOOR) + h)
         if (dead_blocks := block_lse == -torch.inf).any():
             blocks.masked_fill_(dead_blocks[..., None], 0)
-        # -1: on another shard
+        # label -1: on another shard
         z.scatter_(1, column, torch.where(label == -1, z.gather(1, column), at_label))
         if (nothing := ~(total > -torch.inf)).any():
             z.masked_fill_(nothing, torch.nan)

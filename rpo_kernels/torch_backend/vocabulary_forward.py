@@ -1,6 +1,4 @@
-"""The vocabulary pass forward in PyTorch, for CPUs: same signatures and results as
-``kernels.vocabulary_forward``.
-"""
+"""The vocabulary pass forward in PyTorch, for CPUs; see `kernels.vocabulary_forward`."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, 
 def vocabulary_forward(
     logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See ``kernels.vocabulary_forward``."""
+    """Return log p(label), logsumexp and entropy; see `kernels.vocabulary_forward`."""
     N, device = labels.numel(), logits.device
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
@@ -31,11 +29,11 @@ def vocabulary_forward(
 def shard_statistics(
     logits: torch.Tensor, labels: torch.Tensor, transform: LogitTransform, entropy: bool = False
 ) -> torch.Tensor:
-    """What ``shards.combine`` needs of one shard of the columns, fp32 ``[3 or 4, N]``; labels count
-    from its first column.
+    """Compute what `shards.combine` needs of one shard of the columns, fp32 `[3 or 4, N]`.
 
-    The label's z (-inf for label -1, which lies on another shard); of the other columns the maximum
-    of z, the sum of exp(z - maximum), and if asked the entropy.
+    The rows are the label's z (-inf for label -1, which is on another shard); and of the other
+    columns the maximum of z, the sum of exp(z - maximum) and, with entropy, the entropy. Labels are
+    relative to the shard's first column.
     """
     statistics = torch.zeros(
         (4 if entropy else 3, labels.numel()), dtype=torch.float32, device=logits.device
@@ -61,8 +59,9 @@ def _read(
     entropy: bool,
     elsewhere: float,
 ) -> Iterator[tuple]:
-    """Scored rows chunk by chunk: indices, z of the label, and of the other columns maximum,
-    logsumexp and entropy.
+    """Yield chunks of scored rows: indices, the label's z, and statistics of the other columns.
+
+    These are maximum, logsumexp and entropy.
     """
     V = logits.shape[2]
     scratch = scratch_for(logits, 2 if entropy else 1)
@@ -72,7 +71,7 @@ def _read(
         inside = (label >= 0) & (label < V)
         column = torch.where(inside, label, 0)[:, None].long()
         z_label = z.gather(1, column)
-        # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
+        # log p = -softplus(lse of the others - z_label), which keeps digits when p is close to 1
         z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
         z_label = z_label[:, 0]
         z_label = torch.where(
@@ -94,10 +93,10 @@ def _read(
 def row_results(
     others: torch.Tensor, z_label: torch.Tensor, h_others: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(log p, lse, entropy) of rows from the label's z and the others' logsumexp and entropy.
+    """Return (log p, lse, entropy) of rows from the label's z and the other columns' statistics.
 
-    lse ``[2, rows]`` is log2 of the sum of e^z, an integer and a fraction: with both of them large
-    logits cost the backward no digits.
+    lse `[2, rows]` is log2 of the sum of e^z as integer and fraction, so that large logits cost the
+    backward no digits.
     """
     odds = torch.where(z_label == torch.inf, torch.nan, others - z_label)
     logp = -_softplus(odds)
@@ -113,9 +112,7 @@ def row_results(
 
 
 def entropy_of_parts(h: torch.Tensor, lse: torch.Tensor, lse_of_all: torch.Tensor) -> torch.Tensor:
-    """Entropy ``[N]`` of columns in parts, from the parts' entropies and logsumexps ``[N,
-    parts]``.
-    """
+    """Combine entropies and logsumexps `[N, parts]` of parts of the columns to `[N]`."""
     share = (lse - lse_of_all[:, None]).exp()
     return torch.where(share == 0, 0, share * (h - lse + lse_of_all[:, None])).sum(1)
 

@@ -623,7 +623,7 @@ def test_rpo_loss_never_reads_values_of_its_device(monkeypatch, packed):
     groups = Groups(RPOObjective(), meta(S), meta(1, S), None, None, None, group_size=2, mean=True)
     with pytest.raises(RuntimeError, match="meta"):
         logits[0].sum().item()
-    loss, _, _, _, coef, logps, lse, _ = _rpo_loss.eager(
+    loss, *_, coef, logps, lse, _ = _rpo_loss.eager(
         logits, labels, sequences, groups, LogitTransform(), True, "triton", ""
     )
     for backward in (_dlogits_op, _dlogits_inplace_op):

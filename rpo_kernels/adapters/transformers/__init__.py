@@ -1,14 +1,13 @@
-"""Preference losses inside a model of transformers: any causal or vision-language model, with or
-without PEFT.
+"""Preference losses in models of transformers: causal or vision-language, with or without PEFT.
 
     attach(model)
     objective = RPOObjective()
     out = model(**inputs, labels=labels, rewards=rewards, objective=objective, ref_logps=ref_logps)
     out.loss.backward()
 
-The model's own forward runs, up to its head. There the loss takes the place of ``head(hidden)``, so
-that no logits exist, and hooks of the model, of its layers and of the head itself (FSDP, ZeRO-3,
-PEFT, accelerate) fire where they always do.
+The model's own forward runs up to its head, where the loss replaces `head(hidden)`. So no logits
+exist, and the hooks of the model, of its layers and of the head (FSDP, ZeRO-3, PEFT, accelerate)
+are called as usual.
 """
 
 from __future__ import annotations
@@ -28,35 +27,39 @@ __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logp
 
 
 def attach(model: nn.Module) -> nn.Module:
-    """Teach a model's forward to return preference losses and token log-probabilities. In place;
-    returns the model.
+    """Make a model's forward return preference losses and token log-probabilities, in place.
 
-    Afterwards ``model(...)`` takes, beside its own arguments and **by keyword**:
+    Afterwards `model(...)` takes these arguments in addition to its own, **by keyword**:
 
-    - ``objective`` (with ``rewards``, ``ref_logps``, ``group_size``, ``cu_groups``, ... as for
-      :func:`linear_rpo_loss`): returns its :class:`RPOOutput`;
-    - or ``output_token_logps=True`` (and ``output_entropies=True``): returns :class:`TokenLogps`;
-    - ``labels`` ``[S, T]``, **unshifted**, as everywhere in transformers: ``labels[t]`` is
-      ``input_ids[t]``, or -100 where it is not scored (prompt, padding, image). They are shifted
-      here. Or ``shift_labels``, aligned with the logits already;
-    - ``cu_seqlens`` for sequences packed into one row ``[1, N]``, together with position_ids that
-      begin anew in each.
+    - `objective` (with `rewards`, `ref_logps`, `group_size`, `cu_groups`, ... as in
+      `linear_rpo_loss`): return its `RPOOutput`;
+    - or `output_token_logps=True` (optionally with `output_entropies=True`): return `TokenLogps`;
+    - `labels` `[S, T]`, **unshifted**, as always in transformers: `labels[t]` is `input_ids[t]`, or
+      -100 where it is not scored (prompt, padding, image); they are shifted inside. Or
+      `shift_labels`, which are aligned with the logits already;
+    - `cu_seqlens` for sequences packed into one row `[1, N]`, together with position_ids that
+      restart in each sequence.
 
-    The head's bias, its PEFT adapters, scales and soft caps of the logits belong to the model and
-    are read from it. The loss of a mixture of experts that computes its auxiliary loss
-    (``output_router_logits``) includes it, with the model's coefficient.
-    Without these keywords forward is the original one: generation and evaluation do not change.
-    With them, keywords that nobody
-    reads are refused: models of transformers drop them without a word.
+    The head's bias, its PEFT adapters, and scales and soft caps of the logits are read from the
+    model. If a mixture of experts computes its auxiliary loss (`output_router_logits`), the loss
+    includes it, with the model's coefficient. Without these keywords the original forward runs:
+    generation and evaluation do not change. With them, unknown keywords raise, which models of
+    transformers would ignore silently.
 
-    Attach before wrapping in DDP, FSDP1 or ``torch.compile``, and after loading the weights:
+    Attach after loading the weights, and before wrapping in DDP, FSDP1 or `torch.compile`:
     log-probabilities of eight tokens are compared with those of the model's own logits. Attaching
-    again compares again. Deep copies are attached too. Under FSDP2 leave
-    output_dtype of the MixedPrecisionPolicy alone: it would round losses and log-probabilities to
-    16 bits.
+    again compares again. Deep copies of an attached model are attached. Under FSDP2 do not set
+    output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
+    bits.
+
+    Args:
+        model: a model of transformers, or a PEFT model of one.
+
+    Returns:
+        The model.
 
     Raises:
-        TypeError, ValueError: where the head is not one that the kernels compute, or the comparison
+        TypeError, ValueError: if the head is not one that the kernels compute, or the comparison
             fails.
     """
     host = host_of(model)
@@ -70,7 +73,7 @@ def attach(model: nn.Module) -> nn.Module:
         ids = ordinary_tokens(host, 9)
         logits_of = lambda: _own_logits(model, host, ids)
         own = logits_of()
-        if getattr(host.config, "is_decoder", None) is False:  # BERT's kin see all tokens then
+        if getattr(host.config, "is_decoder", None) is False:  # like BERT, which is not causal then
             other_end = torch.cat([ids[:, :-1], ids[:, :1]], 1)
             _check_causal(type(host).__name__, own, _own_logits(model, host, other_end))
         vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
@@ -106,7 +109,7 @@ def _restore(host: nn.Module) -> None:
 
 @torch.no_grad()
 def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
-    """``[1, T, V]`` as the host returns them, before anything around it may round them."""
+    """Return the inner model's logits `[1, T, V]`, before a wrapper may round them."""
     forward, seen = host.forward, []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +126,7 @@ def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _check_causal(name: str, logits: Tensor, of_another_end: Tensor) -> None:
-    """Logits before the last token, which are to know nothing of it."""
+    """Check that logits before the last token do not depend on it."""
     change = (logits - of_another_end)[0, :-1].abs().max()
     if change > 16 * torch.finfo(logits.dtype).eps * logits.abs().max():
         raise ValueError(
@@ -133,15 +136,15 @@ def _check_causal(name: str, logits: Tensor, of_another_end: Tensor) -> None:
 
 
 def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
-    """Log-probabilities of the tokens that follow the first, ours and the model's own."""
-    # after soft prompts
+    """Compare our log-probabilities of all tokens but the first with the model's own."""
+    # soft prompts come first
     ours, logits = (
         logps[0, -ids.shape[1] : -1].double(),
         own_logits[0, -ids.shape[1] : -1].double(),
     )
     theirs = logits.log_softmax(-1).gather(-1, ids[0, 1:, None].to(logits.device))[:, 0]
-    # A logit is rounded once by each of the few operations that make it, and a log-probability is a
-    # difference of two.
+    # Each of the few operations that make a logit rounds it once; a log-probability is a difference
+    # of two.
     tolerance = (4 * torch.finfo(own_logits.dtype).eps + 1e-5) * (
         1 + own_logits.abs().max().double()
     )
@@ -156,7 +159,7 @@ def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo :func:`attach`. Returns the model, its forward the one it had."""
+    """Undo `attach`: restore the model's forward, and return the model."""
     host = host_of(model)
     if not _is_attached(host):
         hint = (
@@ -170,11 +173,17 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any) -> TokenLogps:
-    """Token log-probabilities of a batch (its model inputs, ``labels`` and, where packed,
-    ``cu_seqlens``).
+    """Compute token log-probabilities of a batch with an attached model.
 
-    Entries that only a loss reads (rewards, group_size, ...) are left out. Options:
-    output_entropies, entropy_grad, temperature, logits_dtype, workspace_bytes, count, backend.
+    Args:
+        model: attached.
+        batch: model inputs, `labels` and, if packed, `cu_seqlens`. Entries for losses only
+            (rewards, group_size, ...) are ignored.
+        options: output_entropies, entropy_grad, temperature, logits_dtype, workspace_bytes, count,
+            backend.
+
+    Returns:
+        `TokenLogps`.
     """
     inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
     return model(**inputs, output_token_logps=True, **options)
@@ -188,21 +197,24 @@ def model_rpo_loss(
     reference: nn.Module | Sequence[nn.Module] | None = None,
     **options: Any,
 ) -> RPOOutput:
-    """The loss of a batch, and of its reference where it brings no ``ref_logps``.
+    """Compute the loss of a batch, and its `ref_logps` if the batch has none.
 
     Args:
         model: attached, as it is trained (wrapped or not).
-        batch: model inputs, ``labels``, ``rewards`` and what else :func:`attach` lists; groups are
-            neighbours.
+        batch: model inputs, `labels`, `rewards` and other arguments that `attach` lists; the
+            responses of a group are contiguous.
         objective: the loss.
-        reference: attached model(s), as many as the objective has references
-            (``reference="single"``: one, ``"none"``: none, ``"harmonic"``, ``"geometric"``: any
-            number), run without gradients where batch holds no ref_logps. None: a PEFT model with
-            its adapters off.
-        options: further keywords of :func:`linear_rpo_loss`.
+        reference: attached model(s), as many as the objective has references (`reference="single"`:
+            one, `"none"`: none, `"harmonic"`, `"geometric"`: any number). They run without
+            gradients, if the batch has no ref_logps. None: a PEFT model with its adapters disabled.
+        options: further keywords of `linear_rpo_loss`.
+
+    Returns:
+        `RPOOutput`.
 
     Raises:
-        ValueError, TypeError: for what does not fit; without any reference where one is needed.
+        ValueError, TypeError: if an argument does not fit, or a reference is needed and there is
+            none.
     """
     models = _references(objective, reference)
     inputs = {**batch, **options}
@@ -214,7 +226,7 @@ def model_rpo_loss(
 def _references(
     objective: RPOObjective, reference: nn.Module | Sequence[nn.Module] | None
 ) -> list[nn.Module]:
-    """The models that were given, as many as the objective has references."""
+    """Return the given models, as many as the objective has references."""
     if reference is None:
         return []
     models = list(reference) if isinstance(reference, (Sequence, nn.ModuleList)) else [reference]

@@ -1,4 +1,4 @@
-"""A model's forward that ends in a loss: what :func:`attach` puts in place of the original."""
+"""The forward that `attach` puts in place of a model's own, and which ends in a loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .head import Transform, head_as, head_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Keywords by the function that they belong to. What the model itself knows is read from it.
+# Keywords by the function that they belong to; those that the model determines are read from it.
 READ = {
     "hidden",
     "weight",
@@ -42,14 +42,14 @@ TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies", "entropy_grad
 
 
 class TokenLogps(NamedTuple):
-    """What an attached model returns for ``output_token_logps=True``.
+    """Result of an attached model with `output_token_logps=True`.
 
     Attributes:
-        logps: ``[S, T]`` fp32, or ``[N]`` if packed: at position t the log-probability of the label
-            at t + 1, in nats; 0 where nothing is scored.
-        entropies: same shape, with ``output_entropies=True``; else None.
-        aux_loss: the auxiliary loss of a mixture of experts times its coefficient, where the model
-            computes one; else None. Add it to a loss that you make of logps.
+        logps: `[S, T]` fp32, or `[N]` if packed: at position t the log-probability of the label at
+            t + 1, in nats; 0 where nothing is scored.
+        entropies: same shape, with `output_entropies=True`; else None.
+        aux_loss: auxiliary loss of a mixture of experts times its coefficient, if the model
+            computes one; else None. Add it to a loss that you compute from logps.
     """
 
     logps: Tensor
@@ -58,8 +58,9 @@ class TokenLogps(NamedTuple):
 
 
 def keywords_of(host: nn.Module) -> frozenset[str]:
-    """What a model, the models inside it, and the library around them read of a call's keywords;
-    others vanish without a word.
+    """Return the keywords that the model, its submodules or transformers read.
+
+    Others would be ignored silently.
     """
     from transformers import PreTrainedModel
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
@@ -77,11 +78,10 @@ def keywords_of(host: nn.Module) -> frozenset[str]:
         for parameter in inspect.signature(forward).parameters.values():
             if parameter.kind is not parameter.VAR_KEYWORD:
                 known.add(parameter.name)
-            for annotation in get_args(
-                parameter.annotation
-            ):  # Unpack[a TypedDict], of the model's own maybe
+            # Unpack[a TypedDict], possibly the model's own
+            for annotation in get_args(parameter.annotation):
                 known |= getattr(annotation, "__annotations__", {}).keys()
-        while hasattr(forward, "__wrapped__"):  # a decorator that takes an argument's old name
+        while hasattr(forward, "__wrapped__"):  # a decorator that accepts an argument's old name
             old_name = inspect.getclosurevars(forward).nonlocals.get("old_name")
             known |= {old_name} if isinstance(old_name, str) else set()
             forward = forward.__wrapped__
@@ -89,9 +89,9 @@ def keywords_of(host: nn.Module) -> frozenset[str]:
 
 
 def fused(unfused: Callable, known: frozenset[str]) -> Callable:
-    """``unfused`` with the keywords of :func:`attach`, beside those that are ``known``.
+    """Extend the forward `unfused` by the keywords of `attach`; `known` are those it reads itself.
 
-    ``self`` is an argument, so that a deep copy of a model runs itself.
+    `self` is an argument, so that a deep copy of a model runs itself.
     """
     own = set(inspect.signature(unfused).parameters)
     ours = (READ | LOSS | TOKENS) - own
@@ -117,8 +117,9 @@ def fused(unfused: Callable, known: frozenset[str]) -> Callable:
 
 
 class Call:
-    """A call that asks for one of our results: made from its keywords, computed at the head,
-    finished after the forward.
+    """A call that asks for a loss or log-probabilities.
+
+    It is made from the keywords, computed at the head, and finished after the forward.
     """
 
     def __init__(self, op: str, labels: Tensor, shifted: bool, options: dict[str, Any]):
@@ -127,8 +128,9 @@ class Call:
 
     @classmethod
     def of(cls, op: str, given: dict[str, Any], others: dict[str, Any]) -> Call | None:
-        """From our keywords and the others, which lose the labels; None where ours ask for
-        nothing.
+        """Make a call from our keywords and the others; None if ours request nothing.
+
+        The labels are removed from the others.
         """
         if read := sorted(READ & given.keys()):
             instead = (
@@ -180,9 +182,7 @@ class Call:
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
 
     def check_others(self, others: dict[str, Any], known: frozenset[str]) -> None:
-        """Keywords that nobody reads: in the ``**kwargs`` of a model a slip of ours would
-        vanish.
-        """
+        """Raise for unknown keywords: a model's `**kwargs` would hide a misspelt one."""
         for name in others.keys() - known:
             if others[name] is not None:
                 ours = {
@@ -198,9 +198,9 @@ class Call:
                 )
 
     def at_head(self, transform: Transform, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """In place of the head's forward.
+        """Replace the head's forward.
 
-        Returns what the model goes on with: a tensor of our graph, for hooks of the head.
+        Returns what the model continues with: a tensor of our graph, for the head's hooks.
         """
         if self.result is not None:
             raise RuntimeError(f"{self.op}: the model ran its output embeddings twice")
@@ -235,11 +235,11 @@ class Call:
         return logps.reshape(1, 1, -1).clone()
 
     def after_head(self, layer: nn.Module, inputs: tuple, goes_on: Tensor) -> None:
-        """The last of the head's hooks: the result is made of what the others leave, ``[1, 1, n]``,
-        so that they see its backward.
+        """Return the result as the last hook of the head.
 
-        FSDP2 puts a hook on that tensor, ZeRO-3 a function behind it; both gather the weights
-        before. No view: FSDP2 needs a copy.
+        It is computed from what the other hooks return, `[1, 1, n]`, so that they take part in its
+        backward. FSDP2 puts a hook on that tensor and ZeRO-3 a function after it; both gather the
+        weights first. It is not a view, because FSDP2 needs a copy.
         """
         like = lambda x: goes_on.view(x.shape).clone()
         if isinstance(self.result, TokenLogps):
@@ -248,7 +248,7 @@ class Call:
             self.result = self.result._replace(loss=like(self.result.loss))
 
     def finish(self, aux_loss: Tensor | None) -> RPOOutput | TokenLogps:
-        """The result, with the model's auxiliary loss."""
+        """Return the result, with the model's auxiliary loss."""
         if self.result is None:
             raise RuntimeError(f"{self.op}: the model did not run its output embeddings")
         if aux_loss is None:
@@ -266,8 +266,9 @@ class Call:
 
 
 def auxiliary_loss(host: PreTrainedModel, output: object) -> Tensor | None:
-    """Load balancing of a mixture of experts, times the coefficient with which the model's own
-    forward adds it.
+    """Return the auxiliary (load balancing) loss of a mixture of experts, times its coefficient.
+
+    The coefficient is that of the model's own forward.
     """
     aux_loss = getattr(output, "aux_loss", None)
     if aux_loss is None:

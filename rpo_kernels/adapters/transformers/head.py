@@ -1,6 +1,4 @@
-"""The head of a model of transformers: where it is, what it multiplies, and what the model does to
-its logits.
-"""
+"""The head of a model of transformers: its modules, weights, and the transform of its logits."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# (layer, hidden) -> what the model goes on with, in place of logits
+# (layer, hidden) -> what the model continues with, in place of logits
 HeadFunction = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -26,11 +24,11 @@ class Transform(NamedTuple):
 
     logit_scale: float
     softcap: float | None
-    vocabulary: int  # columns that it keeps
+    vocabulary: int  # number of columns that it keeps
 
 
 def host_of(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers inside a PEFT model."""
+    """Return the model of transformers inside a PEFT model."""
     base: Any = getattr(model, "get_base_model", None)
     host: Any = model if base is None else base()
     if not (hasattr(host, "get_output_embeddings") and hasattr(host, "config")):
@@ -43,8 +41,9 @@ def host_of(model: nn.Module) -> PreTrainedModel:
 
 
 def head_layers(host: PreTrainedModel) -> list[nn.Module]:
-    """The modules of which the model will run one as its head: PEFT's modules_to_save has a copy
-    for each adapter.
+    """Return the modules of which the model will run one as its head.
+
+    PEFT's modules_to_save has a copy for each adapter.
     """
     head = host.get_output_embeddings()
     if head is None or host.config.is_encoder_decoder:
@@ -68,15 +67,15 @@ def head_layers(host: PreTrainedModel) -> list[nn.Module]:
 def head_as(
     host: PreTrainedModel, function: HeadFunction, after: Callable[..., None] | None = None
 ) -> Iterator[None]:
-    """Inside, the head's forward is ``function(layer, hidden)``.
+    """Context in which the head's forward is `function(layer, hidden)`.
 
-    Its hooks fire as ever, and ``after`` as the last of them.
+    The head's hooks are called as usual, and `after` as the last of them.
     """
     changed, handles = [], []
     if torch.compiler.is_compiling():  # a graph cannot add a hook
         function, after = functools.partial(_then, function, after), None
     for layer in head_layers(host):
-        # accelerate's hooks are inside their forward
+        # accelerate calls its hooks inside the forward
         name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
         changed.append((vars(layer), name, vars(layer).get(name)))
         vars(layer)[name] = functools.partial(function, layer)
@@ -103,7 +102,7 @@ def _then(
 
 
 def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor | None]:
-    """What multiplies the hidden states, in the names that the losses have for it."""
+    """Return what multiplies the hidden states, by the argument names of the losses."""
     adapters: dict[str, Tensor] = {}
     if hasattr(layer, "base_layer"):
         adapters = _lora(layer, hidden, vocabulary)
@@ -129,7 +128,7 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
 
 
 def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor]:
-    """LoRA on the head: logits += lora_hidden lora_weight^T, several adapters side by side."""
+    """LoRA on the head, logits += lora_hidden lora_weight^T; several adapters are concatenated."""
     from peft.tuners.lora import Linear as LoraLinear
 
     if type(layer) is not LoraLinear:
@@ -163,9 +162,7 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
 
 
 def ordinary_tokens(host: PreTrainedModel, count: int) -> Tensor:
-    """``[1, count]`` token ids from all over the vocabulary, without those that stand for an image
-    or an end.
-    """
+    """Return token ids `[1, count]` from the whole vocabulary, except images and end tokens."""
     config = host.config.get_text_config()
     named = {**host.config.to_dict(), **config.to_dict()}
     special = [x for name, x in named.items() if name.endswith(("_token_id", "_token_index"))]
@@ -177,10 +174,10 @@ def ordinary_tokens(host: PreTrainedModel, count: int) -> Tensor:
 
 
 def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) -> Transform:
-    """What the model makes of numbers in place of its head's output: a scale and a cap, in whatever
-    way it spells them.
+    """Measure the scale and soft cap that the model applies to its head's output.
 
-    ``logits_of()`` runs the model and returns its logits.
+    The model is run by `logits_of()`, with numbers in place of the head's output, however it writes
+    scale and cap.
     """
     numbers = torch.tensor([2.0**-40, 2.0**40, 1.0, -3.0, 50.0, -7.5, 0.0], dtype=torch.float64)
     repeated = lambda length: numbers.repeat(-(-length // len(numbers)))[:length]
@@ -192,7 +189,7 @@ def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) ->
     ):
         z = logits_of()[0, 0].double().cpu()
     x = repeated(len(z))
-    scale, far = z[0] / x[0], z[1]  # tanh(x) is x next to 0, and 1 far from it
+    scale, far = z[0] / x[0], z[1]  # tanh(x) is x near 0, and 1 far from it
     softcap = None if torch.isclose(far, scale * x[1], rtol=1e-5) else far
     expected = scale * x if softcap is None else softcap * torch.tanh(scale * x / softcap)
     for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):

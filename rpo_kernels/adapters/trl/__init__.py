@@ -1,14 +1,16 @@
-"""TRL: a trainer for every RPO objective, and faster log-probabilities under TRL's own trainers.
+"""TRL: a trainer for every RPO objective, and faster log-probabilities in TRL's own trainers.
 
-# K >= 2 responses per prompt, explicit rewards
-from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
-# DPO, KTO, GRPO, RLOO, SFT: same losses, our kernels
-from rpo_kernels.adapters.trl import accelerate_trl
+    # K >= 2 responses per prompt, explicit rewards
+    from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
+    # DPO, KTO, GRPO, RLOO, SFT: the same losses, our kernels
+    from rpo_kernels.adapters.trl import accelerate_trl
+
+Importing it checks the version of TRL.
 """
 
 from .version import check_version
 
-check_version()  # before anything imports names that another release of TRL may lack
+check_version()  # before imports of names that another release of TRL may lack
 
 from .config import RPOConfig  # noqa: E402
 from .patch import Acceleration, accelerate_trl  # noqa: E402

@@ -1,6 +1,4 @@
-"""Arguments of :class:`RPOTrainer`: TRL's for DPO, with an objective where they have a loss
-type.
-"""
+"""Arguments of `RPOTrainer`: TRL's for DPO, with an objective in place of a loss type."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from trl import DPOConfig
 from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import DISTANCES, PRESETS
 
-# Options of DPO that an objective replaces, and what says the same.
+# options of DPO that an objective replaces, and their equivalents
 REPLACED = {
     "label_smoothing": 'objective={"preset": "dpo", "label_smoothing": ...} (cDPO), "robust_dpo" '
     'or "exo"',
@@ -29,21 +27,21 @@ REPLACED = {
 
 @dataclass
 class RPOConfig(DPOConfig):
-    """:class:`trl.DPOConfig` with ``objective`` in place of ``loss_type``.
+    """`trl.DPOConfig` with `objective` in place of `loss_type`.
 
-    Parameters:
-        objective: an :class:`rpo_kernels.RPOObjective`; or, from a command line or a file, the name
-            of a distance (``squared``, ``backward_kl``, ``forward_kl``) or of a preset (``dpo``,
-            ``ipo``, ``simpo``, ``rloo``, ...), or a dict,
-            which may be a string in JSON: the objective's fields, or ``{"preset": NAME, ...}`` with
-            the preset's parameters. Kept as a dict of all fields.
-        beta: the objective's, if it is not part of ``objective``: implicit reward units per nat.
+    Args:
+        objective: an `RPOObjective`; or, for command lines and files, the name of a distance
+            (`squared`, `backward_kl`, `forward_kl`) or of a preset (`dpo`, `ipo`, `simpo`, `rloo`,
+            ...); or a dict, possibly as a string in JSON: the objective's fields, or
+            `{"preset": NAME, ...}` with the preset's parameters. Stored as a dict of all fields.
+        beta: the objective's beta, if `objective` does not contain it: units of implicit reward per
+            nat.
 
     Raises:
-        ValueError, TypeError: for an unknown objective, for a ``beta`` that contradicts it, and for
-            DPO's options that an objective replaces (``loss_type``, ``label_smoothing``,
-            ``loss_weights``, ``ld_alpha``, ``use_weighting``, ``f_divergence_type``) or that have
-            no effect (``padding_free``).
+        ValueError, TypeError: for an unknown objective, a `beta` that contradicts it, options of
+            DPO that an objective replaces (`loss_type`, `label_smoothing`, `loss_weights`,
+            `ld_alpha`, `use_weighting`, `f_divergence_type`), or options without effect
+            (`padding_free`).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
@@ -56,7 +54,7 @@ class RPOConfig(DPOConfig):
             '{"preset": "simpo", "gamma": 1.0}.'
         },
     )
-    beta: float | None = field(  # type: ignore[assignment]  # None: as `objective` says
+    beta: float | None = field(  # type: ignore[assignment]  # None: that of `objective`
         default=None,
         metadata={"help": "Implicit reward units per nat, where `objective` does not say it."},
     )
@@ -65,7 +63,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
-        # ["rpo"] is what this method leaves behind, and comes back with a saved configuration
+        # ["rpo"] is set below, and read back from a saved configuration
         if self.loss_type not in (None, "rpo", ["rpo"]):
             raise ValueError(
                 f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} beside "
@@ -87,14 +85,14 @@ class RPOConfig(DPOConfig):
         super().__post_init__()
 
     def make_objective(self) -> RPOObjective:
-        """The objective that ``objective`` and ``beta`` describe."""
+        """Return the objective that `objective` and `beta` describe."""
         return read_objective(self.objective, self.beta)
 
 
 def read_objective(
     description: RPOObjective | dict | str | None, beta: float | None = None
 ) -> RPOObjective:
-    """An objective from any of the forms that :class:`RPOConfig` takes."""
+    """Make an objective from any of the forms that `RPOConfig` takes."""
     op = "RPOConfig"
     if isinstance(description, RPOObjective):
         description = asdict(description)

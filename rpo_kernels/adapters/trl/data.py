@@ -1,6 +1,4 @@
-"""Preference data for :class:`RPOTrainer`: groups of K >= 2 responses to a prompt, with their
-rewards.
-"""
+"""Preference data for `RPOTrainer`: groups of K >= 2 responses per prompt, with rewards."""
 
 from __future__ import annotations
 
@@ -30,11 +28,9 @@ EXPECTED = (
 def group_of(
     example: dict[str, Any], objective: RPOObjective, name: str
 ) -> tuple[Any, list, list[float] | None]:
-    """(prompt, responses, rewards) of a row; rewards None where the objective brings its own
-    target.
+    """Return (prompt, responses, rewards) of a row; rewards are None for a fixed target.
 
-    The first response is then the chosen one: ``chosen``, or the one with the largest of the
-    ``rewards``.
+    The first response is then the chosen one: `chosen`, or the one with the largest of `rewards`.
     """
     where = f"RPOTrainer: {name} dataset"
     if {"prompt", "responses"} <= example.keys():
@@ -96,11 +92,10 @@ def encode(
     objective: RPOObjective,
     name: str,
 ) -> dict[str, Any]:
-    """A row as token ids: ``prompt_ids``, ``response_ids`` (K lists), and ``rewards`` (K) where the
-    objective uses them.
+    """Tokenize a row: `prompt_ids`, `response_ids` (K lists), `rewards` (K) if they are used.
 
-    As TRL's DPO does it: responses in plain text end with the end token; the prompt ends where
-    prompt and prompt + response, tokenized, first differ.
+    As in TRL's DPO, responses in plain text end with the end token, and the prompt ends where the
+    tokens of prompt and prompt + response first differ.
     """
     prompt, responses, rewards = group_of(example, objective, name)
     tools = example.get("tools")
@@ -133,11 +128,11 @@ def encode(
 
 @dataclass
 class DataCollatorForGroups(DataCollatorForPreference):
-    """Rows of :func:`encode` as tensors, the responses to a prompt side by side.
+    """Collate rows of `encode` to tensors, with the responses to a prompt adjacent.
 
-    ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``,
-    ``attention_mask``, ``completion_mask`` ``[S, T]``, right padded; ``rewards``, ``ref_logps``
-    ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
+    The tensors are `group_sizes` `[G]`; `cu_groups` `[G+1]` int32 if sizes differ; `input_ids`,
+    `attention_mask`, `completion_mask` `[S, T]`, right padded; `rewards`, `ref_logps` `[S]` if the
+    rows have them. Options are those of TRL's collator of pairs.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -153,7 +148,7 @@ class DataCollatorForGroups(DataCollatorForPreference):
                 ids.append(torch.tensor((prompt + response)[cut]))
                 completion.append(torch.tensor(([0] * len(prompt) + [1] * len(response))[cut]))
         sizes = [len(example["response_ids"]) for example in examples]
-        # first, because accelerate and transformers take the batch size from the first tensor
+        # first, because accelerate and transformers read the batch size from the first tensor
         batch = {"group_sizes": torch.tensor(sizes)}
         if len(set(sizes)) > 1:
             batch["cu_groups"] = torch.nn.functional.pad(
@@ -166,9 +161,8 @@ class DataCollatorForGroups(DataCollatorForPreference):
             batch["rewards"] = torch.tensor(
                 [r for example in examples for r in example["rewards"]], dtype=torch.float32
             )
-        if (
-            "ref_chosen_logps" in examples[0]
-        ):  # the first response's, and the others', padded to the dataset's largest K
+        # of the first response, and of the others, padded to the dataset's largest K
+        if "ref_chosen_logps" in examples[0]:
             rows = [
                 [e["ref_chosen_logps"], *e["ref_rejected_logps"]][:k]
                 for e, k in zip(examples, sizes)

@@ -1,6 +1,4 @@
-"""TRL's metrics, for groups of any size: each a sum and a count, so that processes can be added
-up.
-"""
+"""TRL's metrics for groups of any size, as sums and counts, which can be added over processes."""
 
 from __future__ import annotations
 
@@ -17,16 +15,15 @@ Metric = tuple[Tensor, Tensor]  # sum, count
 def group_metrics(
     out: RPOOutput, sizes: Tensor, ragged: bool
 ) -> tuple[dict[str, Metric], Tensor, Tensor]:
-    """Metrics of groups of ``sizes`` ``[G]``, and which sequences ``[G]`` are their chosen and
-    rejected ones.
+    """Compute metrics of groups of `sizes` `[G]`, and their chosen and rejected sequences `[G]`.
 
-    Chosen is the response with the largest target, the first of equals; rejected the one with the
-    smallest, the last of equals. Groups with fewer than two responses that have scored tokens do
-    not count.
+    Chosen is the response with the largest target (the first of equal ones), rejected the one with
+    the smallest (the last of equal ones). Groups with fewer than two responses that have scored
+    tokens do not count.
     """
-    # Not RPOOutput.metrics: its means do not add up over processes (one with nothing to compare has
-    # NaN), groups of more than two have no chosen and rejected there, and TRL's logits and
-    # accuracies need to know which sequences these are.
+    # Not RPOOutput.metrics: its means cannot be added over processes (without anything to compare
+    # one is NaN), it has no chosen and rejected for groups of more than two, and TRL's logits and
+    # accuracies need to know these sequences.
     G, S = len(sizes), len(out.rewards)
     K = int(sizes.max()) if ragged else S // G
     exists = torch.arange(K, device=sizes.device) < sizes[:, None]
@@ -59,8 +56,9 @@ def group_metrics(
 def token_metrics(
     statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor
 ) -> dict[str, Metric]:
-    """Means over scored tokens ``mask`` ``[S, T - 1]``: of all responses, or of the sequences
-    ``chosen``, ``rejected`` ``[G]``.
+    """Compute means over the scored tokens `mask` `[S, T - 1]`.
+
+    They are over all responses, or over the sequences `chosen` and `rejected` `[G]`.
     """
     none = torch.zeros(0, device=mask.device)
     entropy, logits, leads = (

@@ -1,8 +1,8 @@
-"""TRL's fused LM head on our kernels.
+"""TRL's fused LM head, computed by our kernels.
 
-Every trainer of TRL 1.16 gets its log-probabilities from one function,
-``trl.trainer.utils._ChunkedLogProbFunction``, looked up when the model is called. Replacing that
-name serves them all, and leaves losses, metrics and generation as they are.
+All trainers of TRL 1.16 get their log-probabilities from one function,
+`trl.trainer.utils._ChunkedLogProbFunction`, which is looked up when the model is called. Replacing
+that name serves them all, and leaves losses, metrics and generation unchanged.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ ARGUMENTS = (
 )
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# What TRL has, while ours takes its place.
+# TRL's own, while replaced
 _original: dict[str, Any] = {}
 _active = 0
 
 
 class LogProbs:
-    """Stands where TRL has an autograd function: same arguments, same five outputs, None for what
-    is not asked.
+    """Replacement of TRL's autograd function, with the same arguments and outputs.
+
+    Outputs that are not requested are None.
     """
 
     @staticmethod
@@ -58,7 +59,7 @@ class LogProbs:
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [N]
         temperature: float,
-        chunk_size: int,  # ours follows from the workspace
+        chunk_size: int,  # unused: the workspace decides
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
@@ -78,7 +79,7 @@ class LogProbs:
                 outputs,
             )
         if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            # cast_lm_head_to_fp32
+            # with cast_lm_head_to_fp32
             weight, bias = (
                 weight.to(hidden.dtype),
                 None if bias is None else bias.to(hidden.dtype),
@@ -109,7 +110,7 @@ class LogProbs:
 def _not_ours(
     weight: Tensor, temperature: float, logit_scale: float, outputs: tuple[str, ...]
 ) -> str | None:
-    """Why this call stays TRL's, if it does."""
+    """Return why TRL's own function must serve a call, or None."""
     if hasattr(weight, "ds_id"):
         return "DeepSpeed ZeRO-3 takes the LM head apart between forward and backward"
     if temperature <= 0 or logit_scale <= 0:
@@ -119,12 +120,12 @@ def _not_ours(
 
 
 class RowStatistics:
-    """What TRL's metrics read of whole rows of logits, as the chunks come by; none of it
-    differentiable.
+    """Statistics of whole rows of logits for TRL's metrics, without gradients.
 
-    z = softcap tanh(logit_scale x / softcap) / temperature
-    entropy H(p), log_sum_sq_probs log sum p^2, mean_logits mean z, is_top1: the label leads
-    with p = softmax z
+        z = softcap tanh(logit_scale x / softcap) / temperature,   p = softmax(z)
+
+    They are `entropy` H(p), `log_sum_sq_probs` log sum p^2, `mean_logits` mean z, and `is_top1`,
+    whether the label has the largest logit.
     """
 
     def __init__(self, wanted: set[str]):
@@ -132,7 +133,7 @@ class RowStatistics:
         self.parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
 
     def __call__(self, logits: Tensor, labels: Tensor, transform: dict) -> None:
-        """Take in a chunk ``[n, V]``: an ``on_logits`` of the linear functions."""
+        """Process a chunk `[n, V]`; this is an `on_logits` of the linear functions."""
         temperature, scale, softcap = (
             transform[name] for name in ("temperature", "logit_scale", "softcap")
         )
@@ -140,11 +141,10 @@ class RowStatistics:
             if name == "entropy":
                 parts.append(token_logps_and_entropy(logits, labels, **transform)[1])
             elif name == "is_top1":
-                # z grows with x; the first of equals, as in TRL
+                # z grows with x; the first of equal ones, as in TRL
                 parts.append(logits.argmax(-1) == labels)
-            elif (
-                name == "log_sum_sq_probs"
-            ):  # log p^2 = 2 z - 2 lse(z), and 2 z is z at half the temperature
+            # log p^2 = 2 z - 2 lse(z), and 2 z is z at half the temperature
+            elif name == "log_sum_sq_probs":
                 halved = token_logps(logits, labels, **transform | {"temperature": temperature / 2})
                 parts.append(2 * token_logps(logits, labels, **transform) - halved)
             elif softcap is None:
@@ -156,11 +156,11 @@ class RowStatistics:
                 )
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
-        """:meth:`rows`; None if it is not wanted."""
+        """Return `rows`, or None if it is not requested."""
         return self.rows(name, like) if name in self.wanted else None
 
     def rows(self, name: str, like: Tensor) -> Tensor:
-        """``[N]`` of all rows, in the order in which they came."""
+        """Return a statistic `[N]` of all rows, in the order in which they came."""
         return (
             torch.cat(self.parts[name])
             if self.parts[name]
@@ -169,7 +169,7 @@ class RowStatistics:
 
 
 class Acceleration:
-    """What :func:`accelerate_trl` returns: ``undo()`` it, or use it as a context manager.
+    """Result of `accelerate_trl`: call `undo()`, or use it as a context manager.
 
     Nested ones end with the last.
     """
@@ -187,7 +187,7 @@ class Acceleration:
         self._undone = False
 
     def undo(self) -> None:
-        """Give TRL its own function back. A second call does nothing."""
+        """Restore TRL's own function; a second call does nothing."""
         global _active
         if self._undone:
             return
@@ -205,26 +205,27 @@ class Acceleration:
 
 
 def accelerate_trl() -> Acceleration:
-    """Let TRL's trainers compute log-probabilities on our kernels: DPO, KTO, GRPO, RLOO, SFT, and
-    what subclasses them.
+    """Make TRL's trainers (DPO, KTO, GRPO, RLOO, SFT, subclasses) use our kernels.
 
-    Losses and metrics keep their values: logits are fp32 where TRL rounds them to the compute
-    dtype, so 16-bit runs come out closer to the truth, not equal to the last digit. On a CPU only
-    scored positions take part, as elsewhere.
+        accelerate_trl()                # for the rest of the process
 
-        accelerate_trl()                            # for the rest of the process
-        with accelerate_trl(): trainer.train()      # or for a while
+        with accelerate_trl():          # temporarily
+            trainer.train()
 
-    What else TRL asks for (entropy, mean logit, top-1, sum of squared probabilities) is read from
-    the same chunks of logits: no further GEMM. Calls that the kernels cannot serve (ZeRO-3, scales
-    that are not positive) go to TRL's own function; the log says so once.
+    Losses and metrics keep their values, except that 16-bit runs are more accurate: our logits are
+    fp32, where TRL rounds them to the compute dtype. On a CPU, too, only scored positions are
+    computed.
+
+    Other quantities that TRL requests (entropy, mean logit, top-1, sum of squared probabilities)
+    are computed from the same chunks of logits, without another GEMM. Calls that the kernels do not
+    support (ZeRO-3, scales that are not positive) use TRL's own function, which is logged once.
 
     Returns:
-        :class:`Acceleration`, whose ``undo()`` restores TRL.
+        `Acceleration`, whose `undo()` restores TRL.
 
     Raises:
-        ImportError: for a release of TRL that was not tested.
-        RuntimeError: where TRL's function has another signature than the tested one.
+        ImportError: for an untested release of TRL.
+        RuntimeError: if TRL's function has another signature than in the tested release.
     """
     check_version()
     if not _active:
@@ -248,5 +249,5 @@ def _check_signature() -> None:
 
 
 def _scores_valid_positions_only(device: torch.device) -> bool:
-    """TRL compacts where its own Triton kernels run; ours take any number of rows on a CPU too."""
+    """TRL selects positions where its Triton kernels run; ours take any number on a CPU, too."""
     return device.type == "cpu" or _original["_use_triton"](device)

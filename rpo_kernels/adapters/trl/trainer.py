@@ -29,37 +29,37 @@ NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "
 
 
 class RPOTrainer(DPOTrainer):
-    """:class:`trl.DPOTrainer` for any :class:`rpo_kernels.RPOObjective`: explicit rewards, K >= 2
-    responses to a prompt.
+    """`trl.DPOTrainer` for any `RPOObjective`: explicit rewards, K >= 2 responses per prompt.
 
         L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
 
-    (arXiv 2502.00203).
+    Source: arXiv 2502.00203. The policy's loss is `linear_rpo_loss` inside the model's forward: 3
+    GEMMs with a trainable head, 2 with a frozen one, metrics included. Everything else is TRL's:
+    models and references (a copy, `ref_model`, precomputed, a PEFT model with its adapter
+    disabled), evaluation, accumulation, distribution, checkpoints. Other arguments are those of
+    `trl.DPOTrainer`.
 
-    The policy's loss is :func:`rpo_kernels.linear_rpo_loss` inside the model's forward: 3 GEMMs
-    with a trainable head, 2 with a frozen one, metrics included. Everything else is TRL's: models
-    and references (a copy, ``ref_model``, precomputed, a PEFT model with its adapter disabled),
-    evaluation, accumulation, distribution, checkpoints.
+    Metrics are TRL's, for the responses with the largest target (`chosen`) and the smallest
+    (`rejected`; the last of equal ones), in the objective's reward units. In addition:
+    `rewards/target_margin`, t_chosen - t_rejected; `rewards/agreement`, the share of response pairs
+    with different targets that the implicit rewards order alike; `kl`, the mean of l_i - lref_i in
+    nats, which estimates KL(policy || reference) if the policy generated the responses.
 
     Args:
-        model, ref_model, and all others: as for :class:`trl.DPOTrainer`. Objectives without a
-            reference load none.
-        args: :class:`RPOConfig`. ``per_device_train_batch_size`` counts prompts.
-        train_dataset, eval_dataset: columns ``prompt, responses, rewards`` (K texts, or K lists of
-            messages, and K numbers; K may differ between prompts), or TRL's pairs ``prompt, chosen,
-            rejected`` with ``score_chosen, score_rejected`` or ``chosen_reward, rejected_reward``.
-            Objectives with a target of their own need no rewards and take the first response (with
-            rewards: the best) for the chosen one.
-
-    Metrics are TRL's, of the response with the largest target (``chosen``) and the smallest
-    (``rejected``; of equals the last), in the objective's reward units. Further ones:
-    ``rewards/target_margin`` t_chosen - t_rejected; ``rewards/agreement``, the share of response
-    pairs with different targets that the implicit rewards order alike; ``kl``, the mean of l_i -
-    lref_i in nats, which estimates KL(policy || reference) where responses are the policy's own.
+        model: as for `trl.DPOTrainer`.
+        ref_model: as for `trl.DPOTrainer`; not loaded for objectives without a reference.
+        args: `RPOConfig`. `per_device_train_batch_size` counts prompts.
+        data_collator: makes the tensors of `DataCollatorForGroups`, which is the default.
+        train_dataset: columns `prompt, responses, rewards` (K texts, or K lists of messages, and K
+            numbers; K may differ between prompts), or TRL's pairs `prompt, chosen, rejected` with
+            `score_chosen, score_rejected` or `chosen_reward, rejected_reward`. Objectives with a
+            fixed target need no rewards; the first response (with rewards: the best) is then the
+            chosen one. Likewise eval_dataset.
+        peft_config: as for `trl.DPOTrainer`.
 
     Raises:
-        ValueError, TypeError: at construction, for data that do not fit the objective (an
-            :class:`datasets.IterableDataset` shows its first row then, the others as they come),
+        ValueError, TypeError: at construction, if the data do not fit the objective (of a
+            `datasets.IterableDataset` only the first row is checked then, the others as they come),
             for an objective with several references, and for images.
     """
 
@@ -99,8 +99,8 @@ class RPOTrainer(DPOTrainer):
         self.objective = _objective_of(args)
         _check_text_only(train_dataset)
         _check_reference(model, ref_model, args, self.objective.reference, peft_config)
-        # The base class loads no reference where log-probabilities are precomputed: here there are
-        # none to compute.
+        # The base class loads no reference model if log-probabilities are precomputed; without a
+        # reference there are none to compute.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs |= self.objective.reference == "none"
         try:
@@ -118,16 +118,14 @@ class RPOTrainer(DPOTrainer):
             args.precompute_ref_log_probs = precompute
         self.precompute_ref_logps = precompute
         host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
+        if self.aux_loss_enabled:  # the model's forward adds it, with its own coefficient
             host.router_aux_loss_coef = self.router_aux_loss_coef
 
-    # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its
-    # options.
+    # the base class makes its collator of pairs with the tokenizer's padding; ours takes over its
+    # options
     @property
     def data_collator(self) -> Any:
-        """Lays out a batch: :class:`DataCollatorForGroups`, unless the caller passed one that makes
-        the same tensors.
-        """
+        """The collator: `DataCollatorForGroups`, or the caller's, which makes the same tensors."""
         return self._data_collator
 
     @data_collator.setter
@@ -153,7 +151,7 @@ class RPOTrainer(DPOTrainer):
             objective=self.objective,
             name=dataset_name,
         )
-        translate(first)  # an iterable dataset would say what is wrong with it at the first step
+        translate(first)  # an iterable dataset would raise at the first step only
         options: dict[str, Any] = {}
         if isinstance(dataset, Dataset):
             options = {
@@ -163,7 +161,7 @@ class RPOTrainer(DPOTrainer):
         with global_then_local_main_first():
             dataset = dataset.map(translate, remove_columns=list(first), **options)
             if args.max_length is not None and args.truncation_mode == "keep_start":
-                # no response token would be left of these
+                # these would have no response tokens left
                 options.pop("desc", None)
                 dataset = dataset.filter(
                     lambda example: len(example["prompt_ids"]) < args.max_length, **options
@@ -184,8 +182,10 @@ class RPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
-        K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
+        """Return the reference's log-probabilities of first responses `[G]`, others `[G, K - 1]`.
+
+        K is the dataset's largest; 0 where a prompt has fewer.
+        """
         logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
@@ -193,7 +193,7 @@ class RPOTrainer(DPOTrainer):
 
     @torch.no_grad()
     def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Per token ``[S, T]``, of the reference model or of the policy without its adapter."""
+        """Per token `[S, T]`, from the reference model, or from the policy without its adapter."""
         adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
@@ -209,7 +209,7 @@ class RPOTrainer(DPOTrainer):
             accelerate_trl(),
         ):
             logps = model(**kwargs, labels=labels, fused_lm_head=True).log_probs
-        # [S, T - 1], or more where prompt tuning puts virtual tokens before the others
+        # [S, T - 1], or more where prompt tuning puts virtual tokens first
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
     # ---- the loss --------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class RPOTrainer(DPOTrainer):
             if getattr(
                 getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
             ):
-                # the policy's rows are longer, by virtual tokens
+                # virtual tokens make the policy's rows longer
                 ref_logps = sequence_logps(ref_logps)
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
@@ -249,7 +249,7 @@ class RPOTrainer(DPOTrainer):
         self._record(out, statistics, ref_logps, inputs, groups)
         if not return_outputs:
             return out.loss
-        with torch.no_grad():  # for compute_metrics, which wants logits
+        with torch.no_grad():  # compute_metrics needs logits
             return out.loss, model(**kwargs)
 
     @torch.no_grad()
@@ -287,9 +287,8 @@ class RPOTrainer(DPOTrainer):
                 torch.ones_like(without),
             )
         metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
-        # One gathering, one synchronisation: sums and counts over processes, which may hold
-        # different numbers of responses.
-        # [metrics, 2]
+        # [metrics, 2]: one gather and one synchronisation, for sums and counts over processes,
+        # which may hold different numbers of responses
         sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])
         recorded = dict(zip(metrics, self.accelerator.gather(sums[None]).sum(0).tolist()))
         tokens = recorded.pop("num_tokens")[0]
@@ -302,10 +301,10 @@ class RPOTrainer(DPOTrainer):
 
 
 def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """What the model takes, and labels ``[S, T]``: the responses' tokens, not shifted."""
+    """Return the model's inputs, and labels `[S, T]`: the responses' tokens, not shifted."""
     kwargs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    labels[:, 0] = -100  # nothing predicts it, also where prompt tuning puts tokens before it
+    labels[:, 0] = -100  # nothing predicts it, even if prompt tuning puts tokens before it
     return kwargs | {"use_cache": False}, labels
 
 
@@ -343,7 +342,7 @@ def _check_reference(
     reference: str,
     peft_config: Any,
 ) -> None:
-    """What the base class would find out while it loads a model, or at step 1."""
+    """Raise for what the base class would find while loading a model, or at step 1."""
     if reference == "none":
         for name, given in (
             ("ref_model", ref_model is not None),

@@ -1,6 +1,6 @@
-"""Which releases of TRL the adapter was tested with.
+"""The releases of TRL that the adapter was tested with.
 
-It reaches into private names, so others are refused.
+It uses private names of TRL, so others are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ TESTED = "1.16"
 
 
 def check_version() -> None:
-    """Raise ImportError where the installed TRL is not a tested release."""
+    """Raise ImportError if the installed TRL is not a tested release."""
     installed = Version(trl.__version__)
     if f"{installed.major}.{installed.minor}" != TESTED:
         raise ImportError(
