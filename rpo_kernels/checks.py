@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .backend import BACKENDS
-from .objectives import DISTANCES, AnyObjective, Objective, ObjectiveSum, RPOObjective
+from .objectives import DISTANCES, RPOObjective
+from .sums import AnyObjective, Objective, ObjectiveSum
 from .tangents import check_tangents
 
 REDUCTIONS = ("mean", "sum", "none")

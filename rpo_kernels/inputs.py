@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .objectives import Objective, weighted_parts
+from .sums import Objective, weighted_parts
 
 
 class LogitTransform(NamedTuple):

@@ -16,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 
 class Distance(NamedTuple):
@@ -125,11 +125,11 @@ class RPOObjective:
         _one_of("comparison", self.comparison, COMPARISONS)
         _one_of("sft_normalizer", self.sft_normalizer, SFT_NORMALIZERS)
         _one_of("reference", self.reference, REFERENCES)
-        _number("beta", self.beta, low=0.0, strict=True)
-        _number("eta", self.eta, low=0.0, strict=True)
-        _number("scale", self.scale, low=0.0, strict=True)
-        _number("sft_weight", self.sft_weight, low=0.0)
-        _number("margin", self.margin)
+        check_number("beta", self.beta, low=0.0, strict=True)
+        check_number("eta", self.eta, low=0.0, strict=True)
+        check_number("scale", self.scale, low=0.0, strict=True)
+        check_number("sft_weight", self.sft_weight, low=0.0)
+        check_number("margin", self.margin)
         for name in ("average", "cross_entropy", "leave_one_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
@@ -166,10 +166,10 @@ class RPOObjective:
                     f"got {self.distance!r} with {self.comparison!r}"
                 )
         else:
-            _number("target", self.target, low=0.0, infinite=self.rules.infinite_targets)
+            check_number("target", self.target, low=0.0, infinite=self.rules.infinite_targets)
         if self.label is None:
             return
-        _number("label", self.label, low=0.5)
+        check_number("label", self.label, low=0.5)
         if (
             not self.rules.cross_entropy
             or self.comparison == "pointwise"
@@ -243,7 +243,7 @@ class RPOObjective:
 
         d = s_1 - s_2.
         """
-        _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+        check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
         label = (1 - label_smoothing) / (1 - 2 * label_smoothing)
         return cls("backward_kl", beta, label=label, cross_entropy=True, name="robust_dpo")
 
@@ -253,7 +253,7 @@ class RPOObjective:
 
         Log-ratios are sums over tokens (paper), or averages (TRL).
         """
-        _number("tau", tau, low=0.0, strict=True)
+        check_number("tau", tau, low=0.0, strict=True)
         return cls("squared", 1.0, average=average, target=1 / (2 * tau), scale=2.0, name="ipo")
 
     @classmethod
@@ -297,13 +297,13 @@ class RPOObjective:
     @classmethod
     def rebel(cls, eta: float = 1.0) -> RPOObjective:
         """REBEL (arXiv 2404.16767): (h / eta - (r_1 - r_2))^2, reference = previous policy."""
-        _number("eta", eta, low=0.0, strict=True)
+        check_number("eta", eta, low=0.0, strict=True)
         return cls("squared", 1 / eta, scale=2.0, name="rebel")
 
     @classmethod
     def exo(cls, beta: float = 0.1, label_smoothing: float = 1e-3) -> RPOObjective:
         """EXO-pref (arXiv 2402.00856): KL(B(sigmoid(d)) || B(1 - eps)), 0 < eps < 1/2."""
-        _number("label_smoothing", label_smoothing, low=0.0, high=0.5, strict=True)
+        check_number("label_smoothing", label_smoothing, low=0.0, high=0.5, strict=True)
         return cls("forward_kl", beta, target=_log_odds(label_smoothing), name="exo")
 
     @classmethod
@@ -314,7 +314,7 @@ class RPOObjective:
     @classmethod
     def infonca(cls, beta: float = 0.1, alpha: float = 1.0) -> RPOObjective:
         """InfoNCA (arXiv 2402.05369): -sum_i softmax(r / alpha)_i log softmax(s)_i."""
-        _number("alpha", alpha, low=0.0, strict=True)
+        check_number("alpha", alpha, low=0.0, strict=True)
         return cls("backward_kl", beta, eta=1 / alpha, cross_entropy=True, name="infonca")
 
     @classmethod
@@ -326,7 +326,7 @@ class RPOObjective:
         A_i is the leave-one-out advantage of r_i - beta (l_i - lref_i). Equal in gradient, on
         policy.
         """
-        _number("beta", beta, low=0.0, strict=True)
+        check_number("beta", beta, low=0.0, strict=True)
         return cls("squared", beta, scale=1 / beta, leave_one_out=False, name="rloo")
 
     @classmethod
@@ -342,7 +342,7 @@ class RPOObjective:
 
         For pairs, the first response chosen.
         """
-        _number("beta", beta, low=0.0, strict=True)
+        check_number("beta", beta, low=0.0, strict=True)
         return cls(
             "squared", beta, comparison="pointwise", target=1.0, scale=4 / beta / beta, name="sppo"
         )
@@ -355,7 +355,7 @@ class RPOObjective:
 
         For groups of K responses.
         """
-        _number("alpha", alpha, low=0.0, strict=True)
+        check_number("alpha", alpha, low=0.0, strict=True)
         return cls(
             "backward_kl",
             beta,
@@ -380,86 +380,12 @@ class RPOObjective:
         )
 
 
-@dataclass(frozen=True)
-class ObjectiveSum:
-    """A weighted sum of objectives, sum_p w_p L_p."""
-
-    weights: tuple[float, ...]
-    parts: tuple[RPOObjective, ...]
-
-    @staticmethod
-    def of(weighted: Sequence[tuple[float, RPOObjective]]) -> ObjectiveSum:
-        for weight, part in weighted:
-            _number("weight", weight, low=0.0, strict=True)
-            if not isinstance(part, RPOObjective):
-                raise TypeError(f"the parts must be RPOObjectives, got {part!r}")
-        kinds = sorted({part.reference for _, part in weighted} - {"none"})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"the parts must take the same kind of reference, got {kinds[0]!r} and {kinds[1]!r}"
-            )
-        return ObjectiveSum(*(tuple(x) for x in zip(*weighted)))
-
-    @property
-    def spec(self) -> str:
-        """The specs of the parts with their weights, separated by tabs."""
-        return "\t".join([f"{w!r} {part.spec}" for w, part in zip(self.weights, self.parts)])
-
-    @property
-    def uses_rewards(self) -> bool:
-        return any(part.uses_rewards for part in self.parts)
-
-    @property
-    def needs_lengths(self) -> bool:
-        return any(part.needs_lengths for part in self.parts)
-
-    @property
-    def reference(self) -> str:
-        """The kind of reference of the parts that have one."""
-        return next((x.reference for x in self.parts if x.reference != "none"), "none")
-
-
-# what the loss functions minimise, and what callers may pass for it
-Objective: TypeAlias = RPOObjective | ObjectiveSum
-AnyObjective: TypeAlias = RPOObjective | ObjectiveSum | Sequence[tuple[float, RPOObjective]]
-
-
-@lru_cache(maxsize=256)
-def objective_from_spec(spec: str) -> Objective:
-    """Return the objective that `spec` describes."""
-    if spec.startswith("{"):
-        return RPOObjective.from_spec(spec)
-    lines = [line.split(" ", 1) for line in spec.split("\t")]
-    return ObjectiveSum(
-        tuple(float(weight) for weight, _ in lines),
-        tuple(RPOObjective.from_spec(part) for _, part in lines),
-    )
-
-
-@lru_cache(maxsize=256)
-def weighted_parts(objective: Objective) -> tuple[RPOObjective, ...]:
-    """Return the parts of an objective, each with its weight in its own factors."""
-    if isinstance(objective, RPOObjective):
-        return (objective,)
-    return tuple(
-        replace(x, scale=x.scale * weight, sft_weight=x.sft_weight * weight)
-        for weight, x in zip(objective.weights, objective.parts)
-    )
-
-
-def names_of(parts: Sequence[RPOObjective]) -> list[str]:
-    """Return a name for each part; the second one of a name gets the suffix _2."""
-    names = [part.name or part.distance for part in parts]
-    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
-    return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, numbers)]
-
-
 # Names of the methods that build a published loss.
 PRESETS = tuple(name for name, x in vars(RPOObjective).items() if isinstance(x, classmethod))
 
 
 def _log_odds(label_smoothing: float) -> float:
-    _number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     return math.inf if label_smoothing == 0 else math.log((1 - label_smoothing) / label_smoothing)
 
 
@@ -470,7 +396,7 @@ def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
         )
 
 
-def _number(
+def check_number(
     name: str,
     value: object,
     *,

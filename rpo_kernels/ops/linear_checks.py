@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import LogitTransform
-from ..objectives import Objective
+from ..sums import Objective
 from .head import CPU_WORKSPACE, GPU_WORKSPACE, Leaves, Options
 from .token_logps import shard_of
 from .windows import Reference

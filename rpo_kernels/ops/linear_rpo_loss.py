@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import Groups, Sequences, groups_of
-from ..objectives import AnyObjective
+from ..sums import AnyObjective
 from .gradients import (
     Gradients,
     Kept,

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import checks
 from .._ops import add_op_namespace_prefix
 from ..backend import module_of
-from ..objectives import Objective, objective_from_spec
+from ..sums import Objective, objective_from_spec
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import Groups, PerSequence, Sequences, groups_of
-from ..objectives import AnyObjective, names_of
+from ..sums import AnyObjective, names_of
 from .group_pass import Losses, fake_losses, group_pass, total
 from .operator import Operator, once_differentiable
 from .output import RPOOutput

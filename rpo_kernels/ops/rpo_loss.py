@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from .. import checks, distributed
 from ..inputs import Groups, LogitTransform, Sequences, groups_of
-from ..objectives import AnyObjective
+from ..sums import AnyObjective
 from .group_pass import Losses, fake_losses, group_pass
 from .operator import Operator, only_once
 from .output import RPOOutput

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
 from rpo_kernels import linear_rpo_loss, preference_loss, reference
 
@@ -72,3 +73,19 @@ def test_preference_loss_of_the_online_setting_is_a_policy_gradient_with_fixed_w
     expected = objective.beta * weights.flatten() / 3
     largest = objective.beta * 50  # implicit reward: softmax(s) is within that of 1 / K
     assert worst(logps.grad, expected) <= objective.beta / 3 * largest
+
+
+def test_preference_loss_of_the_printed_mpo_is_its_formula(device):
+    logps, ref_logps = -20 * torch.rand(2, 8, dtype=torch.float64, device=device)
+    lengths = torch.randint(1, 9, (8,), device=device)
+    out = preference_loss(
+        logps.float(), None, SETTINGS["mpo"], ref_logps=ref_logps.float(), lengths=lengths
+    )
+    chosen, rejected = (0.1 * (logps - ref_logps)).view(4, 2).unbind(1)
+    losses = (
+        -0.8 * logsigmoid(chosen - rejected)
+        - 0.2 * (logsigmoid(chosen) + logsigmoid(-rejected))
+        - logps[::2] / lengths[::2]
+    )
+    assert worst(out.loss, losses.mean()) < 1e-6
+    assert {"dpo/loss", "bco/rewards/margins", "rewards/margins"} <= out.metrics().keys()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss, reference, rpo_loss
-from rpo_kernels.objectives import ObjectiveSum, objective_from_spec
+from rpo_kernels.sums import ObjectiveSum, objective_from_spec
 
 from ..helpers import worst
 
