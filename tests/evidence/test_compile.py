@@ -28,9 +28,9 @@ from rpo_kernels.tools.variants import Variant, meta, variants
 from ..helpers import compiling
 
 ROOT = Path(__file__).parents[2]
-IN_FULL = (
-    "sm_90"  # every option; the other chips get those that need the fewest and the most registers
-)
+# every option; the other chips get those that need the fewest and the most registers
+IN_FULL = "sm_90"
+FAST = ("sm_90", "gfx942")  # one of each vendor; `make test-slow` has the others
 
 
 @triton.jit
@@ -82,7 +82,9 @@ def main(name):
     )
 
 
-@pytest.mark.parametrize("name", CHIPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in FAST else pytest.mark.slow) for x in CHIPS]
+)
 def test_audit_finds_kernels_in_registers_and_accesses_of_sixteen_bytes(name, tmp_path):
     environment = compiling(TRITON_CACHE_DIR=str(tmp_path))
     command = [sys.executable, "-m", "tests.evidence.test_compile", name]
