@@ -30,19 +30,33 @@ def shape_of(x: Tensor) -> str:
 
 def check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(
+            f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}{_tensor_in(name, x)}"
+        )
     if x.is_nested:
         raise TypeError(
             f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), "
-            f"packed, and {name}.offsets().int() as "
-            "`cu_seqlens` where sequences matter"
+            f"packed, and {name}.offsets().int() as `cu_seqlens` where sequences matter"
         )
+
+
+def _tensor_in(name: str, x: object) -> str:
+    """Where the tensor is, in what is often passed in its place."""
+    attribute = {"hidden": "last_hidden_state", "weight": "weight", "logits": "logits"}.get(
+        name.removeprefix("ref_"), ""
+    )
+    if isinstance(getattr(x, attribute, None), Tensor):
+        return f"; pass its .{attribute}"
+    if isinstance(x, (list, tuple)) and x and all(isinstance(i, (int, float)) for i in x):
+        return f"; pass torch.tensor({name})"
+    return ""
 
 
 def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
     if x is not None and x.device != device:
         raise ValueError(
-            f"{op}: `{name}` must be on {device} like the first argument, got {x.device}"
+            f"{op}: `{name}` must be on {device} like the first argument, got {x.device}; pass "
+            f"{name}.to({str(device)!r})"
         )
 
 
@@ -50,7 +64,8 @@ def check_float(op: str, name: str, x: Tensor) -> None:
     """fp32, fp16 or bf16."""
     if x.dtype not in _LOGITS:
         hint = (
-            "; the kernels compute in float32, rpo_kernels.reference in float64"
+            f"; pass {name}.float(): the kernels compute in float32, rpo_kernels.reference in "
+            "float64"
             if x.dtype == torch.float64
             else ""
         )
@@ -68,20 +83,36 @@ def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index:
     """Integer labels in the shape of the leading dimensions of logits (or hidden states)."""
     check_tensor(op, "labels", labels)
     if labels.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}")
+        slip = (
+            "did you pass a mask? shift_labels(input_ids, mask) makes labels"
+            if labels.dtype == torch.bool
+            else "pass labels.long()"
+        )
+        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}; {slip}")
     expected = like.shape[:-1]
     if labels.shape != expected:
-        hint = ""
-        if labels.dim() == len(expected) and labels.dim() and labels.shape[:-1] == expected[:-1]:
-            if labels.shape[-1] == expected[-1] + 1:
-                slip = "labels[:, 1:]" if labels.dim() == 2 else "labels[1:]"
-                hint = f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
         raise ValueError(
             f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got "
-            f"{shape_of(labels)}{hint}"
+            f"{shape_of(labels)}{_slip_of_labels(labels, like, name)}"
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
+
+
+def _slip_of_labels(labels: Tensor, like: Tensor, name: str) -> str:
+    """Why labels may have another shape than logits or hidden states."""
+    got, expected = list(labels.shape), list(like.shape[:-1])
+    if labels.numel() == math.prod(expected):
+        return "; flatten both or neither" if 1 in (len(got), len(expected)) else ""
+    if got[:-1] == expected:
+        return f"; pass `{name}` of all positions, not of one"
+    if len(got) == len(expected) and got[:-1] == expected[:-1]:
+        if got[-1] == expected[-1] + 1:
+            slip = "labels[:, 1:]" if len(got) == 2 else "labels[1:]"
+            return f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
+        if got[-1] == expected[-1] - 1:
+            return "; shift_labels(input_ids, mask) shifts them and keeps their length"
+    return ""
 
 
 def check_logits(
@@ -106,18 +137,16 @@ def check_logits(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{op}: the last dimension of `logits` must be contiguous, got strides "
-            f"{tuple(logits.stride())}; "
-            "pass logits.contiguous()"
+            f"{tuple(logits.stride())}; pass logits.contiguous()"
         )
     if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: `inplace_backward` would write the gradient over `logits`, a leaf that "
-            "requires one; pass what a model computed"
+            f"{op}: `inplace_backward` would overwrite `logits`, a leaf that requires a gradient, "
+            "with that gradient; pass logits that a model computed, or inplace_backward=False"
         )
     if inplace_backward and _overlaps(logits):
         raise ValueError(
-            f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, "
-            "got shape "
+            f"{op}: with `inplace_backward` the rows of `logits` must not share memory, got shape "
             f"{shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         )
 
@@ -176,9 +205,11 @@ def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> 
 
 def check_objective(op: str, objective: object) -> None:
     if not isinstance(objective, RPOObjective):
+        is_tensor = isinstance(objective, Tensor)
+        got = f"a tensor {shape_of(objective)}" if is_tensor else repr(objective)
         raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, got {objective!r}; for example "
-            "RPOObjective.dpo(beta=0.1)"
+            f"{op}: `objective` must be an RPOObjective, got {got}; for example "
+            f"RPOObjective.dpo(beta=0.1){', after `rewards`' if is_tensor else ''}"
         )
 
 
@@ -188,15 +219,14 @@ def check_rewards(
     if rewards is None:
         if objective.uses_rewards:
             raise ValueError(
-                f"{op}: `rewards` are missing: this objective compares with explicit rewards; pass "
-                f"a tensor [S] = [{S}]"
+                f"{op}: `rewards` must be a tensor [S] = [{S}] for this objective, got None; to "
+                "train without rewards, choose one with its own target, such as RPOObjective.dpo()"
             )
         return
     if not objective.uses_rewards:
         raise ValueError(
-            f"{op}: `rewards` are superfluous: this objective brings its own target (the first "
-            "response of a group is the "
-            "chosen one); pass None"
+            f"{op}: `rewards` must be None for an objective with its own target (the first "
+            f"response of each group is the chosen one), got {_told(rewards)}"
         )
     check_tensor(op, "rewards", rewards)
     if rewards.dtype == torch.bool or rewards.is_complex():
@@ -232,24 +262,27 @@ def check_groups(
             )
         if group_size is not None:
             raise ValueError(
-                f"{op}: `group_size` and `cu_groups` both say which responses belong together; "
-                "pass one of them"
+                f"{op}: `group_size` and `cu_groups` both say which responses belong together, got "
+                f"{group_size!r} and offsets; pass one of them"
             )
         check_offsets(op, "cu_groups", cu_groups, device)
         return 2
+    told = "2 (the default)" if group_size is None else repr(group_size)
     if group_size is None:
         group_size = 2
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
     least = 1 if objective.comparison == "pointwise" else 2
     if group_size < least:
+        slip = "; sample more responses to each prompt, or choose comparison='pointwise'"
         raise ValueError(
             f"{op}: `group_size` must be at least {least} for comparison {objective.comparison!r}, "
-            f"got {group_size}"
+            f"got {group_size}{slip if group_size == 1 else ''}"
         )
     if S % group_size:
         raise ValueError(
-            f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}"
+            f"{op}: `group_size` must divide the number of sequences, {S}, got {told}; pass the "
+            "number of responses to each prompt, or `cu_groups` if it varies"
         )
     if objective.label is not None and group_size != 2:
         raise ValueError(
@@ -274,18 +307,19 @@ def check_reference(
     if objective.reference == "none":
         if ref_logps is not None:
             raise ValueError(
-                f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None"
+                f"{op}: `ref_logps` must be None for an objective without a reference, got "
+                f"{_told(ref_logps)}"
             )
     elif ref_logps is None and not is_live:
         raise ValueError(
-            f"{op}: `ref_logps` are missing: this objective compares with a reference; for a "
-            "reference-free one build it "
-            "with reference='none'"
+            f"{op}: `ref_logps` must be {_any_of(shapes, several)} for this objective, got None; "
+            "pass the reference model's log-probabilities, or build the objective with "
+            "reference='none'"
         )
     if ref_weights is not None and not several:
         raise ValueError(
-            f"{op}: `ref_weights` belong to reference 'harmonic' or 'geometric', got an objective "
-            f"with {objective.reference!r}"
+            f"{op}: `ref_weights` must be None unless the objective has reference='harmonic' or "
+            f"'geometric', got {_told(ref_weights)} with reference={objective.reference!r}"
         )
     if ref_logps is None:
         return
@@ -294,12 +328,11 @@ def check_reference(
     check_constant(op, "ref_logps", ref_logps)
     shape = tuple(ref_logps.shape[1:] if several else ref_logps.shape)
     if shape not in shapes or (several and not len(ref_logps)):
-        lead = "R, " if several else ""
-        expected = " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
-        hint = ""
-        if not several and shape[1:] in shapes:
-            hint = "; several references need an objective with reference='harmonic' or 'geometric'"
-        raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}{hint}")
+        hint = "" if several else _slip_of_reference(shape, shapes)
+        raise ValueError(
+            f"{op}: `ref_logps` must be {_any_of(shapes, several)}, got "
+            f"{shape_of(ref_logps)}{hint}"
+        )
     check_device(op, "ref_logps", ref_logps, device)
     if ref_weights is not None:
         check_tensor(op, "ref_weights", ref_weights)
@@ -314,12 +347,35 @@ def check_reference(
         check_device(op, "ref_weights", ref_weights, device)
 
 
+def _any_of(shapes: list[tuple[int, ...]], several: bool) -> str:
+    lead = "R, " if several else ""
+    return " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
+
+
+def _slip_of_reference(got: tuple[int, ...], shapes: list[tuple[int, ...]]) -> str:
+    """Why one reference's log-probabilities may have another shape than those expected."""
+    (S,), tokens = shapes[0], shapes[-1]
+    if got[1:] in shapes:
+        return "; several references need an objective with reference='harmonic' or 'geometric'"
+    if math.prod(got) == S:
+        return "; pass ref_logps.flatten()"
+    if len(tokens) == 2 and got == (S, tokens[1] - 1):
+        return "; pass torch.nn.functional.pad(ref_logps, (0, 1)): the last position predicts none"
+    if len(shapes) == 1 and len(got) == 2 and got[0] == S:
+        return "; pass sequence_logps(ref_logps)"
+    return ""
+
+
+def _told(x: object) -> str:
+    return shape_of(x) if isinstance(x, Tensor) else repr(x)
+
+
 def check_normalizer(op: str, reduction: object, normalizer: object, device: torch.device) -> None:
     check_choice(op, "reduction", reduction, REDUCTIONS)
     if normalizer is None:
         return
     if reduction == "none":
-        raise ValueError(f"{op}: `normalizer` divides a sum, but `reduction` is 'none'")
+        raise ValueError(f"{op}: `normalizer` divides a sum, but `reduction` is 'none'; pass None")
     if isinstance(normalizer, Tensor):
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"{op}: `normalizer` must be a real number, got {normalizer.dtype}")
@@ -354,19 +410,32 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
+        label = int(labels[outside][0])
+        if label < 0:
+            slip = f"; pass {ignore_index} where nothing is scored, or ignore_index={label}"
+        elif op.startswith("linear_"):
+            slip = f"; {V} is the number of rows of the head, weight.shape[0]"
+        else:
+            slip = f"; {V} is logits.shape[-1]: do you have hidden states? Call linear_{op}"
         raise ValueError(
-            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got "
-            f"{int(labels[outside][0])}"
+            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {label}"
+            f"{slip}"
         )
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
     if not _readable(offsets):
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total:
+        slip = ""
+        if int(offsets.sum()) == total:  # sizes
+            slip = f"; pass torch.nn.functional.pad({name}.cumsum(0, dtype=torch.int32), (1, 0))"
+        elif last == total:
+            slip = f"; pass torch.nn.functional.pad({name}, (1, 0))"
         raise ValueError(
-            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got "
-            f"{int(offsets[0])} and {int(offsets[-1])}"
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {first} "
+            f"and {last}{slip}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
@@ -382,8 +451,8 @@ def check_reward_values(op: str, rewards: Tensor | None, objective: RPOObjective
     if rewards.isinf().any() and not objective.rules.infinite_targets:
         legal = " or ".join(repr(name) for name, x in DISTANCES.items() if x.infinite_targets)
         raise ValueError(
-            f"{op}: infinite `rewards` are legal as targets of distance {legal} only, got one at "
-            f"{int(rewards.isinf().nonzero()[0])} with {objective.distance!r}"
+            f"{op}: `rewards` must be finite for distance {objective.distance!r}, got an infinite "
+            f"one at {int(rewards.isinf().nonzero()[0])}; distance {legal} takes them"
         )
 
 

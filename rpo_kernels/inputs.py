@@ -50,16 +50,16 @@ class Sequences(NamedTuple):
     def of(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
         if cu_seqlens is None:
             if tokens.dim() != 2:
+                without = " without cu_seqlens" if tokens.dim() == 1 else ""
                 raise ValueError(
                     f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got "
-                    f"{checks.shape_of(tokens)}"
-                    f"{' without cu_seqlens' if tokens.dim() == 1 else ''}"
+                    f"{checks.shape_of(tokens)}{without}"
                 )
             return Sequences(tokens.shape[0])
         if tokens.dim() != 1:
             raise ValueError(
                 f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got "
-                f"{checks.shape_of(tokens)}"
+                f"{checks.shape_of(tokens)}; flatten the tokens, or leave out `cu_seqlens` for rows"
             )
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")

@@ -86,9 +86,8 @@ def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSett
                 **{f.name: row[f.name] for f in fields(LaunchSettings) if f.name in row}
             )
     raise RuntimeError(
-        f"launch_settings: the kernels are made for sm_80 and newer, and AMD's gfx; got {arch!r} "
-        f"({op}, {element_size} bytes, "
-        f"V = {V}); pass backend='torch'"
+        f"launch_settings: the kernels run on sm_80 and newer, and on AMD's gfx; got {arch!r} "
+        f"({op}, {element_size} bytes, V = {V}); pass backend='torch'"
     )
 
 
