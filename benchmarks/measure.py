@@ -75,7 +75,7 @@ class Step:
         """In the order of the case, flat rows."""
         grad = getattr(self.inputs, name).grad
         if grad is None:
-            raise RuntimeError(f"no gradient reached {name}")
+            raise RuntimeError(f"expected a gradient of {name}, got none")
         if name == "weight":
             return grad
         return grad[self.order.argsort()].flatten(0, 1)

@@ -171,8 +171,8 @@ class RPOObjective:
             )
         if self.label > 1.0 and not self.cross_entropy:
             raise ValueError(
-                "RPOObjective: `label` must be at most 1 for a KL divergence, got "
-                f"{self.label}; pass cross_entropy=True"
+                f"RPOObjective: `label` must be at most 1 for a KL divergence, got {self.label}; "
+                "pass cross_entropy=True"
             )
 
     @property

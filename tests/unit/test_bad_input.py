@@ -190,15 +190,10 @@ def test_a_tensor_of_another_dtype_is_named(op, name, dtype, expected):
 
 def test_float64_is_told_what_computes_in_it():
     message = (
-        "`logits` must be float32, float16 or bfloat16, got torch.float64; the kernels compute in "
-        "float32, "
+        "`logits` must be float32, float16 or bfloat16, got torch.float64; pass logits.float(): "
+        "the kernels compute in float32, rpo_kernels.reference in float64"
     )
-    refuses(
-        "token_logps",
-        message + "rpo_kernels.reference in float64",
-        TypeError,
-        logits=LOGITS.double(),
-    )
+    refuses("token_logps", message, TypeError, logits=LOGITS.double())
 
 
 @pytest.mark.parametrize(
@@ -281,8 +276,7 @@ def test_a_strided_vocabulary_is_told_to_become_contiguous(op):
 def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
     message = (
         "the leading dimensions of `logits` must collapse to two without a copy, got shape [3, 4, "
-        "2, 5] with strides "
-        "(10, 30, 5, 1); pass logits.contiguous()"
+        "2, 5] with strides (10, 30, 5, 1); pass logits.contiguous()"
     )
     logits = torch.zeros(4, 3, 2, 5).transpose(0, 1)
     refuses("token_logps", message, logits=logits, labels=torch.ones(3, 4, 2).long())
@@ -296,8 +290,8 @@ def test_leading_dimensions_that_are_not_two_are_told_to_become_contiguous():
 )
 def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
     message = (
-        "`inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
-        "[4, 3, 5] with strides "
+        "with `inplace_backward` the rows of `logits` must not share memory, got shape [4, 3, 5] "
+        "with strides "
     )
     refuses(
         op,
@@ -310,8 +304,8 @@ def test_rows_that_share_memory_cannot_hold_their_gradients(op, logits):
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_a_parameter_is_not_overwritten_by_its_gradient(op):
     message = (
-        "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; "
-        "pass what a model computed"
+        "`inplace_backward` would overwrite `logits`, a leaf that requires a gradient, with that "
+        "gradient; pass logits that a model computed, or inplace_backward=False"
     )
     refuses(op, message, logits=torch.zeros(4, 3, 5, requires_grad=True), inplace_backward=True)
 
@@ -355,8 +349,8 @@ def test_triton_on_a_cpu_asks_for_the_interpreter():
     )
     assert done.stdout.strip() == (
         "token_logps: backend 'triton' on a CPU tensor runs in Triton's interpreter: set "
-        "TRITON_INTERPRET=1 in the environment "
-        "before the first kernel is imported, or pass backend='torch'"
+        "TRITON_INTERPRET=1 in the environment before the first kernel is imported, or pass "
+        "backend='torch'"
     ), done.stderr
 
 
@@ -462,7 +456,10 @@ def test_a_mask_of_another_shape_names_both_shapes(shape):
 
 
 def test_an_average_needs_labels():
-    message = "`labels` are missing: average=True divides by the number of scored tokens"
+    message = (
+        "`labels` must be [4, 3] for average=True, which divides by the number of scored tokens, "
+        "got None"
+    )
     refuses("sequence_logps", message, average=True)
 
 
@@ -473,7 +470,10 @@ def test_sequences_of_several_numbers_are_refused():
 
 @pytest.mark.parametrize("objective", [RPOObjective(average=True), RPOObjective.cpo()])
 def test_lengths_are_asked_for_where_the_loss_divides_by_them(objective):
-    message = "`lengths` are missing: this objective divides by the number of scored tokens"
+    message = (
+        "`lengths` must be [S] = [4] for this objective, which divides by the number of scored "
+        "tokens, got None; pass (labels != -100).sum(1)"
+    )
     refuses("preference_loss", message, objective=objective)
 
 
@@ -498,7 +498,7 @@ def test_lengths_that_count_nothing_are_refused(lengths, error, message):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_a_group_size_that_does_not_divide_is_named(op):
-    refuses(op, "`group_size` 3 does not divide the number of sequences, 4", group_size=3)
+    refuses(op, "`group_size` must divide the number of sequences, 4, got 3; ", group_size=3)
 
 
 @pytest.mark.parametrize("comparison, least", [("listwise", 2), ("pairwise", 2), ("pointwise", 1)])
@@ -514,7 +514,8 @@ def test_a_group_too_small_to_compare_is_named(op, comparison, least):
 @pytest.mark.parametrize("size", [2, 4])
 def test_two_ways_to_say_the_groups_are_refused(op, size):
     message = (
-        "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
+        f"`group_size` and `cu_groups` both say which responses belong together, got {size} and "
+        "offsets; pass one of them"
     )
     refuses(op, message, group_size=size, cu_groups=offsets(0, 4))
 
@@ -586,7 +587,7 @@ def test_a_normalizer_that_cannot_divide_is_named(op, value, error, message):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_a_normalizer_without_a_sum_is_refused(op):
-    message = "`normalizer` divides a sum, but `reduction` is 'none'"
+    message = "`normalizer` divides a sum, but `reduction` is 'none'; pass None"
     refuses(op, message, normalizer=8, reduction="none")
 
 
@@ -596,8 +597,8 @@ def test_a_normalizer_without_a_sum_is_refused(op):
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_missing_rewards_are_asked_for(op):
     message = (
-        "`rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] "
-        "= [4]"
+        "`rewards` must be a tensor [S] = [4] for this objective, got None; to train without "
+        "rewards, choose one with its own target, such as RPOObjective.dpo()"
     )
     refuses(op, message, rewards=None)
 
@@ -605,10 +606,10 @@ def test_missing_rewards_are_asked_for(op):
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_superfluous_rewards_are_refused(op):
     message = (
-        "`rewards` are superfluous: this objective brings its own target (the first response of a "
-        "group is the chosen one)"
+        "`rewards` must be None for an objective with its own target (the first response of each "
+        "group is the chosen one), got [4]"
     )
-    refuses(op, f"{message}; pass None", objective=RPOObjective.dpo())
+    refuses(op, message, objective=RPOObjective.dpo())
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
@@ -636,9 +637,8 @@ def test_a_reward_that_is_no_number_is_pointed_at(op):
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, distance):
     message = (
-        "infinite `rewards` are legal as targets of distance 'backward_kl' or 'hellinger' only, "
-        "got one at 1 "
-        f"with {distance!r}"
+        f"`rewards` must be finite for distance {distance!r}, got an infinite one at 1; distance "
+        "'backward_kl' or 'hellinger' takes them"
     )
     infinite = torch.tensor([0, -INF, 0, 0])
     refuses(op, message, rewards=infinite, objective=RPOObjective(distance))
@@ -653,16 +653,18 @@ def test_infinite_rewards_are_refused_where_they_make_the_loss_infinite(op, dist
     ids=["rewards", "own target", "several references"],
 )
 def test_missing_references_are_asked_for(op, objective):
+    lead = "R, " if objective == TWO_REFERENCES else ""
+    expected = f"[{lead}4]" if op == "preference_loss" else f"[{lead}4] or [{lead}4, 3]"
     message = (
-        "`ref_logps` are missing: this objective compares with a reference; for a reference-free "
-        "one build it with "
+        f"`ref_logps` must be {expected} for this objective, got None; pass the reference model's "
+        "log-probabilities, or build the objective with reference='none'"
     )
-    refuses(op, f"{message}reference='none'", **objective | {"ref_logps": None})
+    refuses(op, message, **objective | {"ref_logps": None})
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_superfluous_references_are_refused(op):
-    message = "`ref_logps` are superfluous: this objective has no reference; pass None"
+    message = "`ref_logps` must be None for an objective without a reference, got [4]"
     refuses(op, message, **NO_REFERENCE | {"ref_logps": REF_LOGPS})
 
 
@@ -698,8 +700,8 @@ def test_references_of_another_shape_name_the_legal_ones(op, changes, message):
 @pytest.mark.parametrize("changes, kind", [({}, "single"), (NO_REFERENCE, "none")])
 def test_weights_without_several_references_are_refused(op, changes, kind):
     message = (
-        "`ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with "
-        f"{kind!r}"
+        "`ref_weights` must be None unless the objective has reference='harmonic' or 'geometric', "
+        f"got [1] with reference={kind!r}"
     )
     refuses(op, message, ref_weights=torch.ones(1), **changes)
 
@@ -784,21 +786,22 @@ def test_an_infinite_target_is_refused_where_it_makes_the_loss_infinite(distance
     [
         ("`target` must be a number >= 0, got nan", {"target": NAN}),
         (
-            "target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', got "
-            "'backward_kl' with 'listwise'",
+            "`target='softmax'` belongs to distance 'backward_kl' with comparison 'pointwise', "
+            "got 'backward_kl' with 'listwise'",
             {"target": "softmax"},
         ),
         (
             "`label` is a pair's target under distance 'backward_kl', in place of `target`; got "
-            "distance 'squared', comparison "
-            "'listwise', target 'rewards'",
+            "distance 'squared', comparison 'listwise', target 'rewards'",
             {"label": 0.5, "distance": "squared"},
         ),
-        ("`label` above 1 has no KL divergence, got 2.0; pass cross_entropy=True", {"label": 2.0}),
+        (
+            "`label` must be at most 1 for a KL divergence, got 2.0; pass cross_entropy=True",
+            {"label": 2.0},
+        ),
         (
             "`cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target "
-            "|| policy)), got distance "
-            "'forward_kl'",
+            "|| policy)), got distance 'forward_kl'",
             {"cross_entropy": True, "distance": "forward_kl"},
         ),
         (

@@ -98,7 +98,8 @@ def _is_attached(host: nn.Module) -> bool:
 
 def _check_attached(op: str, name: str, model: nn.Module) -> None:
     """A model that is not attached drops our keywords, and returns what it always does."""
-    if not any("_rpo_previous" in vars(module) for module in model.modules()):
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if modules and not any("_rpo_previous" in vars(module) for module in modules):
         raise ValueError(
             f"{op}: `{name}` must be an attached model, got a {type(model).__name__} that is not; "
             "call attach(model) first"

@@ -136,7 +136,7 @@ class Call:
                 if read[0].startswith("ref_")
                 else "it is read from the model"
             )
-            raise ValueError(f"{op}: leave out `{read[0]}`; {instead}")
+            raise ValueError(f"{op}: `{read[0]}` must be left out; {instead}")
         loss, tokens = "objective" in given, given.get("output_token_logps", False)
         if loss and tokens:
             raise ValueError(

@@ -115,6 +115,11 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
         adapters = _lora(layer, hidden, vocabulary)
     linear = linear_of(layer)
     weight, bias = linear.weight, linear.bias
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise TypeError(
+            "attach: the head's weight must be a plain floating-point tensor, got "
+            f"{type(weight).__name__}, {weight.dtype}"
+        )
     if vocabulary == weight.shape[0]:
         return {"weight": weight, "bias": bias, **adapters}
     return {
@@ -127,16 +132,10 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
 def linear_of(layer: nn.Module) -> nn.Linear:
     """The linear layer that a head is, or that its adapters are on."""
     layer = getattr(layer, "base_layer", layer)
-    weight: Any = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         raise TypeError(
             "attach: the head must be torch.nn.Linear, got "
             f"{type(layer).__module__}.{type(layer).__name__}"
-        )
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
-        raise TypeError(
-            "attach: the head's weight must be a plain floating-point tensor, got "
-            f"{type(weight).__name__}, {weight.dtype}"
         )
     return layer
 
@@ -216,9 +215,9 @@ def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) ->
     for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):
         if not abs(got - wanted) <= 1e-5 * abs(wanted):
             raise ValueError(
-                f"attach: expected {type(host).__name__} to scale and cap the logits of its head, "
-                f"{number:.6g} to {wanted:.6g} with the scale and cap of its other logits, got "
-                f"{got:.6g}; the kernels compute nothing else"
+                f"attach: {type(host).__name__} must only scale and cap the logits of its head; of "
+                f"{number:.6g} expected {wanted:.6g}, by the scale and cap of its other logits, got "
+                f"{got:.6g}"
             )
     return Transform(
         scale.float().item(), None if softcap is None else softcap.float().item(), len(z)

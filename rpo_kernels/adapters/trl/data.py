@@ -50,8 +50,8 @@ def group_of(
     if not isinstance(responses, list) or len(responses) < 2:
         got = f"{len(responses)}" if isinstance(responses, list) else type(responses).__name__
         raise ValueError(
-            f"{where}: `responses` must be a list of at least two to each prompt, got {got}; "
-            "one row holds all responses to its prompt"
+            f"{where}: `responses` must be a list of at least two to each prompt, got {got}; one "
+            "row holds all responses to its prompt"
         )
     kind = str if isinstance(prompt, str) else list
     if not all(isinstance(response, kind) for response in responses):
@@ -129,8 +129,8 @@ def encode(
     if start < len(prompt_ids):
         logger.warning_once(
             "RPOTrainer: the tokenized prompt is no prefix of prompt + response; the response "
-            "begins where they differ, and "
-            f"{processing_class.decode(prompt_ids[start:])!r} of the prompt is left out"
+            f"begins where they differ, and {processing_class.decode(prompt_ids[start:])!r} of the "
+            "prompt is left out"
         )
     row = {"prompt_ids": prompt_ids[:start], "response_ids": [ids[start:] for ids in whole]}
     return row if rewards is None else row | {"rewards": rewards}

@@ -338,7 +338,9 @@ def _objective_of(args: object) -> RPOObjective:
 
 
 def _check_text_only(dataset: Any) -> None:
-    first = {} if dataset is None else next(iter(dataset), {})
+    first = {} if dataset is None else next(iter(dataset), None)
+    if first is None:
+        raise ValueError("RPOTrainer: train dataset must have rows, got none")
     images = {"image", "images"} & first.keys()
     if images:
         raise ValueError(
