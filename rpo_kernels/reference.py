@@ -446,8 +446,8 @@ def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float
     """D[s || t] of one group. ``s``, ``t`` [K] -> scalar."""
     if objective.distance in ("squared", "forward_kl") and bool(t.isinf().any()):
         raise ValueError(
-            f"reference: targets must be finite for distance {objective.distance!r}, got an "
-            "infinite one; use 'backward_kl' or 'hellinger'"
+            f"reference: distance {objective.distance!r} must have finite targets, got an "
+            "infinite target; use 'backward_kl' or 'hellinger'"
         )
     if objective.label is not None:
         q = objective.label

@@ -167,14 +167,12 @@ def check_linear(
             f"{checks.shape_of(weight)}"
         )
     if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
-        hint = ""
-        if hidden.dim() and hidden.shape[-1] == weight.shape[0]:
-            hint = f"; did you mean `{w}.t()`?"
-            if weight.shape[0] > weight.shape[1]:  # few vocabularies are smaller than H
-                hint = (
-                    f"; are these logits? Pass the hidden states before the head, or call "
-                    f"{op.removeprefix('linear_')}"
-                )
+        on_logits = op.removeprefix("linear_")
+        hint = (
+            f"; did you mean `{w}.t()`? If `{h}` holds logits, call {on_logits} instead"
+            if hidden.dim() and hidden.shape[-1] == weight.shape[0]
+            else ""
+        )
         raise ValueError(
             f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` "
             f"{checks.shape_of(weight)}; got {checks.shape_of(hidden)}{hint}"

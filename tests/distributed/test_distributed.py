@@ -528,7 +528,7 @@ def a_rank_that_raises_makes_all_raise_with_its_message(group):
     )
     raises(
         TypeError,
-        f"rpo_loss: `labels` must be int64 or int32, got torch.float32{told}",
+        f"rpo_loss: `labels` must be int64 or int32, got torch.float32; pass labels.long(){told}",
         rpo_loss,
         shard,
         labels.float() if last else labels,
@@ -633,7 +633,7 @@ def ranks_that_disagree_all_learn_on_what(group):
 def what_is_no_process_group_is_named_and_what_needs_whole_rows_is_refused(group):
     raises(
         ValueError,
-        "linear_token_logps: `on_logits` is for whole rows of logits",
+        "linear_token_logps: `on_logits` must be None with `process_group`",
         linear_token_logps,
         torch.randn(3, H),
         torch.randn(V, H),
@@ -659,8 +659,8 @@ def while_a_cuda_graph_is_captured_ranks_stand_by_what_they_agreed_before(group)
     with mock.patch.object(distributed, "_capturing", lambda: True):
         raises(
             RuntimeError,
-            "token_logps: ranks cannot agree while a CUDA graph is captured; run the step once "
-            "before",
+            "token_logps: ranks cannot compare their arguments while a CUDA graph is captured; run "
+            "the step once before",
             _token_logps._traced,
             shard,
             labels,
@@ -842,7 +842,7 @@ def ranks_of_one_sequence_work_off_the_same_groups_and_learn_of_each_others_erro
     told = "" if last else f" (raised by rank {R - 1} of `context_group`)"
     raises(
         ValueError,
-        "linear_rpo_loss: `ref_logps` are missing: this objective compares",
+        "linear_rpo_loss: `ref_logps` must be ",
         call,
         rewards,
         objective,
