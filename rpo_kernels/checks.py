@@ -205,11 +205,10 @@ def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> 
 
 def check_objective(op: str, objective: object) -> None:
     if not isinstance(objective, RPOObjective):
-        is_tensor = isinstance(objective, Tensor)
-        got = f"a tensor {shape_of(objective)}" if is_tensor else repr(objective)
+        slip = ", after `rewards`" if isinstance(objective, Tensor) else ""
         raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, got {got}; for example "
-            f"RPOObjective.dpo(beta=0.1){', after `rewards`' if is_tensor else ''}"
+            f"{op}: `objective` must be an RPOObjective, got {_told(objective)}; for example "
+            f"RPOObjective.dpo(beta=0.1){slip}"
         )
 
 
@@ -330,8 +329,7 @@ def check_reference(
     if shape not in shapes or (several and not len(ref_logps)):
         hint = "" if several else _slip_of_reference(shape, shapes)
         raise ValueError(
-            f"{op}: `ref_logps` must be {_any_of(shapes, several)}, got "
-            f"{shape_of(ref_logps)}{hint}"
+            f"{op}: `ref_logps` must be {_any_of(shapes, several)}, got {shape_of(ref_logps)}{hint}"
         )
     check_device(op, "ref_logps", ref_logps, device)
     if ref_weights is not None:
@@ -367,7 +365,7 @@ def _slip_of_reference(got: tuple[int, ...], shapes: list[tuple[int, ...]]) -> s
 
 
 def _told(x: object) -> str:
-    return shape_of(x) if isinstance(x, Tensor) else repr(x)
+    return f"a tensor {shape_of(x)}" if isinstance(x, Tensor) else repr(x)
 
 
 def check_normalizer(op: str, reduction: object, normalizer: object, device: torch.device) -> None:

@@ -607,7 +607,7 @@ def test_missing_rewards_are_asked_for(op):
 def test_superfluous_rewards_are_refused(op):
     message = (
         "`rewards` must be None for an objective with its own target (the first response of each "
-        "group is the chosen one), got [4]"
+        "group is the chosen one), got a tensor [4]"
     )
     refuses(op, message, objective=RPOObjective.dpo())
 
@@ -664,7 +664,7 @@ def test_missing_references_are_asked_for(op, objective):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_superfluous_references_are_refused(op):
-    message = "`ref_logps` must be None for an objective without a reference, got [4]"
+    message = "`ref_logps` must be None for an objective without a reference, got a tensor [4]"
     refuses(op, message, **NO_REFERENCE | {"ref_logps": REF_LOGPS})
 
 
@@ -701,7 +701,7 @@ def test_references_of_another_shape_name_the_legal_ones(op, changes, message):
 def test_weights_without_several_references_are_refused(op, changes, kind):
     message = (
         "`ref_weights` must be None unless the objective has reference='harmonic' or 'geometric', "
-        f"got [1] with reference={kind!r}"
+        f"got a tensor [1] with reference={kind!r}"
     )
     refuses(op, message, ref_weights=torch.ones(1), **changes)
 

@@ -559,7 +559,7 @@ def test_linear_rpo_loss_second_backward_raises_and_results_repeat_bit_for_bit(b
     for _ in range(2):
         out = linear_rpo_loss(hidden, weight, labels, rewards, objective, backend=backend)
         runs.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)))
-        with pytest.raises(RuntimeError, match="linear_rpo_loss: a second backward is not possible"):
+        with pytest.raises(RuntimeError, match="linear_rpo_loss: a second backward is not"):
             out.loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
@@ -730,7 +730,7 @@ def test_groups_are_packed_whole():
             TypeError,
             "`weight_grad` must be float32, float16 or bfloat16",
         ),
-        ({"ref_logps": None}, ValueError, r"`ref_logps` must be \[4\] or \[4, 3\] for this objective, got None"),
+        ({"ref_logps": None}, ValueError, "`ref_logps` must be .* got None"),
         (
             {"group_size": 4, "cu_groups": torch.tensor([0, 4], dtype=torch.int32)},
             ValueError,

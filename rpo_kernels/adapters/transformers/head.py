@@ -216,8 +216,8 @@ def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) ->
         if not abs(got - wanted) <= 1e-5 * abs(wanted):
             raise ValueError(
                 f"attach: {type(host).__name__} must only scale and cap the logits of its head; of "
-                f"{number:.6g} expected {wanted:.6g}, by the scale and cap of its other logits, got "
-                f"{got:.6g}"
+                f"{number:.6g} expected {wanted:.6g}, as its other logits are scaled and capped, "
+                f"got {got:.6g}"
             )
     return Transform(
         scale.float().item(), None if softcap is None else softcap.float().item(), len(z)

@@ -69,7 +69,7 @@ class RPOConfig(DPOConfig):
         if self.loss_type not in (None, "rpo", ["rpo"]):
             raise ValueError(
                 f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} with `objective` "
-                f"{self.objective!r}: the objective is the loss. For \"sigmoid\" pass "
+                f'{self.objective!r}: the objective is the loss. For "sigmoid" pass '
                 'objective="dpo", for "ipo" {"preset": "ipo", "tau": ..., "average": true}'
             )
         for name, instead in REPLACED.items():

@@ -56,8 +56,8 @@ def group_of(
     kind = str if isinstance(prompt, str) else list
     if not all(isinstance(response, kind) for response in responses):
         expected = "texts, as `prompt` is" if kind is str else "lists of messages, as `prompt` is"
-        got = sorted({type(response).__name__ for response in responses})
-        raise ValueError(f"{where}: `responses` must be {expected}, got {', '.join(got)}")
+        got = ", ".join(sorted({type(response).__name__ for response in responses}))
+        raise ValueError(f"{where}: `responses` must be {expected}, got {got}")
     if objective.label is not None and len(responses) != 2:
         raise ValueError(
             f"{where}: `responses` must be two to each prompt for an objective that labels pairs, "
