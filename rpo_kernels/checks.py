@@ -266,7 +266,7 @@ def check_groups(
             )
         check_offsets(op, "cu_groups", cu_groups, device)
         return 2
-    told = "2 (the default)" if group_size is None else repr(group_size)
+    given = group_size
     if group_size is None:
         group_size = 2
     if isinstance(group_size, bool) or not isinstance(group_size, int):
@@ -279,6 +279,7 @@ def check_groups(
             f"got {group_size}{slip if group_size == 1 else ''}"
         )
     if S % group_size:
+        told = "2 (the default)" if given is None else group_size
         raise ValueError(
             f"{op}: `group_size` must divide the number of sequences, {S}, got {told}; pass the "
             "number of responses to each prompt, or `cu_groups` if it varies"
@@ -412,9 +413,9 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
         if label < 0:
             slip = f"; pass {ignore_index} where nothing is scored, or ignore_index={label}"
         elif op.startswith("linear_"):
-            slip = f"; {V} is the number of rows of the head, weight.shape[0]"
+            slip = f"; the head has {V} rows"
         else:
-            slip = f"; {V} is logits.shape[-1]: do you have hidden states? Call linear_{op}"
+            slip = f"; the logits have {V} columns, call linear_{op} with hidden states"
         raise ValueError(
             f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {label}"
             f"{slip}"

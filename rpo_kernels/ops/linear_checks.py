@@ -167,9 +167,9 @@ def check_linear(
             f"{checks.shape_of(weight)}"
         )
     if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
-        on_logits = op.removeprefix("linear_")
+        of_logits = op.removeprefix("linear_")
         hint = (
-            f"; did you mean `{w}.t()`? If `{h}` holds logits, call {on_logits} instead"
+            f"; did you mean `{w}.t()`? If `{h}` holds logits, call {of_logits} instead"
             if hidden.dim() and hidden.shape[-1] == weight.shape[0]
             else ""
         )
