@@ -159,21 +159,21 @@ def test_each_layout_of_a_file_is_read(tmp_path):
         ('{"prompt": ', "line 2: not JSON"),
         (
             "[1, 2]",
-            r"line 2: expected prompt, chosen, rejected or prompt, responses, rewards; got \[1, "
+            r"line 2: expected prompt, chosen, rejected, or prompt, responses, rewards; got \[1, "
             r"2\]",
         ),
         (
             {"prompt": "red ?", "chosen": "yes"},
             "line 2: expected prompt.*got the keys prompt, chosen",
         ),
-        (PAIR | {"chosen": "  "}, "line 2: prompt and responses must be non-empty strings"),
+        (PAIR | {"chosen": "  "}, "line 2: `prompt` and `responses` must be non-empty strings"),
         (
             PAIR | {"prompt": [{"role": "user"}]},
-            "line 2: prompt and responses must be non-empty strings",
+            "line 2: `prompt` and `responses` must be non-empty strings",
         ),
         (
             PAIR | {"chosen_reward": "5", "rejected_reward": 1},
-            'line 2: rewards must be finite numbers, got "5"',
+            'line 2: `rewards` must be finite numbers, got "5"',
         ),
         (
             '{"prompt": "p", "chosen": "c", "rejected": "r", '
