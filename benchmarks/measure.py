@@ -72,7 +72,7 @@ class Step:
         """Return a gradient in the order of the case, as flat rows."""
         grad = getattr(self.inputs, name).grad
         if grad is None:
-            raise RuntimeError(f"no gradient reached {name}")
+            raise RuntimeError(f"expected a gradient of {name}, got none")
         if name == "weight":
             return grad
         return grad[self.order.argsort()].flatten(0, 1)

@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> RPOTrainer:
         data = data.map(chats)
     if len(data) <= args.held_out:
         raise SystemExit(
-            f"{args.data}: --held_out {args.held_out} leaves nothing of {len(data)} rows to train "
-            "on"
+            f"{args.data}: expected more rows than --held_out {args.held_out}, got {len(data)}: "
+            "none is left for training"
         )
     split = len(data) - args.held_out
     trainer = RPOTrainer(

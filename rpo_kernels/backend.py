@@ -22,15 +22,14 @@ def module_of(op: str, backend: str, device: torch.device, module: str) -> Modul
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
             f"{op}: backend {backend!r} on a {device.type} tensor needs the package triton, which "
-            "is not installed; "
-            "install it or pass backend='torch'"
+            "is not installed; install it or pass backend='torch'"
         )
     kernels = importlib.import_module(f".kernels.{module}", __package__)
     if device.type == "cpu" and not runs_on_cpu():
         raise RuntimeError(
             f"{op}: backend 'triton' on a CPU tensor runs in Triton's interpreter: set "
-            "TRITON_INTERPRET=1 in the environment "
-            "before the first kernel is imported, or pass backend='torch'"
+            "TRITON_INTERPRET=1 in the environment before the first kernel is imported, or pass "
+            "backend='torch'"
         )
     return kernels
 

@@ -15,11 +15,8 @@ import torch
 from torch import Tensor
 
 from .backend import BACKENDS
-from .objectives import DISTANCES, RPOObjective
-from .sums import AnyObjective, Objective, ObjectiveSum
 from .tangents import check_tangents
 
-REDUCTIONS = ("mean", "sum", "none")
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -30,19 +27,33 @@ def shape_of(x: Tensor) -> str:
 
 def check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(
+            f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}{_tensor_in(name, x)}"
+        )
     if x.is_nested:
         raise TypeError(
             f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), "
-            f"packed, and {name}.offsets().int() as "
-            "`cu_seqlens` where sequences matter"
+            f"packed, and {name}.offsets().int() as `cu_seqlens` where sequences matter"
         )
+
+
+def _tensor_in(name: str, x: object) -> str:
+    """Where the tensor is, in what is often passed in its place."""
+    attribute = {"hidden": "last_hidden_state", "weight": "weight", "logits": "logits"}.get(
+        name.removeprefix("ref_"), ""
+    )
+    if isinstance(getattr(x, attribute, None), Tensor):
+        return f"; pass its .{attribute}"
+    if isinstance(x, (list, tuple)) and x and all(isinstance(i, (int, float)) for i in x):
+        return f"; pass torch.tensor({name})"
+    return ""
 
 
 def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
     if x is not None and x.device != device:
         raise ValueError(
-            f"{op}: `{name}` must be on {device} like the first argument, got {x.device}"
+            f"{op}: `{name}` must be on {device} like the first argument, got {x.device}; pass "
+            f"{name}.to({str(device)!r})"
         )
 
 
@@ -50,7 +61,8 @@ def check_float(op: str, name: str, x: Tensor) -> None:
     """Check for fp32, fp16 or bf16."""
     if x.dtype not in _LOGITS:
         hint = (
-            "; the kernels compute in float32, rpo_kernels.reference in float64"
+            f"; pass {name}.float(): the kernels compute in float32, rpo_kernels.reference in "
+            "float64"
             if x.dtype == torch.float64
             else ""
         )
@@ -68,20 +80,36 @@ def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index:
     """Check integer labels in the shape of the leading dimensions of logits or hidden states."""
     check_tensor(op, "labels", labels)
     if labels.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}")
+        slip = (
+            "did you pass a mask? shift_labels(input_ids, mask) makes labels"
+            if labels.dtype == torch.bool
+            else "pass labels.long()"
+        )
+        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}; {slip}")
     expected = like.shape[:-1]
     if labels.shape != expected:
-        hint = ""
-        if labels.dim() == len(expected) and labels.dim() and labels.shape[:-1] == expected[:-1]:
-            if labels.shape[-1] == expected[-1] + 1:
-                slip = "labels[:, 1:]" if labels.dim() == 2 else "labels[1:]"
-                hint = f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
         raise ValueError(
             f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got "
-            f"{shape_of(labels)}{hint}"
+            f"{shape_of(labels)}{_slip_of_labels(labels, like, name)}"
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
+
+
+def _slip_of_labels(labels: Tensor, like: Tensor, name: str) -> str:
+    """Why labels may have another shape than logits or hidden states."""
+    got, expected = list(labels.shape), list(like.shape[:-1])
+    if labels.numel() == math.prod(expected):
+        return "; flatten both or neither" if 1 in (len(got), len(expected)) else ""
+    if got[:-1] == expected:
+        return f"; pass `{name}` of all positions, not of one"
+    if len(got) == len(expected) and got[:-1] == expected[:-1]:
+        if got[-1] == expected[-1] + 1:
+            slip = "labels[:, 1:]" if len(got) == 2 else "labels[1:]"
+            return f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
+        if got[-1] == expected[-1] - 1:
+            return "; shift_labels(input_ids, mask) shifts them and keeps their length"
+    return ""
 
 
 def check_logits(
@@ -106,18 +134,16 @@ def check_logits(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{op}: the last dimension of `logits` must be contiguous, got strides "
-            f"{tuple(logits.stride())}; "
-            "pass logits.contiguous()"
+            f"{tuple(logits.stride())}; pass logits.contiguous()"
         )
     if inplace_backward and logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: `inplace_backward` would write the gradient over `logits`, a leaf that "
-            "requires one; pass what a model computed"
+            f"{op}: `inplace_backward` would overwrite `logits`, a leaf that requires a gradient, "
+            "with that gradient; pass logits that a model computed, or inplace_backward=False"
         )
     if inplace_backward and _overlaps(logits):
         raise ValueError(
-            f"{op}: `inplace_backward` needs rows that share no memory, but those of `logits` do, "
-            "got shape "
+            f"{op}: with `inplace_backward` the rows of `logits` must not share memory, got shape "
             f"{shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         )
 
@@ -175,301 +201,53 @@ def check_offsets(op: str, name: str, offsets: Tensor, device: torch.device) -> 
     check_device(op, name, offsets, device)
 
 
-def check_objective(op: str, objective: AnyObjective) -> Objective:
-    if isinstance(objective, RPOObjective | ObjectiveSum):
-        return objective
-    if (
-        not isinstance(objective, (list, tuple))
-        or not objective
-        or not all(isinstance(part, (list, tuple)) and len(part) == 2 for part in objective)
-    ):
-        raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, or pairs (weight, RPOObjective) for a "
-            f"weighted sum, got {objective!r}; for example RPOObjective.dpo(beta=0.1)"
-        )
-    try:
-        return ObjectiveSum.of(objective)
-    except (TypeError, ValueError) as error:
-        message = str(error).removeprefix("RPOObjective: ")
-        raise type(error)(f"{op}: `objective` is no sum: {message}") from None
-
-
-def check_rewards(
-    op: str, rewards: Tensor | None, objective: Objective, S: int, device: torch.device
-) -> None:
-    if rewards is None:
-        if objective.uses_rewards:
-            raise ValueError(
-                f"{op}: `rewards` are missing: this objective compares with explicit rewards; pass "
-                f"a tensor [S] = [{S}]"
-            )
-        return
-    if not objective.uses_rewards:
-        raise ValueError(
-            f"{op}: `rewards` are superfluous: this objective brings its own target (the first "
-            "response of a group is the "
-            "chosen one); pass None"
-        )
-    check_tensor(op, "rewards", rewards)
-    if rewards.dtype == torch.bool or rewards.is_complex():
-        raise TypeError(f"{op}: `rewards` must be real numbers, got {rewards.dtype}")
-    if rewards.shape != (S,):
-        hint = "; flatten the groups, rewards.flatten()" if rewards.numel() == S else ""
-        raise ValueError(
-            f"{op}: `rewards` must be one number per sequence, [S] = [{S}]; got "
-            f"{shape_of(rewards)}{hint}"
-        )
-    check_constant(op, "rewards", rewards)
-    check_device(op, "rewards", rewards, device)
-
-
-def check_groups(
-    op: str,
-    objective: Objective,
-    S: int,
-    group_size: object,
-    cu_groups: Tensor | None,
-    device: torch.device,
-) -> int:
-    """Return the group size, by default 2 unless `cu_groups` is given."""
-    if S == 0:
-        raise ValueError(
-            f"{op}: at least one group of `group_size` responses is needed, got S = 0 sequences"
-        )
-    labels_pairs = any(part.label is not None for part in objective.parts)
-    if cu_groups is not None:
-        if labels_pairs:
-            raise ValueError(
-                f"{op}: `cu_groups` must be None for an objective that labels pairs, got offsets; "
-                "pass group_size=2"
-            )
-        if group_size is not None:
-            raise ValueError(
-                f"{op}: `group_size` and `cu_groups` both say which responses belong together; "
-                "pass one of them"
-            )
-        check_offsets(op, "cu_groups", cu_groups, device)
-        return 2
-    if group_size is None:
-        group_size = 2
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"{op}: `group_size` must be an int, got {group_size!r}")
-    for comparison in {part.comparison: None for part in objective.parts}:
-        least = 1 if comparison == "pointwise" else 2
-        if group_size < least:
-            raise ValueError(
-                f"{op}: `group_size` must be at least {least} for comparison {comparison!r}, got "
-                f"{group_size}"
-            )
-    if S % group_size:
-        raise ValueError(
-            f"{op}: `group_size` {group_size} does not divide the number of sequences, {S}"
-        )
-    if labels_pairs and group_size != 2:
-        raise ValueError(
-            f"{op}: `group_size` must be 2 for an objective that labels pairs, got {group_size}"
-        )
-    return group_size
-
-
-def check_reference(
-    op: str,
-    objective: Objective,
-    ref_logps: Tensor | None,
-    ref_weights: Tensor | None,
-    shapes: list[tuple[int, ...]],
-    G: int,
-    device: torch.device,
-    is_live: bool = False,
-) -> None:
-    """Check the reference's log-probabilities and weights.
-
-    `shapes` are the allowed shapes of one reference: per sequence, and per token if there are
-    tokens. With `is_live` its log-probabilities are computed later.
-    """
-    several = objective.reference in ("harmonic", "geometric")
-    if objective.reference == "none":
-        if ref_logps is not None:
-            raise ValueError(
-                f"{op}: `ref_logps` are superfluous: this objective has no reference; pass None"
-            )
-    elif ref_logps is None and not is_live:
-        raise ValueError(
-            f"{op}: `ref_logps` are missing: this objective compares with a reference; for a "
-            "reference-free one build it "
-            "with reference='none'"
-        )
-    if ref_weights is not None and not several:
-        raise ValueError(
-            f"{op}: `ref_weights` belong to reference 'harmonic' or 'geometric', got an objective "
-            f"with {objective.reference!r}"
-        )
-    if ref_logps is None:
-        return
-    check_tensor(op, "ref_logps", ref_logps)
-    check_float(op, "ref_logps", ref_logps)
-    check_constant(op, "ref_logps", ref_logps)
-    shape = tuple(ref_logps.shape[1:] if several else ref_logps.shape)
-    if shape not in shapes or (several and not len(ref_logps)):
-        lead = "R, " if several else ""
-        expected = " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
-        hint = ""
-        if not several and shape[1:] in shapes:
-            hint = "; several references need an objective with reference='harmonic' or 'geometric'"
-        raise ValueError(f"{op}: `ref_logps` must be {expected}, got {shape_of(ref_logps)}{hint}")
-    check_device(op, "ref_logps", ref_logps, device)
-    if ref_weights is not None:
-        check_tensor(op, "ref_weights", ref_weights)
-        check_float(op, "ref_weights", ref_weights)
-        check_constant(op, "ref_weights", ref_weights)
-        R = len(ref_logps)
-        if tuple(ref_weights.shape) not in ((R,), (R, G)):
-            raise ValueError(
-                f"{op}: `ref_weights` must be [R] = [{R}] or [R, G] = [{R}, {G}], got "
-                f"{shape_of(ref_weights)}"
-            )
-        check_device(op, "ref_weights", ref_weights, device)
-
-
-def check_normalizer(op: str, reduction: object, normalizer: object, device: torch.device) -> None:
-    check_choice(op, "reduction", reduction, REDUCTIONS)
-    if normalizer is None:
-        return
-    if reduction == "none":
-        raise ValueError(f"{op}: `normalizer` divides a sum, but `reduction` is 'none'")
-    if isinstance(normalizer, Tensor):
-        if normalizer.dtype == torch.bool or normalizer.is_complex():
-            raise TypeError(f"{op}: `normalizer` must be a real number, got {normalizer.dtype}")
-        if normalizer.numel() != 1:
-            raise ValueError(
-                f"{op}: `normalizer` must be a number or a scalar tensor, got shape "
-                f"{shape_of(normalizer)}"
-            )
-        check_constant(op, "normalizer", normalizer)
-        check_device(op, "normalizer", normalizer, device)
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(
-            f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}"
-        )
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
-
-
-def check_group_weights(
-    op: str, group_weights: Tensor | None, G: int, device: torch.device
-) -> None:
-    if group_weights is None:
-        return
-    check_tensor(op, "group_weights", group_weights)
-    check_float(op, "group_weights", group_weights)
-    if group_weights.shape != (G,):
-        raise ValueError(
-            f"{op}: `group_weights` must be one number per group, [G] = [{G}]; got "
-            f"{shape_of(group_weights)}"
-        )
-    check_constant(op, "group_weights", group_weights)
-    check_device(op, "group_weights", group_weights, device)
-
-
 # ---- values, checked on a CPU only ---------------------------------------------------------------
 
 
-def _may_look(device: torch.device) -> bool:
+def may_read(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _readable(x: Tensor | None) -> TypeGuard[Tensor]:
-    return x is not None and _may_look(x.device)
+def is_readable(x: Tensor | None) -> TypeGuard[Tensor]:
+    return x is not None and may_read(x.device)
 
 
 def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> None:
-    if not _readable(labels):
+    if not is_readable(labels):
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
+        label = int(labels[outside][0])
+        if label < 0:
+            slip = f"; pass {ignore_index} where nothing is scored, or ignore_index={label}"
+        elif op.startswith("linear_"):
+            slip = f"; the head has {V} rows"
+        else:
+            slip = f"; the logits have {V} columns, call linear_{op} with hidden states"
         raise ValueError(
-            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got "
-            f"{int(labels[outside][0])}"
+            f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {label}"
+            f"{slip}"
         )
 
 
 def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, what: str) -> None:
-    if not _readable(offsets):
+    if not is_readable(offsets):
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != total:
+        slip = ""
+        if int(offsets.sum()) == total:  # sizes
+            slip = f"; pass torch.nn.functional.pad({name}.cumsum(0, dtype=torch.int32), (1, 0))"
+        elif last == total:
+            slip = f"; pass torch.nn.functional.pad({name}, (1, 0))"
         raise ValueError(
-            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got "
-            f"{int(offsets[0])} and {int(offsets[-1])}"
+            f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {first} "
+            f"and {last}{slip}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
 
 
-def check_reward_values(op: str, rewards: Tensor | None, objective: Objective) -> None:
-    if not _readable(rewards):
-        return
-    if rewards.isnan().any():
-        raise ValueError(
-            f"{op}: `rewards` must be numbers, got NaN at {int(rewards.isnan().nonzero()[0])}"
-        )
-    finite = [
-        x.distance for x in objective.parts if x.uses_rewards and not x.rules.infinite_targets
-    ]
-    if finite and rewards.isinf().any():
-        legal = " or ".join(repr(name) for name, x in DISTANCES.items() if x.infinite_targets)
-        raise ValueError(
-            f"{op}: infinite `rewards` are legal as targets of distance {legal} only, got one at "
-            f"{int(rewards.isinf().nonzero()[0])} with {finite[0]!r}"
-        )
-
-
-def check_weight_values(op: str, ref_weights: Tensor | None) -> None:
-    if not _readable(ref_weights):
-        return
-    if (ref_weights < 0).any():
-        raise ValueError(f"{op}: `ref_weights` must be >= 0, got {float(ref_weights.min()):g}")
-    sums = ref_weights.double().sum(0)
-    if not torch.allclose(
-        sums, torch.ones_like(sums), atol=1e-2 if ref_weights.element_size() < 4 else 1e-5
-    ):
-        got = ", ".join(f"{x:g}" for x in sums.flatten()[:8].tolist())
-        raise ValueError(f"{op}: `ref_weights` must sum to 1 over the references, got {got}")
-
-
-def check_normalizer_value(op: str, normalizer: Tensor | None) -> None:
-    if _readable(normalizer) and not (normalizer > 0 and normalizer.isfinite()):
-        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {float(normalizer)}")
-
-
-def check_group_weight_values(op: str, group_weights: Tensor | None) -> None:
-    if _readable(group_weights) and not group_weights.isfinite().all():
-        raise ValueError(f"{op}: `group_weights` must be finite, got {group_weights.tolist()[:16]}")
-
-
 def check_length_values(op: str, lengths: Tensor | None) -> None:
-    if _readable(lengths) and (lengths < 0).any():
+    if is_readable(lengths) and (lengths < 0).any():
         raise ValueError(f"{op}: `lengths` must be >= 0, got {int(lengths.min())}")
-
-
-def check_group_values(
-    op: str,
-    device: torch.device,
-    objective: Objective,
-    S: int,
-    N: int,
-    cu_seqlens: Tensor | None,
-    cu_groups: Tensor | None,
-    rewards: Tensor | None,
-    ref_weights: Tensor | None,
-    normalizer: Tensor | None,
-    group_weights: Tensor | None,
-) -> None:
-    """Check the values of everything that a group pass reads, for S sequences of N tokens."""
-    if not _may_look(device):
-        return
-    check_offset_values(op, "cu_seqlens", cu_seqlens, N, "tokens")
-    check_offset_values(op, "cu_groups", cu_groups, S, "sequences")
-    check_reward_values(op, rewards, objective)
-    check_weight_values(op, ref_weights)
-    check_normalizer_value(op, normalizer)
-    check_group_weight_values(op, group_weights)

@@ -191,7 +191,8 @@ def agree(
         check()
         if (name, share) not in _widths:
             raise RuntimeError(
-                f"{op}: ranks cannot agree while a CUDA graph is captured; run the step once before"
+                f"{op}: ranks cannot compare their arguments while a CUDA graph is captured; run "
+                "the step once before"
             )
         return _widths[name, share]
     try:
@@ -260,7 +261,7 @@ def _exchange(
         told = [word.get(fact) for word in words]
         if any(x != told[0] for x in told):
             hint = (
-                "; they work on the same rows, did you pass the data-parallel group?"
+                "; its ranks hold the same rows, did you pass the data-parallel group?"
                 if "`labels`" in fact
                 else ""
             )
@@ -294,9 +295,8 @@ def local_logits(
     ):
         raise ValueError(
             f"{op}: `logits` as a DTensor must be replicated or sharded in the last dimension over "
-            "a mesh of one dimension, "
-            f"without `process_group`; got placements {placements} on {mesh}; for others pass "
-            "logits.to_local() and `process_group`"
+            f"a mesh of one dimension, without `process_group`; got placements {placements} on "
+            f"{mesh}; otherwise pass logits.to_local() and `process_group`"
         )
     return logits.to_local(), mesh.get_group() if placements[0].is_shard() else None
 
@@ -321,9 +321,8 @@ def local_hidden(
     ):
         raise ValueError(
             f"{op}: `{name}` as a DTensor must be replicated, or sharded in a leading dimension, "
-            "over a mesh of one dimension, "
-            f"without `process_group`; got placements {placements} on {mesh}; for others pass "
-            f"{name}.to_local() and `process_group`"
+            f"over a mesh of one dimension, without `process_group`; got placements {placements} "
+            f"on {mesh}; otherwise pass {name}.to_local() and `process_group`"
         )
     from torch.distributed.tensor import Partial, Replicate
 

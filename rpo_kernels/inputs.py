@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, group_checks
 from .sums import Objective, weighted_parts
 
 
@@ -51,16 +51,16 @@ class Sequences(NamedTuple):
     def of(op: str, name: str, tokens: Tensor, cu_seqlens: Tensor | None) -> Sequences:
         if cu_seqlens is None:
             if tokens.dim() != 2:
+                without = " without cu_seqlens" if tokens.dim() == 1 else ""
                 raise ValueError(
                     f"{op}: `{name}` must be rows [S, T], or packed [N] with `cu_seqlens`; got "
-                    f"{checks.shape_of(tokens)}"
-                    f"{' without cu_seqlens' if tokens.dim() == 1 else ''}"
+                    f"{checks.shape_of(tokens)}{without}"
                 )
             return Sequences(tokens.shape[0])
         if tokens.dim() != 1:
             raise ValueError(
                 f"{op}: with `cu_seqlens`, `{name}` must be packed [N], got "
-                f"{checks.shape_of(tokens)}"
+                f"{checks.shape_of(tokens)}; flatten the tokens, or leave out `cu_seqlens` for rows"
             )
         checks.check_offsets(op, "cu_seqlens", cu_seqlens, tokens.device)
         checks.check_offset_values(op, "cu_seqlens", cu_seqlens, tokens.shape[0], "tokens")
@@ -127,13 +127,15 @@ class Groups(NamedTuple):
         reference's log-probabilities are computed later.
         """
         S = sequences.number
-        group_size = checks.check_groups(op, objective, S, group_size, cu_groups, device)
+        group_size = group_checks.check_groups(op, objective, S, group_size, cu_groups, device)
         G = S // group_size if cu_groups is None else cu_groups.shape[0] - 1
-        checks.check_rewards(op, rewards, objective, S, device)
+        group_checks.check_rewards(op, rewards, objective, S, device)
         shapes: list[tuple[int, ...]] = [(S,)] if tokens is None else [(S,), tokens]
-        checks.check_reference(op, objective, ref_logps, ref_weights, shapes, G, device, is_live)
-        checks.check_normalizer(op, reduction, normalizer, device)
-        checks.check_group_weights(op, group_weights, G, device)
+        group_checks.check_reference(
+            op, objective, ref_logps, ref_weights, shapes, G, device, is_live
+        )
+        group_checks.check_normalizer(op, reduction, normalizer, device)
+        group_checks.check_group_weights(op, group_weights, G, device)
         per_token = False
         if ref_logps is not None:
             several = objective.reference in ("harmonic", "geometric")
@@ -180,7 +182,7 @@ class Groups(NamedTuple):
 
     def check_values(self, op: str, device: torch.device, sequences: Sequences, N: int) -> None:
         """Check values; on a CPU only, where reading them is free."""
-        checks.check_group_values(
+        group_checks.check_group_values(
             op,
             device,
             self.objective,

@@ -142,15 +142,13 @@ class RPOObjective:
         object.__setattr__(self, "spec", json.dumps(asdict(self)))
         if self.cross_entropy and not self.rules.cross_entropy:
             raise ValueError(
-                "RPOObjective: `cross_entropy` is a form of distance 'backward_kl' "
-                "(RPO's backward KL is KL(target || policy)), "
-                f"got distance {self.distance!r}"
+                "RPOObjective: `cross_entropy` is a form of distance 'backward_kl' (RPO's backward "
+                f"KL is KL(target || policy)), got distance {self.distance!r}"
             )
         if not self.leave_one_out and (self.distance, self.comparison) != ("squared", "listwise"):
             raise ValueError(
                 "RPOObjective: `leave_one_out=False` belongs to distance 'squared' with comparison "
-                "'listwise', "
-                f"got {self.distance!r} with {self.comparison!r}"
+                f"'listwise', got {self.distance!r} with {self.comparison!r}"
             )
 
     def _check_target(self) -> None:
@@ -161,9 +159,8 @@ class RPOObjective:
                 "pointwise",
             ):
                 raise ValueError(
-                    "RPOObjective: target 'softmax' belongs to distance 'backward_kl' with "
-                    "comparison 'pointwise', "
-                    f"got {self.distance!r} with {self.comparison!r}"
+                    "RPOObjective: `target='softmax'` belongs to distance 'backward_kl' with "
+                    f"comparison 'pointwise', got {self.distance!r} with {self.comparison!r}"
                 )
         else:
             check_number("target", self.target, low=0.0, infinite=self.rules.infinite_targets)
@@ -177,14 +174,13 @@ class RPOObjective:
         ):
             raise ValueError(
                 "RPOObjective: `label` is a pair's target under distance 'backward_kl', in place "
-                "of `target`; "
-                f"got distance {self.distance!r}, comparison {self.comparison!r}, target "
-                f"{self.target!r}"
+                f"of `target`; got distance {self.distance!r}, comparison {self.comparison!r}, "
+                f"target {self.target!r}"
             )
         if self.label > 1.0 and not self.cross_entropy:
             raise ValueError(
-                f"RPOObjective: `label` above 1 has no KL divergence, got {self.label}; pass "
-                "cross_entropy=True"
+                f"RPOObjective: `label` must be at most 1 for a KL divergence, got {self.label}; "
+                "pass cross_entropy=True"
             )
 
     @property
@@ -391,8 +387,14 @@ def _log_odds(label_smoothing: float) -> float:
 
 def _one_of(name: str, value: object, valid: Sequence[str]) -> None:
     if value not in valid:
+        hint = ""
+        if name == "distance" and value in PRESETS:
+            hint = f"; did you mean RPOObjective.{value}()?"
+        elif name == "distance" and isinstance(value, float):
+            hint = f"; did you mean beta={value!r}?"
         raise ValueError(
-            f"RPOObjective: `{name}` must be one of {', '.join(map(repr, valid))}; got {value!r}"
+            f"RPOObjective: `{name}` must be one of {', '.join(map(repr, valid))}; got "
+            f"{value!r}{hint}"
         )
 
 

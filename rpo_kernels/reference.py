@@ -318,17 +318,17 @@ def _loss(
         )
     if reduction == "none" and normalizer is not None:
         raise ValueError(
-            "reference: `normalizer` divides the sum of the losses, which reduction 'none' does "
-            "not take"
+            "reference: `normalizer` divides the sum of the losses, but `reduction` is 'none'; "
+            "pass None"
         )
     has_own_target = objective.label is not None or not isinstance(objective.target, str)
     if rewards is None and not has_own_target:
-        raise ValueError("reference: this objective needs `rewards`")
+        raise ValueError("reference: `rewards` must be a tensor [S] for this objective, got None")
     needs_lengths = objective.average or (
         objective.sft_weight > 0 and objective.sft_normalizer != "sum"
     )
     if lengths is None and needs_lengths:
-        raise ValueError("reference: this objective needs `lengths`")
+        raise ValueError("reference: `lengths` must be a tensor [S] for this objective, got None")
 
     n = [1] * len(logps) if lengths is None else lengths.tolist()
     r = None if rewards is None or has_own_target else rewards.to(logps)
@@ -468,8 +468,8 @@ def _distance(objective: RPOObjective, s: Tensor, t: Tensor, weights: list[float
     """D[s || t] of one group; `s`, `t` [K] -> scalar."""
     if objective.distance in ("squared", "forward_kl") and bool(t.isinf().any()):
         raise ValueError(
-            f"reference: an infinite target has no distance {objective.distance!r}; use "
-            "'backward_kl' or 'hellinger'"
+            f"reference: distance {objective.distance!r} must have finite targets, got an "
+            "infinite target; use 'backward_kl' or 'hellinger'"
         )
     if objective.label is not None:
         q = objective.label
@@ -609,7 +609,8 @@ def _log_ratios(
         return [x[m].sum() for x, m in zip(policy, scored, strict=True)]
     if ref_logps is None:
         raise ValueError(
-            f"reference: an objective with reference {objective.reference!r} needs `ref_logps`"
+            "reference: `ref_logps` must be a tensor for an objective with "
+            f"reference={objective.reference!r}, got None"
         )
 
     several = objective.reference in ("harmonic", "geometric")
@@ -682,7 +683,8 @@ def _groups(responses: int, group_size: int, cu_groups: Tensor | None) -> list[r
     )
     if edges[-1] != responses:
         raise ValueError(
-            f"reference: the groups end at response {edges[-1]}, but there are {responses}"
+            f"reference: `cu_groups` must end at the number of responses, {responses}; got "
+            f"{edges[-1]}"
         )
     return [range(start, stop) for start, stop in pairwise(edges)]
 

@@ -78,24 +78,29 @@ def parse(row: object) -> Preferences:
     else:
         found = f"the keys {', '.join(keys)}" if keys else f"{json.dumps(row)[:60]}"
         raise ValueError(
-            f"expected prompt, chosen, rejected or prompt, responses, rewards; got {found}"
+            f"expected prompt, chosen, rejected, or prompt, responses, rewards; got {found}"
         )
     if not isinstance(responses, list) or len(responses) < 2:
-        raise ValueError("`responses` must be a list of at least two")
+        raise ValueError(
+            f"`responses` must be a list of at least two, got {json.dumps(responses)[:60]}"
+        )
     for text in (row["prompt"], *responses):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"prompt and responses must be non-empty strings, got {json.dumps(text)[:60]}"
+                f"`prompt` and `responses` must be non-empty strings, got {json.dumps(text)[:60]}"
             )
     if not isinstance(rewards, list) or len(rewards) != len(responses):
-        raise ValueError(f"`rewards` must be a list of {len(responses)} numbers, one per response")
+        raise ValueError(
+            f"`rewards` must be a list of {len(responses)} numbers, one per response, got "
+            f"{json.dumps(rewards)[:60]}"
+        )
     for reward in rewards:
         if (
             isinstance(reward, bool)
             or not isinstance(reward, (int, float))
             or not math.isfinite(reward)
         ):
-            raise ValueError(f"rewards must be finite numbers, got {json.dumps(reward)}")
+            raise ValueError(f"`rewards` must be finite numbers, got {json.dumps(reward)}")
     scored = "rewards" in keys or any(a in keys and b in keys for a, b in SCORES)
     return Preferences(row["prompt"], responses, rewards, scored)
 

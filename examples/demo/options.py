@@ -106,22 +106,22 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device!r}: {str(error).splitlines()[0]}") from None
     if args.rows is None:
         if args.responses < 2:
-            raise ValueError(f"--responses {args.responses}: comparing takes at least 2")
+            raise ValueError(f"--responses: expected at least 2 to compare, got {args.responses}")
     else:
         if unscored and args.objective.uses_rewards:
             raise ValueError(
                 f"{args.data} has rows without scores, which this --objective needs: add "
-                "chosen_reward and "
-                "rejected_reward to every row, or choose a preset that goes without, such as dpo"
+                "chosen_reward and rejected_reward to every row, or choose a preset without "
+                "rewards, such as dpo"
             )
         if len(args.rows) <= args.held_out:
             raise ValueError(
-                f"{args.data}: {len(args.rows)} rows, --held-out {args.held_out} leaves none for "
-                "training"
+                f"{args.data}: expected more rows than --held-out {args.held_out}, got "
+                f"{len(args.rows)}: none is left for training"
             )
     most = max((len(row.responses) for row in args.rows or ()), default=args.responses)
     if args.objective.label is not None and most > 2:
-        raise ValueError(f"this --objective compares pairs, got groups of {most} responses")
+        raise ValueError(f"--objective: this one compares pairs, got groups of {most} responses")
 
 
 def make_objective(name: str, beta: float | None, eta: float | None) -> RPOObjective:
@@ -136,7 +136,7 @@ def make_objective(name: str, beta: float | None, eta: float | None) -> RPOObjec
     takes = list(inspect.signature(preset).parameters)
     for key in given:
         if key not in takes:
-            raise ValueError(f"--{key}: the preset {name!r} takes {', '.join(takes)}")
+            raise ValueError(f"--{key}: the preset {name!r} takes only {', '.join(takes)}")
     return preset(**given)
 
 

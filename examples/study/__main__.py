@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.report:
             fill(results, args)
         elif not results.runs:
-            raise ValueError(f"--report: there are no runs in {results.path}")
+            raise ValueError(f"--report: expected runs in {results.path}, got none")
         report.write(results, args.axes, args.output, args.page)
     except ValueError as error:
         sys.exit(f"python -m examples.study: {error}")

@@ -182,7 +182,7 @@ def filled(text: str, study: Study, tables: dict[str, str]) -> str:
         names = name.split(" less ")
         if column not in NUMBERS or not settings.keys() >= set(names):
             raise ValueError(
-                f"--page: {mark!r} names no table, or no column and setting, of the results"
+                f"--page: expected a table, or a column and a setting, of the results, got {mark!r}"
             )
         chosen = [settings[name] for name in names]
         if len(chosen) == 2:

@@ -33,12 +33,12 @@ class Results:
                 raise KeyError(", ".join(sorted(missing)))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{at}: expected a run of this study, got {line[:60]!r} "
-                f"({type(error).__name__}: {error}). Remove the line, or choose another --output"
+                f"{at}: expected a run of this study, got {line[:60]!r} ({type(error).__name__}: "
+                f"{error}). Remove the line, or choose another --output"
             ) from None
         if (setting, seed) in self.runs:
             raise ValueError(
-                f"{at}: {setting}, seed {seed}, was here before. Remove one of the lines"
+                f"{at}: {setting}, seed {seed}, is in the file twice. Remove one of the lines"
             )
         self.runs[setting, seed] = record
 

@@ -86,9 +86,8 @@ def launch_settings(op: str, V: int, element_size: int, arch: str) -> LaunchSett
                 **{f.name: row[f.name] for f in fields(LaunchSettings) if f.name in row}
             )
     raise RuntimeError(
-        f"launch_settings: the kernels are made for sm_80 and newer, and AMD's gfx; got {arch!r} "
-        f"({op}, {element_size} bytes, "
-        f"V = {V}); pass backend='torch'"
+        f"launch_settings: the kernels run on sm_80 and newer, and on AMD's gfx; got {arch!r} "
+        f"({op}, {element_size} bytes, V = {V}); pass backend='torch'"
     )
 
 
@@ -104,10 +103,9 @@ def read_table(path: Path) -> list[dict]:
     needed = known - {"num_stages", "max_registers"}
     for row in rows:
         if not needed <= set(row) <= known:
-            wrong = sorted(needed - set(row)) or sorted(set(row) - known)
-            raise ValueError(
-                f"a row of {path} lacks or does not know {', '.join(wrong)}; got {row}"
-            )
+            missing, unknown = sorted(needed - set(row)), sorted(set(row) - known)
+            what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+            raise ValueError(f"a row of {path} {what}; got {row}")
         for name in ("lanes", "num_warps"):
             if row[name] < 1 or row[name] & (row[name] - 1):
                 raise ValueError(f"`{name}` must be a power of two in {path}, got {row[name]}")

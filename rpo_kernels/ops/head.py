@@ -42,8 +42,8 @@ def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
         )
     if torch.compiler.is_compiling():
         raise ValueError(
-            f"{op}: `on_logits` must be None under torch.compile, whose graph would not hold the "
-            "call"
+            f"{op}: `on_logits` must be None under torch.compile, whose graph cannot contain the "
+            f"call, got {on_logits!r}"
         )
     return _showing(on_logits)
 
@@ -224,8 +224,7 @@ def plan(
     needed = logits if in_place else logits + p
     if options.workspace_bytes < needed:
         raise ValueError(
-            f"{op}: `workspace_bytes` is too small for one row of {V} logits: expected at least "
-            f"{needed}, got "
+            f"{op}: `workspace_bytes` must hold one row of {V} logits, at least {needed}; got "
             f"{options.workspace_bytes}"
         )
     chunk = min(

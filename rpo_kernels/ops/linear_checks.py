@@ -28,19 +28,19 @@ def local_leaves(
     Returns the leaves, the process group (the given one, or that of the DTensors), and whether the
     gradient of hidden has to be summed over it.
     """
+    checks.check_tensor(op, "hidden", leaves.hidden)
     if not isinstance(reduce_dhidden, bool):
         raise TypeError(f"{op}: `reduce_dhidden` must be a bool, got {reduce_dhidden!r}")
     if not any(map(distributed.is_dtensor, leaves)):
         return leaves, process_group, reduce_dhidden
     hidden, lora_hidden = leaves.hidden, leaves.lora_hidden
-    checks.check_tensor(op, "hidden", hidden)
     if (
         distributed.is_dtensor(lora_hidden) != distributed.is_dtensor(hidden)
         and lora_hidden is not None
     ):
         raise TypeError(
-            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and only then, got "
-            f"{type(lora_hidden).__name__}"
+            f"{op}: `lora_hidden` must be a DTensor if `hidden` is one, and a plain tensor "
+            f"otherwise, got {type(lora_hidden).__name__}"
         )
     if distributed.is_dtensor(hidden):
         if lora_hidden is not None:
@@ -49,8 +49,8 @@ def local_leaves(
         reduce_dhidden = False  # DTensor sums it
     if distributed.is_dtensor(leaves.weight) and weight_grad is not None:
         raise ValueError(
-            f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is not this "
-            "rank's alone"
+            f"{op}: `weight_grad` must be None for a DTensor `weight`, whose gradient is shared by "
+            f"several ranks, got {checks.shape_of(weight_grad)}"
         )
     local, dtype = distributed.local_parameter, compute_dtype(hidden)
     leaves = Leaves(
@@ -66,8 +66,8 @@ def local_leaves(
 def check_on_logits(op: str, on_logits: object, process_group: object) -> None:
     if on_logits is not None and process_group is not None:
         raise ValueError(
-            f"{op}: `on_logits` is for whole rows of logits, but with `process_group` no rank has "
-            "them; pass None"
+            f"{op}: `on_logits` must be None with `process_group`, where no rank has whole rows "
+            f"of logits; got {on_logits!r}"
         )
 
 
@@ -97,8 +97,8 @@ def check_leaves(
     ):
         if x is None and other is not None:
             raise ValueError(
-                f"{op}: `{name}` is missing: the low-rank term is lora_hidden lora_weight^T; got "
-                "the other alone"
+                f"{op}: `{name}` must be a tensor where the other is one (the low-rank term is "
+                "lora_hidden lora_weight^T), got None"
             )
         if x is None:
             continue
@@ -122,9 +122,8 @@ def check_leaves(
     expected = (*labels.shape, lora_weight.shape[1])
     if tuple(lora_hidden.shape) != expected:
         raise ValueError(
-            f"{op}: `lora_hidden` must be {list(expected)}, [..., r] as labels and lora_weight "
-            "have it; "
-            f"got {checks.shape_of(lora_hidden)}"
+            f"{op}: `lora_hidden` must be {list(expected)}, [..., r] with the shape of `labels` "
+            f"and the rank of `lora_weight`; got {checks.shape_of(lora_hidden)}"
         )
 
 
@@ -138,12 +137,13 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
     checks.check_device(op, "weight_grad", weight_grad, weight.device)
     if weight_grad.shape != weight.shape:
         raise ValueError(
-            f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} as `weight`, got "
+            f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} like `weight`, got "
             f"{checks.shape_of(weight_grad)}"
         )
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError(
-            f"{op}: `weight_grad` takes in the gradient of `weight`, which requires none; pass None"
+            f"{op}: `weight_grad` must be None for a `weight` that requires no gradient, got "
+            f"{checks.shape_of(weight_grad)}"
         )
 
 
@@ -171,18 +171,22 @@ def check_linear(
             f"{checks.shape_of(weight)}"
         )
     if not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
+        of_logits = op.removeprefix("linear_")
         hint = (
-            f"; did you mean `{w}.t()`?"
+            f"; did you mean `{w}.t()`? If `{h}` holds logits, call {of_logits} instead"
             if hidden.dim() and hidden.shape[-1] == weight.shape[0]
             else ""
         )
         raise ValueError(
             f"{op}: `{h}` must be [..., H] with H = {weight.shape[1]} as in `{w}` "
-            f"{checks.shape_of(weight)}; "
-            f"got {checks.shape_of(hidden)}{hint}"
+            f"{checks.shape_of(weight)}; got {checks.shape_of(hidden)}{hint}"
         )
     checks.check_labels(op, labels, hidden, h, ignore_index)
-    checks.check_device(op, w, weight, hidden.device)
+    if weight.device != hidden.device:
+        raise ValueError(
+            f"{op}: `{w}` must be on {hidden.device} like `{h}`, got {weight.device}; pass "
+            f"{h}.to({w}.device), and the other tensors there too"
+        )
     checks.check_device(op, "labels", labels, hidden.device)
     if bias is not None:
         checks.check_tensor(op, b, bias)
@@ -195,7 +199,7 @@ def check_linear(
     if hidden.dtype != weight.dtype and not under_autocast(hidden.device.type):
         raise TypeError(
             f"{op}: `{w}` must have the dtype of `{h}`, {hidden.dtype}, outside autocast; got "
-            f"{weight.dtype}"
+            f"{weight.dtype}; call {op} under torch.autocast like the model, or cast one of them"
         )
     checks.check_tangents(op, hidden, weight, bias)
 
@@ -327,16 +331,19 @@ def check_live_reference(
     if ref_hidden is None:
         for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if x is not None:
-                raise ValueError(f"{op}: `{name}` belongs to `ref_hidden`, which is None")
+                raise ValueError(
+                    f"{op}: `{name}` must be None without `ref_hidden`, got {checks.shape_of(x)}"
+                )
         return reference
     if ref_logps is not None:
         raise ValueError(
-            f"{op}: `ref_logps` and `ref_hidden` are two sources of one reference; pass one of them"
+            f"{op}: `ref_logps` and `ref_hidden` both say what the reference is, got both; pass "
+            "one of them"
         )
     if objective.reference != "single":
         raise ValueError(
-            f"{op}: `ref_hidden` is one reference, got an objective with "
-            f"reference={objective.reference!r}"
+            f"{op}: `ref_hidden` must be None unless the objective has reference='single', got one "
+            f"with reference={objective.reference!r}"
         )
     is_shared = ref_weight is None and ref_bias is None
     if ref_weight is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import checks, distributed
+from .. import distributed, group_checks
 from ..inputs import Groups, Sequences, groups_of
 from ..sums import AnyObjective
 from .gradients import (
@@ -140,7 +140,7 @@ def linear_rpo_loss(
     """
     op = "linear_rpo_loss"
     with distributed.raising_together(op, process_group=process_group, context_group=context_group):
-        whole = checks.check_objective(op, objective)
+        whole = group_checks.check_objective(op, objective)
         leaves = Leaves(hidden, weight, bias, lora_hidden, lora_weight)
         leaves, process_group, reduce_dhidden = local_leaves(
             op, leaves, weight_grad, process_group, reduce_dhidden

@@ -203,8 +203,8 @@ def only_once(op: str, ctx: Any) -> None:
     """Raise in a second backward; for backwards that overwrite what they read."""
     if getattr(ctx, "spent", False):
         raise RuntimeError(
-            f"{op}: no second backward: the first has overwritten what it was made of; call {op} "
-            "again"
+            f"{op}: a second backward is not possible, the first has overwritten what it needs; "
+            f"call {op} again"
         )
     ctx.spent = True
 
@@ -237,8 +237,8 @@ def _require_one(upstream: Tensor) -> Tensor:
     if upstream.device.type == "cpu" and float(upstream) != 1:
         raise ValueError(
             "linear_rpo_loss: with `weight_grad` the upstream gradient of the loss must be 1, got "
-            f"{float(upstream):g}: that buffer holds its gradient already; scale by `normalizer` "
-            "instead of the loss"
+            f"{float(upstream):g}: that buffer holds the gradient already; do not scale the loss, "
+            "pass `normalizer`"
         )
     return torch.where(upstream == 1, upstream, torch.nan)
 

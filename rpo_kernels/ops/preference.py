@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import checks, distributed
+from .. import checks, distributed, group_checks
 from ..inputs import Groups, PerSequence, Sequences, groups_of
 from ..sums import AnyObjective, names_of
 from .group_pass import Losses, fake_losses, group_pass, total
@@ -75,15 +75,22 @@ def preference_loss(
     checks.check_tangents(op, logps)
     if logps.dim() != 1:
         raise ValueError(
-            f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}"
+            f"{op}: `logps` must be one number per sequence, [S]; got {checks.shape_of(logps)}; "
+            "sum tokens with sequence_logps, flatten groups with logps.flatten()"
         )
     S = logps.shape[0]
-    whole = checks.check_objective(op, objective)
+    whole = group_checks.check_objective(op, objective)
+    if isinstance(rewards, Tensor) and rewards.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: `rewards` gets no gradient, but requires one; pass rewards.detach(), or, if "
+            "these are log-probabilities of the rejected responses, interleave both in `logps`: "
+            "torch.stack([chosen, rejected], 1).flatten()"
+        )
     if lengths is None:
         if whole.needs_lengths:
             raise ValueError(
-                f"{op}: `lengths` are missing: this objective divides by the number of scored "
-                "tokens"
+                f"{op}: `lengths` must be [S] = [{S}] for this objective, which divides by the "
+                "number of scored tokens, got None; pass (labels != -100).sum(1)"
             )
     else:
         checks.check_tensor(op, "lengths", lengths)
@@ -172,7 +179,8 @@ def _sequence_logps(
         checks.check_device(op, "labels", labels, token_logps.device)
     elif average:
         raise ValueError(
-            f"{op}: `labels` are missing: average=True divides by the number of scored tokens"
+            f"{op}: `labels` must be {checks.shape_of(token_logps)} for average=True, which "
+            "divides by the number of scored tokens, got None"
         )
     x = token_logps.double()
     scored = None if labels is None else labels.ne(ignore_index)

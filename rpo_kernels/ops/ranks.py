@@ -79,15 +79,16 @@ def _gather_responses(
     if cu_groups is not None:
         if group_size != 1:
             raise ValueError(
-                f"{op}: `group_size` and `cu_groups` are two ways to say the same; got "
-                f"{group_size} and offsets"
+                f"{op}: `group_size` and `cu_groups` both say which responses belong together, got "
+                f"{group_size} and offsets; pass one of them"
             )
         checks.check_offsets(op, "cu_groups", cu_groups, x.device)
         checks.check_tangents(op, x)
         return _gather_ragged_op(x, cu_groups, process_group.group_name)[:2]
     if group_size < 1 or x.shape[0] % group_size:
         raise ValueError(
-            f"{op}: `group_size` {group_size} does not divide the number of responses, {x.shape[0]}"
+            f"{op}: `group_size` must divide the number of responses, {x.shape[0]}, got "
+            f"{group_size}"
         )
     return (
         gather(op, x, process_group)
@@ -255,9 +256,9 @@ class Context:
         self.ref_per_token = all(given == positions for positions, given, *_ in told)
         if not self.ref_per_token and len({(given, values) for _, given, values, *_ in told}) > 1:
             raise ValueError(
-                f"{op}: `ref_logps` must be per token of each rank's own on all ranks of "
-                "`context_group`, or per sequence and the "
-                f"same on all; got {[given for _, given, *_ in told]} numbers for "
+                f"{op}: `ref_logps` must be one number for each token of the rank, on all ranks of "
+                "`context_group`, or one for each sequence, the same on all; got "
+                f"{[given for _, given, *_ in told]} numbers for "
                 f"{[positions for positions, *_ in told]} positions"
             )
 

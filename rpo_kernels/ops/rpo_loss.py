@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .. import checks, distributed
+from .. import checks, distributed, group_checks
 from ..inputs import Groups, LogitTransform, Sequences, groups_of
 from ..sums import AnyObjective
 from .group_pass import Losses, fake_losses, group_pass
@@ -75,7 +75,7 @@ def rpo_loss(
     with distributed.raising_together(op, process_group=process_group):
         logits, process_group = distributed.local_logits(op, logits, process_group)
         vocab_ranks = distributed.group_name(op, process_group)
-        whole = checks.check_objective(op, objective)
+        whole = group_checks.check_objective(op, objective)
         checks.check_logits(
             op, logits, labels, ignore_index, inplace_backward, is_shard=process_group is not None
         )

@@ -154,8 +154,7 @@ def rows_of(op: str, logits: Tensor) -> Tensor:
     except RuntimeError:
         raise ValueError(
             f"{op}: the leading dimensions of `logits` must collapse to two without a copy, got "
-            "shape "
-            f"{checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass "
+            f"shape {checks.shape_of(logits)} with strides {tuple(logits.stride())}; pass "
             "logits.contiguous()"
         ) from None
 

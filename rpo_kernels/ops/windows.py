@@ -116,13 +116,13 @@ class Layout:
             or any(b < a for a, b in itertools.pairwise(self.bounds))
         ):
             raise ValueError(
-                f"{op}: `cu_groups` must begin at 0, not decrease, and end at {S}, the sequences; "
-                f"got {self.bounds[:16]}"
+                f"{op}: `cu_groups` must begin at 0, not decrease, and end at the number of "
+                f"sequences, {S}; got {self.bounds[:16]}"
             )
-        if any(count < 0 for count in self.counts):
+        if sequences.cu_seqlens is not None and any(count < 0 for count in self.counts):
             raise ValueError(
-                f"{op}: `cu_seqlens` must begin at 0, not decrease, and end at {labels.numel()}, "
-                "the number of tokens"
+                f"{op}: `cu_seqlens` must begin at 0, not decrease, and end at the number of "
+                f"tokens, {labels.numel()}; got {sequences.cu_seqlens.tolist()[:16]}"
             )
         self.offsets = pad(own.cumsum(0, dtype=torch.int32), (1, 0))  # [S+1], of this rank's rows
         self.most, self.lengths = self.counts, own

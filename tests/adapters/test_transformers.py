@@ -266,7 +266,7 @@ def test_attach_takes_packed_sequences():
         **packed, rewards=batch["rewards"], objective=OBJECTIVE, ref_logps=tokens.logps.detach()
     )
     assert worst(per_token.rewards, torch.zeros(4)) < 1e-5
-    with pytest.raises(ValueError, match="`cu_seqlens` needs `position_ids` that begin anew"):
+    with pytest.raises(ValueError, match="`cu_seqlens` needs `position_ids` that start at 0"):
         model(
             **packed, attention_mask=torch.ones_like(packed["input_ids"]), output_token_logps=True
         )
@@ -602,7 +602,7 @@ def test_attach_refuses_variants_of_lora_on_the_head(config, message):
 def test_attach_refuses_other_tuners_on_the_head():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(text_model("Llama"), peft.LoHaConfig(target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match=r"the head may be LoRA's Linear, got peft.tuners.loha"):
+    with pytest.raises(TypeError, match=r"head may be only LoRA's Linear, got peft.tuners.loha"):
         attach(model)
 
 
@@ -662,7 +662,7 @@ def test_attach_takes_references_of_every_kind():
     torch.testing.assert_close(several.rewards, one.rewards, rtol=1e-4, atol=1e-5)
     with pytest.raises(
         ValueError,
-        match=r"pass `reference=`.*put `ref_logps` into the batch, or train a PEFT model",
+        match=r"`reference` must be an attached.*put `ref_logps` into the batch, or train a PEFT",
     ):
         model_rpo_loss(model, batch, OBJECTIVE)
 
@@ -766,13 +766,9 @@ def hooked_head(model):
             TypeError,
             "must be a plain floating-point tensor, got Parameter, torch.int8",
         ),
-        (masked_logits, ValueError, "makes -inf of"),
-        (
-            squared_logits,
-            ValueError,
-            "does to the logits of its head what the kernels do not: it makes",
-        ),
-        (hooked_head, ValueError, "does to the logits of its head what the kernels do not"),
+        (masked_logits, ValueError, "must only scale and cap .* got -inf"),
+        (squared_logits, ValueError, "must only scale and cap the logits of its head; of"),
+        (hooked_head, ValueError, "must only scale and cap the logits of its head"),
     ],
 )
 def test_attach_refuses_heads_that_the_kernels_do_not_compute(change, error, message):
@@ -792,7 +788,7 @@ def test_attach_names_log_probs_that_are_not_the_models_own(monkeypatch):
     inner = forward.head_weights
     monkeypatch.setattr(forward, "head_weights", lambda *args: inner(*args) | {"bias": None})
     with pytest.raises(
-        ValueError, match=r"gives a token log-probability -\d+\.\d+, but .* give -\d+\.\d+"
+        ValueError, match=r"expected the token log-probability -\d+\.\d+ .* got -\d+\.\d+"
     ):
         attach(text_model("Phi"))
 
@@ -810,7 +806,7 @@ def test_attach_refuses_masked_language_models_and_says_what_to_load(family, wra
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
     with pytest.raises(
-        TypeError, match=f"attach: {family}ForMaskedLM cannot generate, .*AutoModelForCausalLM"
+        TypeError, match=f"can generate, got {family}ForMaskedLM, .*AutoModelForCausalLM"
     ):
         attach(model)
 
@@ -819,7 +815,7 @@ def test_attach_refuses_masked_language_models_and_says_what_to_load(family, wra
 def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name):
     model = getattr(transformers, name)
     config = model.config_class(**BERT_SIZE)
-    with pytest.raises(ValueError, match=rf"attach: .* {name} see .*config.is_decoder = True"):
+    with pytest.raises(ValueError, match=rf"attach: .* {name} whose .*config.is_decoder = True"):
         attach(model(config))
     config.is_decoder = True
     assert_attached_equals_own_logits(attach(filled(model(config))))
@@ -842,11 +838,25 @@ def test_attach_refuses_what_is_no_model():
         attach(torch.nn.Linear(2, 2))
     t5 = transformers.T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(
-        TypeError, match="expected a causal language model, got T5ForConditionalGeneration"
+        TypeError, match="got T5ForConditionalGeneration; encoder-decoder models are not supported"
     ):
         attach(transformers.T5ForConditionalGeneration(t5))
-    with pytest.raises(TypeError, match="expected a causal language model, got LlamaModel"):
+    with pytest.raises(TypeError, match=r"got LlamaModel; load .* AutoModelForCausalLM"):
         attach(text_model("Llama").model)
+    with pytest.raises(ValueError, match="must be on a device, got the meta device; load them"):
+        attach(text_model("Llama").to("meta"))
+
+
+def test_model_rpo_loss_refuses_models_that_are_not_attached():
+    """They would drop our keywords, and return the loss of their own."""
+    model, batch = text_model("Llama"), text_batch()
+    refused = lambda name: pytest.raises(ValueError, match=f"`{name}` must be an attached model")
+    with refused("model"):
+        model_rpo_loss(model, batch | {"ref_logps": torch.zeros(4)}, OBJECTIVE)
+    with refused("model"):
+        model_token_logps(model, batch)
+    with refused("reference"):
+        model_rpo_loss(attach(text_model("Llama")), batch, OBJECTIVE, reference=model)
 
 
 @pytest.mark.parametrize(
@@ -864,16 +874,16 @@ def test_attach_refuses_what_is_no_model():
             },
             "group",
         ),
-        ({"labels": None}, "pass `labels` .unshifted, like input_ids. or `shift_labels`"),
+        ({"labels": None}, "expected `labels` .* or `shift_labels`, by keyword; got neither"),
         (
             {"shift_labels": torch.zeros(4, T).long()},
-            "pass `labels` .unshifted, like input_ids. or `shift_labels`",
+            "expected `labels` .unshifted, like input_ids. or `shift_labels`, .*; got both",
         ),
         ({"labels": torch.zeros(4, T + 1).long()}, "`labels` must be"),
-        ({"logit_scale": 2.0}, "leave out `logit_scale`; it is read from the model"),
+        ({"logit_scale": 2.0}, "`logit_scale` must be left out; it is read from the model"),
         (
             {"ref_hidden": torch.zeros(2)},
-            "leave out `ref_hidden`; a reference comes as `ref_logps`",
+            "`ref_hidden` must be left out; pass the reference as `ref_logps`",
         ),
         ({"output_token_logps": True}, "ask for two results"),
         (
@@ -891,7 +901,7 @@ def test_attach_refuses_what_is_no_model():
             "`group_sizes` is neither an argument of this model nor one of ours; did you mean "
             "`group_size`",
         ),
-        ({"labels": None, "shifted_labels": torch.zeros(4, T).long()}, "pass `labels`"),
+        ({"labels": None, "shifted_labels": torch.zeros(4, T).long()}, "expected `labels`"),
         (
             {"cu_group": torch.tensor([0, 4], dtype=torch.int32)},
             "`cu_group` is neither .* did you mean `cu_groups`",

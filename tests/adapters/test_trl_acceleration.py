@@ -207,7 +207,7 @@ def test_an_unknown_signature_is_refused(monkeypatch):
     monkeypatch.setattr(host, "_ChunkedLogProbFunction", Changed)
     with pytest.raises(
         RuntimeError,
-        match=r"must take \(ctx, hidden, weight, bias.*found \(ctx, hidden, weight, targets\)",
+        match=r"must take \(ctx, hidden, weight, bias.*got \(ctx, hidden, weight, targets\)",
     ):
         accelerate_trl()
     assert host._ChunkedLogProbFunction is Changed

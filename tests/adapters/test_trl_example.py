@@ -74,7 +74,7 @@ def test_trl_example_passes_its_options_to_the_trainer(example, tmp_path):
         0.05,
     )
     assert trainer.state.global_step == 3 and hasattr(trainer.model, "disable_adapter")
-    with pytest.raises(SystemExit, match="leaves nothing of 6 rows"):
+    with pytest.raises(SystemExit, match="got 6: none is left"):
         example("--data", str(data), "--held_out", "6")
 
 

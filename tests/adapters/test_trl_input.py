@@ -76,12 +76,12 @@ def test_a_command_line_says_an_objective(tmp_path):
     [
         (
             {"loss_type": "ipo"},
-            r"`loss_type` must stay unset, got 'ipo' beside `objective` 'backward_kl'",
+            r"`loss_type` must stay unset, got 'ipo' with `objective` 'backward_kl'",
         ),
         ({"loss_type": ["sigmoid"], "objective": "dpo"}, r"`loss_type` must stay unset"),
         (
             {"label_smoothing": 0.1},
-            r"`label_smoothing` has no effect beside an objective, got 0.1; use objective=",
+            r"`label_smoothing` has no effect with an objective, got 0.1; use objective=",
         ),
         ({"loss_weights": [1.0]}, r"`loss_weights` has no effect"),
         ({"use_weighting": True}, r"`use_weighting` has no effect"),
@@ -97,7 +97,7 @@ def test_a_command_line_says_an_objective(tmp_path):
         ({"objective": "ipo", "beta": 0.1}, r"ipo has no `beta`, only `tau`, `average`"),
         (
             {"objective": RPOObjective.dpo(0.2), "beta": 0.1},
-            r"`beta` 0.1 contradicts the objective's beta 0.2",
+            r"`beta` must be the objective's, 0.2, or None; got 0.1",
         ),
         ({"objective": {"distance": "squared", "beta": -1.0}}, r"`beta` must be .* > 0"),
     ],
@@ -166,7 +166,7 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
         (
             UNREWARDED,
             "backward_kl",
-            r'train dataset has no rewards, .* got prompt, chosen, rejected\. .*objective="dpo"',
+            r'train dataset must have rewards .* got prompt, chosen, rejected\. .*objective="dpo"',
         ),
         (
             GOOD | {"responses": ["sings"], "rewards": [1.0]},
@@ -187,7 +187,7 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
         (
             GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3},
             "robust_dpo",
-            r"this objective labels pairs, got 3",
+            r"`responses` must be two to each prompt .* labels pairs, got 3",
         ),
         (GOOD | {"images": [0]}, "dpo", r"train dataset must be text only, got a column `images`"),
         (
@@ -248,18 +248,18 @@ def test_streamed_rows_train(tmp_path):
 @pytest.mark.parametrize(
     "objective, arguments, more, message",
     [
-        ("dpo", {}, {}, r"`ref_model` is missing: the model was built in memory"),
+        ("dpo", {}, {}, r"`ref_model` must be a model, got None: .*copy.deepcopy"),
         (
             "simpo",
             {"ref_model": True},
             {},
-            r"`ref_model` is superfluous: this objective has no reference",
+            r"`ref_model` must be left out for an objective without a reference",
         ),
         (
             "simpo",
             {},
             {"precompute_ref_log_probs": True},
-            r"`precompute_ref_log_probs` is superfluous",
+            r"`precompute_ref_log_probs` must be left out",
         ),
         (
             {"distance": "squared", "reference": "geometric"},

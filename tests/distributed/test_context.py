@@ -197,7 +197,7 @@ def test_linear_rpo_loss_with_a_context_group_makes_logits_once_and_shares_error
     told = "" if last else f" (raised by rank {R - 1} of `context_group`)"
     raises(
         ValueError,
-        "linear_rpo_loss: `ref_logps` are missing: this objective compares",
+        "linear_rpo_loss: `ref_logps` must be ",
         call,
         rewards,
         objective,

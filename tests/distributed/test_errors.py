@@ -39,7 +39,7 @@ def test_process_group_raises_the_error_of_one_rank_on_all(group):
     )
     raises(
         TypeError,
-        f"rpo_loss: `labels` must be int64 or int32, got torch.float32{told}",
+        f"rpo_loss: `labels` must be int64 or int32, got torch.float32; pass labels.long(){told}",
         rpo_loss,
         shard,
         labels.float() if last else labels,
@@ -144,7 +144,7 @@ def test_process_group_names_what_ranks_disagree_on(group):
 def test_process_group_of_another_type_or_with_on_logits_is_refused(group):
     raises(
         ValueError,
-        "linear_token_logps: `on_logits` is for whole rows of logits",
+        "linear_token_logps: `on_logits` must be None with `process_group`",
         linear_token_logps,
         torch.randn(3, H),
         torch.randn(V, H),
@@ -170,8 +170,8 @@ def test_process_group_reuses_agreements_while_a_cuda_graph_is_captured(group):
     with mock.patch.object(distributed, "_capturing", lambda: True):
         raises(
             RuntimeError,
-            "token_logps: ranks cannot agree while a CUDA graph is captured; run the step once "
-            "before",
+            "token_logps: ranks cannot compare their arguments while a CUDA graph is captured; run "
+            "the step once before",
             _token_logps._traced,
             shard,
             labels,

@@ -159,21 +159,21 @@ def test_data_reads_each_layout_of_a_file(tmp_path):
         ('{"prompt": ', "line 2: not JSON"),
         (
             "[1, 2]",
-            r"line 2: expected prompt, chosen, rejected or prompt, responses, rewards; got \[1, "
+            r"line 2: expected prompt, chosen, rejected, or prompt, responses, rewards; got \[1, "
             r"2\]",
         ),
         (
             {"prompt": "red ?", "chosen": "yes"},
             "line 2: expected prompt.*got the keys prompt, chosen",
         ),
-        (PAIR | {"chosen": "  "}, "line 2: prompt and responses must be non-empty strings"),
+        (PAIR | {"chosen": "  "}, "line 2: `prompt` and `responses` must be non-empty strings"),
         (
             PAIR | {"prompt": [{"role": "user"}]},
-            "line 2: prompt and responses must be non-empty strings",
+            "line 2: `prompt` and `responses` must be non-empty strings",
         ),
         (
             PAIR | {"chosen_reward": "5", "rejected_reward": 1},
-            'line 2: rewards must be finite numbers, got "5"',
+            'line 2: `rewards` must be finite numbers, got "5"',
         ),
         (
             '{"prompt": "p", "chosen": "c", "rejected": "r", '
@@ -204,15 +204,15 @@ def test_data_names_a_bad_line(tmp_path, bad, message):
             "'dpoo': expected a distance (squared, backward_kl, forward_kl, hellinger) or preset "
             "(dpo, ",
         ),
-        (["--objective", "ipo", "--beta", "1"], "--beta: the preset 'ipo' takes tau, average"),
+        (["--objective", "ipo", "--beta", "1"], "--beta: the preset 'ipo' takes only tau, average"),
         (["--beta", "-1"], "`beta` must be a finite number > 0"),
         (["--steps", "0"], "argument --steps: must be greater than 0, got 0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--responses", "1"], "--responses 1: comparing takes at least 2"),
+        (["--responses", "1"], "--responses: expected at least 2 to compare, got 1"),
         (["--objective", "robust_dpo"], "compares pairs, got groups of 4 responses"),
         (["--device", "gpu"], "--device 'gpu': "),
         (["--data", "PAIRS", "--objective", "squared"], "has rows without scores"),
-        (["--data", "PAIRS"], "2 rows, --held-out 24 leaves none for training"),
+        (["--data", "PAIRS"], "expected more rows than --held-out 24, got 2"),
     ],
 )
 def test_options_that_are_bad_are_refused_before_a_model_is_loaded(

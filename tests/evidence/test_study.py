@@ -220,8 +220,8 @@ def test_study_refuses_bad_arguments(arguments, message, capsys):
             "unexpected keyword argument 'colour'",
         ),
         ('{"setting": {}, "seed": 0}\n', "KeyError: '.*objective"),
-        ("", "there are no runs"),
-        ('{"half": ', "there are no runs"),
+        ("", "--report: expected runs"),
+        ('{"half": ', "--report: expected runs"),
     ],
 )
 def test_study_refuses_a_broken_file_of_results(text, message, tmp_path):
@@ -236,7 +236,7 @@ def test_study_counts_no_run_twice(tmp_path):
     measured["environment"] = "here"
     for writer in (results.Results(path), results.Results(path)):
         writer.add(BASE, 0, measured)
-    with pytest.raises(ValueError, match="line 2: base, seed 0, was here before"):
+    with pytest.raises(ValueError, match="line 2: base, seed 0, is in the file twice"):
         results.Results(path)
 
 

@@ -190,15 +190,10 @@ def test_public_functions_refuse_wrong_dtypes(op, name, dtype, expected):
 
 def test_public_functions_point_float64_to_the_reference():
     message = (
-        "`logits` must be float32, float16 or bfloat16, got torch.float64; the kernels compute in "
-        "float32, "
+        "`logits` must be float32, float16 or bfloat16, got torch.float64; pass logits.float(): "
+        "the kernels compute in float32, rpo_kernels.reference in float64"
     )
-    refuses(
-        "token_logps",
-        message + "rpo_kernels.reference in float64",
-        TypeError,
-        logits=LOGITS.double(),
-    )
+    refuses("token_logps", message, TypeError, logits=LOGITS.double())
 
 
 @pytest.mark.parametrize(
@@ -281,8 +276,7 @@ def test_logits_with_strided_columns_are_refused(op):
 def test_logits_with_three_leading_strides_are_refused():
     message = (
         "the leading dimensions of `logits` must collapse to two without a copy, got shape [3, 4, "
-        "2, 5] with strides "
-        "(10, 30, 5, 1); pass logits.contiguous()"
+        "2, 5] with strides (10, 30, 5, 1); pass logits.contiguous()"
     )
     logits = torch.zeros(4, 3, 2, 5).transpose(0, 1)
     refuses("token_logps", message, logits=logits, labels=torch.ones(3, 4, 2).long())
@@ -296,8 +290,8 @@ def test_logits_with_three_leading_strides_are_refused():
 )
 def test_inplace_backward_refuses_rows_that_share_memory(op, logits):
     message = (
-        "`inplace_backward` needs rows that share no memory, but those of `logits` do, got shape "
-        "[4, 3, 5] with strides "
+        "with `inplace_backward` the rows of `logits` must not share memory, got shape [4, 3, 5] "
+        "with strides "
     )
     refuses(
         op,
@@ -310,8 +304,8 @@ def test_inplace_backward_refuses_rows_that_share_memory(op, logits):
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_inplace_backward_refuses_leaves(op):
     message = (
-        "`inplace_backward` would write the gradient over `logits`, a leaf that requires one; "
-        "pass what a model computed"
+        "`inplace_backward` would overwrite `logits`, a leaf that requires a gradient, with that "
+        "gradient; pass logits that a model computed, or inplace_backward=False"
     )
     refuses(op, message, logits=torch.zeros(4, 3, 5, requires_grad=True), inplace_backward=True)
 
@@ -355,8 +349,8 @@ def test_backend_triton_on_a_cpu_needs_the_interpreter():
     )
     assert done.stdout.strip() == (
         "token_logps: backend 'triton' on a CPU tensor runs in Triton's interpreter: set "
-        "TRITON_INTERPRET=1 in the environment "
-        "before the first kernel is imported, or pass backend='torch'"
+        "TRITON_INTERPRET=1 in the environment before the first kernel is imported, or pass "
+        "backend='torch'"
     ), done.stderr
 
 
@@ -464,7 +458,10 @@ def test_shift_labels_refuses_a_mask_of_another_shape(shape):
 
 
 def test_sequence_logps_needs_labels_for_averages():
-    message = "`labels` are missing: average=True divides by the number of scored tokens"
+    message = (
+        "`labels` must be [4, 3] for average=True, which divides by the number of scored tokens, "
+        "got None"
+    )
     refuses("sequence_logps", message, average=True)
 
 
@@ -475,7 +472,10 @@ def test_preference_loss_refuses_logps_of_tokens():
 
 @pytest.mark.parametrize("objective", [RPOObjective(average=True), RPOObjective.cpo()])
 def test_preference_loss_needs_lengths_where_the_loss_divides_by_them(objective):
-    message = "`lengths` are missing: this objective divides by the number of scored tokens"
+    message = (
+        "`lengths` must be [S] = [4] for this objective, which divides by the number of scored "
+        "tokens, got None; pass (labels != -100).sum(1)"
+    )
     refuses("preference_loss", message, objective=objective)
 
 
@@ -500,7 +500,7 @@ def test_preference_loss_refuses_bad_lengths(lengths, error, message):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_group_size_must_divide_the_responses(op):
-    refuses(op, "`group_size` 3 does not divide the number of sequences, 4", group_size=3)
+    refuses(op, "`group_size` must divide the number of sequences, 4, got 3; ", group_size=3)
 
 
 @pytest.mark.parametrize("comparison, least", [("listwise", 2), ("pairwise", 2), ("pointwise", 1)])
@@ -516,7 +516,8 @@ def test_group_size_of_one_is_refused_by_comparisons(op, comparison, least):
 @pytest.mark.parametrize("size", [2, 4])
 def test_group_size_and_cu_groups_exclude_each_other(op, size):
     message = (
-        "`group_size` and `cu_groups` both say which responses belong together; pass one of them"
+        f"`group_size` and `cu_groups` both say which responses belong together, got {size} and "
+        "offsets; pass one of them"
     )
     refuses(op, message, group_size=size, cu_groups=offsets(0, 4))
 
@@ -588,7 +589,7 @@ def test_normalizer_must_be_positive(op, value, error, message):
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_normalizer_needs_a_mean(op):
-    message = "`normalizer` divides a sum, but `reduction` is 'none'"
+    message = "`normalizer` divides a sum, but `reduction` is 'none'; pass None"
     refuses(op, message, normalizer=8, reduction="none")
 
 
@@ -598,8 +599,8 @@ def test_normalizer_needs_a_mean(op):
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_rewards_that_are_missing_are_asked_for(op):
     message = (
-        "`rewards` are missing: this objective compares with explicit rewards; pass a tensor [S] "
-        "= [4]"
+        "`rewards` must be a tensor [S] = [4] for this objective, got None; to train without "
+        "rewards, choose one with its own target, such as RPOObjective.dpo()"
     )
     refuses(op, message, rewards=None)
 
@@ -607,10 +608,10 @@ def test_rewards_that_are_missing_are_asked_for(op):
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_rewards_that_the_objective_ignores_are_refused(op):
     message = (
-        "`rewards` are superfluous: this objective brings its own target (the first response of a "
-        "group is the chosen one)"
+        "`rewards` must be None for an objective with its own target (the first response of each "
+        "group is the chosen one), got a tensor [4]"
     )
-    refuses(op, f"{message}; pass None", objective=RPOObjective.dpo())
+    refuses(op, message, objective=RPOObjective.dpo())
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
@@ -638,9 +639,8 @@ def test_rewards_of_nan_are_refused(op):
 @pytest.mark.parametrize("distance", ["squared", "forward_kl"])
 def test_rewards_of_infinity_are_refused_where_the_loss_is_infinite(op, distance):
     message = (
-        "infinite `rewards` are legal as targets of distance 'backward_kl' or 'hellinger' only, "
-        "got one at 1 "
-        f"with {distance!r}"
+        f"`rewards` must be finite for distance {distance!r}, got an infinite one at 1; distance "
+        "'backward_kl' or 'hellinger' takes them"
     )
     infinite = torch.tensor([0, -INF, 0, 0])
     refuses(op, message, rewards=infinite, objective=RPOObjective(distance))
@@ -655,16 +655,18 @@ def test_rewards_of_infinity_are_refused_where_the_loss_is_infinite(op, distance
     ids=["rewards", "own target", "several references"],
 )
 def test_ref_logps_that_are_missing_are_asked_for(op, objective):
+    lead = "R, " if objective == TWO_REFERENCES else ""
+    expected = f"[{lead}4]" if op == "preference_loss" else f"[{lead}4] or [{lead}4, 3]"
     message = (
-        "`ref_logps` are missing: this objective compares with a reference; for a reference-free "
-        "one build it with "
+        f"`ref_logps` must be {expected} for this objective, got None; pass the reference model's "
+        "log-probabilities, or build the objective with reference='none'"
     )
-    refuses(op, f"{message}reference='none'", **objective | {"ref_logps": None})
+    refuses(op, message, **objective | {"ref_logps": None})
 
 
 @pytest.mark.parametrize("op", GROUP_OPS)
 def test_ref_logps_that_the_objective_ignores_are_refused(op):
-    message = "`ref_logps` are superfluous: this objective has no reference; pass None"
+    message = "`ref_logps` must be None for an objective without a reference, got a tensor [4]"
     refuses(op, message, **NO_REFERENCE | {"ref_logps": REF_LOGPS})
 
 
@@ -700,8 +702,8 @@ def test_ref_logps_of_another_shape_are_refused(op, changes, message):
 @pytest.mark.parametrize("changes, kind", [({}, "single"), (NO_REFERENCE, "none")])
 def test_ref_weights_without_several_references_are_refused(op, changes, kind):
     message = (
-        "`ref_weights` belong to reference 'harmonic' or 'geometric', got an objective with "
-        f"{kind!r}"
+        "`ref_weights` must be None unless the objective has reference='harmonic' or 'geometric', "
+        f"got a tensor [1] with reference={kind!r}"
     )
     refuses(op, message, ref_weights=torch.ones(1), **changes)
 
@@ -786,21 +788,22 @@ def test_rpo_objective_refuses_an_infinite_target_where_the_loss_is_infinite(dis
     [
         ("`target` must be a number >= 0, got nan", {"target": NAN}),
         (
-            "target 'softmax' belongs to distance 'backward_kl' with comparison 'pointwise', got "
-            "'backward_kl' with 'listwise'",
+            "`target='softmax'` belongs to distance 'backward_kl' with comparison 'pointwise', "
+            "got 'backward_kl' with 'listwise'",
             {"target": "softmax"},
         ),
         (
             "`label` is a pair's target under distance 'backward_kl', in place of `target`; got "
-            "distance 'squared', comparison "
-            "'listwise', target 'rewards'",
+            "distance 'squared', comparison 'listwise', target 'rewards'",
             {"label": 0.5, "distance": "squared"},
         ),
-        ("`label` above 1 has no KL divergence, got 2.0; pass cross_entropy=True", {"label": 2.0}),
+        (
+            "`label` must be at most 1 for a KL divergence, got 2.0; pass cross_entropy=True",
+            {"label": 2.0},
+        ),
         (
             "`cross_entropy` is a form of distance 'backward_kl' (RPO's backward KL is KL(target "
-            "|| policy)), got distance "
-            "'forward_kl'",
+            "|| policy)), got distance 'forward_kl'",
             {"cross_entropy": True, "distance": "forward_kl"},
         ),
         (

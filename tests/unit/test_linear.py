@@ -564,7 +564,7 @@ def test_linear_rpo_loss_second_backward_raises_and_results_repeat_bit_for_bit(b
     for _ in range(2):
         out = linear_rpo_loss(hidden, weight, labels, rewards, objective, backend=backend)
         runs.append((out.loss, *torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)))
-        with pytest.raises(RuntimeError, match="linear_rpo_loss: no second backward"):
+        with pytest.raises(RuntimeError, match="linear_rpo_loss: a second backward is not"):
             out.loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
@@ -645,7 +645,19 @@ def test_linear_rpo_loss_packs_whole_groups_into_windows():
         (
             {"weight": torch.zeros(H, 5)},
             ValueError,
-            r"`hidden` must be \[..., H\] with H = 5 .* did you mean `weight.t\(\)`",
+            r"`hidden` must be \[..., H\] with H = 5 .* did you mean `weight.t\(\)`\? "
+            "If `hidden` holds logits, call rpo_loss",
+        ),
+        ({"hidden": (torch.zeros(4, 3, H),)}, TypeError, "`hidden` must be .*Tensor, got tuple"),
+        (
+            {"weight": torch.nn.Linear(H, 5)},
+            TypeError,
+            r"`weight` must be a torch.Tensor, got Linear; pass its \.weight",
+        ),
+        (
+            {"weight": torch.zeros(5, H, device="meta")},
+            ValueError,
+            r"`weight` must be on cpu like `hidden`, got meta; pass hidden.to\(weight.device\)",
         ),
         ({"weight": torch.zeros(5)}, ValueError, r"`weight` must be \[V, H\]"),
         (
@@ -663,7 +675,7 @@ def test_linear_rpo_loss_packs_whole_groups_into_windows():
         (
             {"workspace_bytes": 10},
             ValueError,
-            "too small for one row of 5 logits: expected at least 20, got 10",
+            "`workspace_bytes` must hold one row of 5 logits, at least 20; got 10",
         ),
         ({"workspace_bytes": 0}, ValueError, "`workspace_bytes` must be > 0"),
         (
@@ -676,12 +688,12 @@ def test_linear_rpo_loss_packs_whole_groups_into_windows():
         (
             {"ref_hidden": torch.zeros(4, 3, H)},
             ValueError,
-            "`ref_logps` and `ref_hidden` are two sources of one reference",
+            "`ref_logps` and `ref_hidden` both say what the reference is",
         ),
         (
             {"ref_weight": torch.zeros(5, H)},
             ValueError,
-            "`ref_weight` belongs to `ref_hidden`, which is None",
+            r"`ref_weight` must be None without `ref_hidden`, got \[5, 6\]",
         ),
         (
             {
@@ -695,7 +707,7 @@ def test_linear_rpo_loss_packs_whole_groups_into_windows():
         (
             {"lora_hidden": torch.zeros(4, 3, 2)},
             ValueError,
-            "`lora_weight` is missing: the low-rank term is",
+            "`lora_weight` must be a tensor where the other is one",
         ),
         (
             {"lora_hidden": torch.zeros(4, 3, 2), "lora_weight": torch.zeros(2, 5)},
@@ -711,19 +723,19 @@ def test_linear_rpo_loss_packs_whole_groups_into_windows():
         (
             {"weight_grad": torch.zeros(H, 5)},
             ValueError,
-            r"`weight_grad` must be \[V, H\] = \[5, 6\] as `weight`, got \[6, 5\]",
+            r"`weight_grad` must be \[V, H\] = \[5, 6\] like `weight`, got \[6, 5\]",
         ),
         (
             {"weight_grad": torch.zeros(5, H)},
             ValueError,
-            "`weight_grad` takes in the gradient of `weight`, which requires none",
+            "`weight_grad` must be None for a `weight` that requires no gradient",
         ),
         (
             {"weight_grad": torch.zeros(5, H).double()},
             TypeError,
             "`weight_grad` must be float32, float16 or bfloat16",
         ),
-        ({"ref_logps": None}, ValueError, "`ref_logps` are missing"),
+        ({"ref_logps": None}, ValueError, "`ref_logps` must be .* got None"),
         (
             {"group_size": 4, "cu_groups": torch.tensor([0, 4], dtype=torch.int32)},
             ValueError,

@@ -343,7 +343,7 @@ def test_preference_loss_repeats_bit_for_bit(backend, device):
 @pytest.fixture
 def unseen(monkeypatch):
     """Values are not looked at, as on a GPU."""
-    monkeypatch.setattr(checks, "_may_look", lambda _: False)
+    monkeypatch.setattr(checks, "may_read", lambda _: False)
 
 
 def test_preference_loss_reads_strided_lengths_and_offsets(device):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ... import RPOObjective, RPOOutput
 from .forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
-from .head import head_layers, host_of, measure_transform, ordinary_tokens
+from .head import head_layers, host_of, linear_of, measure_transform, ordinary_tokens
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
 
@@ -65,7 +65,8 @@ def attach(model: nn.Module) -> nn.Module:
     host = host_of(model)
     if "_rpo_previous" in vars(host):
         detach(model)
-    head_layers(host)
+    for layer in head_layers(host):
+        linear_of(layer)
     vars(host)["_rpo_previous"] = vars(host).get("forward")  # accelerate's, if any
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -96,6 +97,16 @@ def attach(model: nn.Module) -> nn.Module:
 
 def _is_attached(host: nn.Module) -> bool:
     return hasattr(vars(host).get("forward"), "is_fused")
+
+
+def _check_attached(op: str, name: str, model: nn.Module) -> None:
+    """A model that is not attached drops our keywords, and returns what it always does."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    if modules and not any("_rpo_previous" in vars(module) for module in modules):
+        raise ValueError(
+            f"{op}: `{name}` must be an attached model, got a {type(model).__name__} that is not; "
+            "call attach(model) first"
+        )
 
 
 def _restore(host: nn.Module) -> None:
@@ -130,8 +141,8 @@ def _check_causal(name: str, logits: Tensor, of_another_end: Tensor) -> None:
     change = (logits - of_another_end)[0, :-1].abs().max()
     if change > 16 * torch.finfo(logits.dtype).eps * logits.abs().max():
         raise ValueError(
-            f"attach: the tokens of this {name} see those that follow, so that its logits are no "
-            "next-token predictions; make it with config.is_decoder = True"
+            f"attach: expected a causal language model, got a {name} whose tokens attend to those "
+            "that follow them; build it with config.is_decoder = True"
         )
 
 
@@ -152,9 +163,9 @@ def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
     if not error.max() <= tolerance:
         worst = error.argmax()
         raise ValueError(
-            f"attach: {name} gives a token log-probability {theirs[worst]:.6f}, but its hidden "
-            "states, head, scale and cap give "
-            f"{ours[worst]:.6f}; its head is not what it seems, so it cannot be attached"
+            f"attach: expected the token log-probability {theirs[worst]:.6f} of {name}'s own "
+            f"logits, got {ours[worst]:.6f} from its hidden states, head, scale and cap; it cannot "
+            "be attached, its logits are made in another way"
         )
 
 
@@ -185,6 +196,7 @@ def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any
     Returns:
         `TokenLogps`.
     """
+    _check_attached("model_token_logps", "model", model)
     inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
     return model(**inputs, output_token_logps=True, **options)
 
@@ -217,6 +229,8 @@ def model_rpo_loss(
             none.
     """
     models = _references(objective, reference)
+    for name, each in [("model", model), *(("reference", each) for each in models)]:
+        _check_attached("model_rpo_loss", name, each)
     inputs = {**batch, **options}
     if objective.reference != "none" and inputs.get("ref_logps") is None:
         inputs["ref_logps"] = _reference_logps(model, inputs, objective, models)
@@ -242,8 +256,7 @@ def _references(
         )
         raise ValueError(
             f"model_rpo_loss: `reference` must be {expected} for an objective with "
-            f"reference={objective.reference!r}, "
-            f"got {len(models)}{hint}"
+            f"reference={objective.reference!r}, got {len(models)}{hint}"
         )
     return models
 
@@ -258,10 +271,9 @@ def _reference_logps(
         disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
-                "model_rpo_loss: this objective compares with a reference: pass `reference=` (an "
-                "attached model), put `ref_logps` "
-                "into the batch, or train a PEFT model, whose reference is itself with the adapter "
-                "off"
+                "model_rpo_loss: `reference` must be an attached model for this objective, got "
+                "None; or put `ref_logps` into the batch, or train a PEFT model, which is its own "
+                "reference with its adapters off"
             )
         with disable_adapter():
             logps = [model_token_logps(model, inputs).logps]

@@ -134,15 +134,16 @@ class Call:
         """
         if read := sorted(READ & given.keys()):
             instead = (
-                "a reference comes as `ref_logps`"
+                "pass the reference as `ref_logps`"
                 if read[0].startswith("ref_")
                 else "it is read from the model"
             )
-            raise ValueError(f"{op}: leave out `{read[0]}`; {instead}")
+            raise ValueError(f"{op}: `{read[0]}` must be left out; {instead}")
         loss, tokens = "objective" in given, given.get("output_token_logps", False)
         if loss and tokens:
             raise ValueError(
-                f"{op}: `objective` and `output_token_logps` ask for two results; pass one of them"
+                f"{op}: `objective` and `output_token_logps` ask for two results, got both; pass "
+                "one of them"
             )
         if stray := sorted(
             given.keys() - (LOSS if loss else TOKENS if tokens else {"output_token_logps"})
@@ -156,28 +157,26 @@ class Call:
         if others.pop("num_items_in_batch", None) is not None:
             raise ValueError(
                 f"{op}: `num_items_in_batch` counts tokens, but the loss is a mean over groups; "
-                "set the trainer's "
-                "model_accepts_loss_kwargs to False, and pass `normalizer` where gradients "
-                "accumulate"
+                "set the trainer's model_accepts_loss_kwargs to False, and pass `normalizer` if "
+                "you accumulate gradients"
             )
         labels, shift_labels = others.pop("labels", None), others.pop("shift_labels", None)
         if (labels is None) == (shift_labels is None):
             raise ValueError(
-                f"{op}: pass `labels` (unshifted, like input_ids) or `shift_labels`, one of them, "
-                "by keyword"
+                f"{op}: expected `labels` (unshifted, like input_ids) or `shift_labels`, by "
+                f"keyword; got {'neither' if labels is None else 'both'}"
             )
         if "cu_seqlens" in given and (
             others.get("position_ids") is None or others.get("attention_mask") is not None
         ):
             raise ValueError(
-                f"{op}: `cu_seqlens` needs `position_ids` that begin anew in each sequence, and no "
-                "`attention_mask`: these tell a "
-                "model to keep packed sequences apart"
+                f"{op}: `cu_seqlens` needs `position_ids` that start at 0 in each sequence, and no "
+                "`attention_mask`; they tell the model to keep packed sequences apart"
             )
         if "context_group" in given and labels is not None:
             raise ValueError(
-                f"{op}: `context_group` needs `shift_labels`: what the last token of a rank's part "
-                "predicts lies on another rank"
+                f"{op}: `context_group` needs `shift_labels`, got `labels`: the label of the last "
+                "token of a rank is on another rank"
             )
         return cls(op, shift_labels if labels is None else labels, labels is None, given)
 
@@ -257,10 +256,9 @@ class Call:
             return self.result._replace(aux_loss=aux_loss)
         if self.options.get("reduction", "mean") != "mean" or "normalizer" in self.options:
             raise ValueError(
-                f"{self.op}: the model's auxiliary loss is a mean, and adds to a loss that is one "
-                "too (`reduction='mean'`, no "
-                "`normalizer`); pass output_router_logits=False, or make a loss of "
-                "output_token_logps=True"
+                f"{self.op}: the model's auxiliary loss is a mean, and can only be added to a mean "
+                "(`reduction='mean'`, no `normalizer`); pass output_router_logits=False, or "
+                "compute the loss from output_token_logps=True"
             )
         return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
 
@@ -282,6 +280,7 @@ def auxiliary_loss(host: PreTrainedModel, output: object) -> Tensor | None:
         if hasattr(place, name):
             return getattr(place, name) * aux_loss
     raise ValueError(
-        f"{type(host).__name__}.forward: its auxiliary loss has a weight that is not known; pass "
+        f"{type(host).__name__}.forward: expected the coefficient of the auxiliary loss as "
+        "router_aux_loss_coef of the model or its config, got none; pass "
         "output_router_logits=False"
     )

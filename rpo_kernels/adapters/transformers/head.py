@@ -34,8 +34,7 @@ def host_of(model: nn.Module) -> PreTrainedModel:
     if not (hasattr(host, "get_output_embeddings") and hasattr(host, "config")):
         raise TypeError(
             "attach: expected a model of transformers, or a PEFT model of one, got "
-            f"{type(host).__name__}; attach before wrapping "
-            "in DDP, FSDP1 or torch.compile"
+            f"{type(host).__name__}; attach before wrapping in DDP, FSDP1 or torch.compile"
         )
     return host
 
@@ -47,13 +46,20 @@ def head_layers(host: PreTrainedModel) -> list[nn.Module]:
     """
     head = host.get_output_embeddings()
     if head is None or host.config.is_encoder_decoder:
-        raise TypeError(f"attach: expected a causal language model, got {type(host).__name__}")
+        slip = (
+            "encoder-decoder models are not supported"
+            if host.config.is_encoder_decoder
+            else "load the weights with AutoModelForCausalLM"
+        )
+        raise TypeError(
+            f"attach: expected a causal language model, got {type(host).__name__}; {slip}"
+        )
     can_generate = getattr(host, "can_generate", None)
     if can_generate is not None and not can_generate():
         raise TypeError(
-            f"attach: {type(host).__name__} cannot generate, so that its logits are no "
-            "next-token predictions (a masked language model's see the label itself); load the "
-            "weights as a causal language model, such as AutoModelForCausalLM makes"
+            f"attach: expected a model that can generate, got {type(host).__name__}, whose logits "
+            "are not next-token predictions (a masked language model sees the label itself); load "
+            "the weights with AutoModelForCausalLM"
         )
     if "peft" in sys.modules:
         from peft.utils.other import ModulesToSaveWrapper
@@ -106,25 +112,31 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
     adapters: dict[str, Tensor] = {}
     if hasattr(layer, "base_layer"):
         adapters = _lora(layer, hidden, vocabulary)
-        layer = cast(nn.Module, layer.base_layer)
-    weight: Any = getattr(layer, "weight", None)
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        raise TypeError(
-            "attach: the head must be torch.nn.Linear, got "
-            f"{type(layer).__module__}.{type(layer).__name__}"
-        )
+    linear = linear_of(layer)
+    weight, bias = linear.weight, linear.bias
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise TypeError(
             "attach: the head's weight must be a plain floating-point tensor, got "
             f"{type(weight).__name__}, {weight.dtype}"
         )
     if vocabulary == weight.shape[0]:
-        return {"weight": weight, "bias": layer.bias, **adapters}
+        return {"weight": weight, "bias": bias, **adapters}
     return {
         "weight": weight[:vocabulary],
-        "bias": None if layer.bias is None else layer.bias[:vocabulary],
+        "bias": None if bias is None else bias[:vocabulary],
         **adapters,
     }
+
+
+def linear_of(layer: nn.Module) -> nn.Linear:
+    """The linear layer that a head is, or that its adapters are on."""
+    layer = getattr(layer, "base_layer", layer)
+    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        raise TypeError(
+            "attach: the head must be torch.nn.Linear, got "
+            f"{type(layer).__module__}.{type(layer).__name__}"
+        )
+    return layer
 
 
 def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor]:
@@ -133,7 +145,7 @@ def _lora(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor
 
     if type(layer) is not LoraLinear:
         raise TypeError(
-            "attach: of PEFT's layers the head may be LoRA's Linear, got "
+            "attach: of PEFT's layers, the head may be only LoRA's Linear, got "
             f"{type(layer).__module__}.{type(layer).__name__}"
         )
     if layer.disable_adapters and layer.merged:
@@ -170,6 +182,11 @@ def ordinary_tokens(host: PreTrainedModel, count: int) -> Tensor:
     ordinary = [i for i in range(config.vocab_size) if i not in special_ids]
     ids = ordinary[:: max(1, len(ordinary) // count)][:count]
     embeddings = cast(nn.Embedding, host.get_input_embeddings())
+    if embeddings.weight.is_meta:
+        raise ValueError(
+            f"attach: the weights of {type(host).__name__} must be on a device, got the meta "
+            "device; load them first"
+        )
     return torch.tensor([ids], device=embeddings.weight.device)
 
 
@@ -195,9 +212,9 @@ def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) ->
     for number, got, wanted in zip(x.tolist(), z.tolist(), expected.tolist()):
         if not abs(got - wanted) <= 1e-5 * abs(wanted):
             raise ValueError(
-                f"attach: {type(host).__name__} does to the logits of its head what the kernels do "
-                f"not: it makes {got:.6g} of "
-                f"{number:.6g}; with the scale and cap of its other logits it would be {wanted:.6g}"
+                f"attach: {type(host).__name__} must only scale and cap the logits of its head; of "
+                f"{number:.6g} expected {wanted:.6g}, as its other logits are scaled and capped, "
+                f"got {got:.6g}"
             )
     return Transform(
         scale.float().item(), None if softcap is None else softcap.float().item(), len(z)

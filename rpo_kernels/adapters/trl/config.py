@@ -66,10 +66,9 @@ class RPOConfig(DPOConfig):
         # ["rpo"] is set below, and read back from a saved configuration
         if self.loss_type not in (None, "rpo", ["rpo"]):
             raise ValueError(
-                f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} beside "
-                f"`objective` {self.objective!r}: the objective is the loss. Say "
-                '"sigmoid" as objective="dpo", "ipo" as {"preset": "ipo", "tau": ..., '
-                '"average": true}'
+                f"RPOConfig: `loss_type` must stay unset, got {self.loss_type!r} with `objective` "
+                f'{self.objective!r}: the objective is the loss. For "sigmoid" pass '
+                'objective="dpo", for "ipo" {"preset": "ipo", "tau": ..., "average": true}'
             )
         for name, instead in REPLACED.items():
             default = next(
@@ -77,7 +76,7 @@ class RPOConfig(DPOConfig):
             )
             if getattr(self, name) != default:
                 raise ValueError(
-                    f"RPOConfig: `{name}` has no effect beside an objective, got "
+                    f"RPOConfig: `{name}` has no effect with an objective, got "
                     f"{getattr(self, name)!r}; use {instead}"
                 )
         objective = read_objective(self.objective, self.beta)
@@ -120,7 +119,7 @@ def read_objective(
     known = inspect.signature(make).parameters
     if beta is not None and fields.setdefault("beta", beta) != beta:
         raise ValueError(
-            f"{op}: `beta` {beta} contradicts the objective's beta {fields['beta']}; say it once"
+            f"{op}: `beta` must be the objective's, {fields['beta']}, or None; got {beta}"
         )
     unknown = [name for name in fields if name not in known]
     if unknown:

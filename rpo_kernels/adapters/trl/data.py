@@ -46,19 +46,24 @@ def group_of(
     if not isinstance(responses, list) or len(responses) < 2:
         got = f"{len(responses)}" if isinstance(responses, list) else type(responses).__name__
         raise ValueError(
-            f"{where}: `responses` must be a list of at least two to each prompt, got {got}: "
-            "nothing to compare"
+            f"{where}: `responses` must be a list of at least two to each prompt, got {got}; one "
+            "row holds all responses to its prompt"
         )
+    kind = str if isinstance(prompt, str) else list
+    if not all(isinstance(response, kind) for response in responses):
+        expected = "texts, as `prompt` is" if kind is str else "lists of messages, as `prompt` is"
+        got = ", ".join(sorted({type(response).__name__ for response in responses}))
+        raise ValueError(f"{where}: `responses` must be {expected}, got {got}")
     if objective.label is not None and len(responses) != 2:
         raise ValueError(
-            f"{where}: this objective labels pairs, got {len(responses)} `responses` to a prompt"
+            f"{where}: `responses` must be two to each prompt for an objective that labels pairs, "
+            f"got {len(responses)}"
         )
     if rewards is None and objective.uses_rewards:
         raise ValueError(
-            f"{where} has no rewards, which this objective compares with: expected the columns "
-            f"{EXPECTED}; "
-            f"got {', '.join(example)}. "
-            'For labels alone use an objective with a target of its own, such as objective="dpo"'
+            f"{where} must have rewards for this objective, in the columns {EXPECTED}; got "
+            f"{', '.join(example)}. To train without rewards, choose an objective with its own "
+            'target, such as objective="dpo"'
         )
     if rewards is not None:
         _check_rewards(rewards, len(responses), objective, where)
@@ -119,8 +124,8 @@ def encode(
     if start < len(prompt_ids):
         logger.warning_once(
             "RPOTrainer: the tokenized prompt is no prefix of prompt + response; the response "
-            "begins where they differ, and "
-            f"{processing_class.decode(prompt_ids[start:])!r} of the prompt is left out"
+            f"begins where they differ, and {processing_class.decode(prompt_ids[start:])!r} of the "
+            "prompt is left out"
         )
     row = {"prompt_ids": prompt_ids[:start], "response_ids": [ids[start:] for ids in whole]}
     return row if rewards is None else row | {"rewards": rewards}

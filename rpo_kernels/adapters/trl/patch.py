@@ -242,9 +242,8 @@ def _check_signature() -> None:
     ):
         raise RuntimeError(
             "accelerate_trl: TRL's `_ChunkedLogProbFunction.forward` must take "
-            f"({', '.join(ARGUMENTS)}) and offer "
-            f"{', '.join(OUTPUTS)}; found ({', '.join(found)}) and {', '.join(OPTIONAL_OUTPUTS)}: "
-            "is TRL patched by someone else?"
+            f"({', '.join(ARGUMENTS)}) and offer {', '.join(OUTPUTS)}; got ({', '.join(found)}) "
+            f"and {', '.join(OPTIONAL_OUTPUTS)}: did another package patch TRL?"
         )
 
 

@@ -93,6 +93,12 @@ class RPOTrainer(DPOTrainer):
         peft_config: Any = None,
         **options: Any,
     ):
+        for name in ("objective", "beta"):
+            if name in options:
+                raise TypeError(
+                    f"RPOTrainer: `{name}` must be in `args`, got it as an argument; pass "
+                    f"args=RPOConfig({name}=...)"
+                )
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RPOConfig(f"{name.split('/')[-1]}-RPO")
@@ -141,7 +147,9 @@ class RPOTrainer(DPOTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Any:
-        first = next(iter(dataset))
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"RPOTrainer: {dataset_name} dataset must have rows, got none")
         if "response_ids" in first:
             return dataset
         translate = functools.partial(
@@ -166,6 +174,11 @@ class RPOTrainer(DPOTrainer):
                 dataset = dataset.filter(
                     lambda example: len(example["prompt_ids"]) < args.max_length, **options
                 )
+                if isinstance(dataset, Dataset) and not len(dataset):
+                    raise ValueError(
+                        f"RPOTrainer: {dataset_name} dataset must have prompts shorter than "
+                        f"`max_length` {args.max_length}, got none; set it larger in args"
+                    )
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -311,27 +324,27 @@ def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
 def _objective_of(args: object) -> RPOObjective:
     if not isinstance(args, RPOConfig):
         raise TypeError(
-            "RPOTrainer: `args` must be an RPOConfig, which says the objective; got "
+            "RPOTrainer: `args` must be an RPOConfig(objective=...), which says the loss; got "
             f"{type(args).__name__}"
         )
     objective = args.make_objective()
     if objective.reference in ("harmonic", "geometric"):
         raise ValueError(
-            "RPOTrainer: `objective` must have one reference or none, got "
-            f"reference={objective.reference!r}: TRL holds one "
-            "reference model"
+            "RPOTrainer: `objective` must have one reference or none, because TRL holds one "
+            f"reference model; got reference={objective.reference!r}"
         )
     return objective
 
 
 def _check_text_only(dataset: Any) -> None:
-    first = {} if dataset is None else next(iter(dataset))
+    first = {} if dataset is None else next(iter(dataset), None)
+    if first is None:
+        raise ValueError("RPOTrainer: train dataset must have rows, got none")
     images = {"image", "images"} & first.keys()
     if images:
         raise ValueError(
             f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a "
-            "vision-language model call "
-            "rpo_kernels.adapters.transformers.attach and a loop of your own"
+            "vision-language model write your own loop with rpo_kernels.adapters.transformers"
         )
 
 
@@ -351,14 +364,14 @@ def _check_reference(
         ):
             if given:
                 raise ValueError(
-                    f"RPOTrainer: `{name}` is superfluous: this objective has no reference"
+                    f"RPOTrainer: `{name}` must be left out for an objective without a reference"
                 )
         return
     in_memory = not isinstance(model, str) and not get_config_model_id(model.config)
     peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
     if in_memory and ref_model is None and not peft and not args.precompute_ref_log_probs:
         raise ValueError(
-            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load "
-            "it a second time for the "
-            "reference; pass a copy as ref_model, or peft_config, or precompute_ref_log_probs=True"
+            "RPOTrainer: `ref_model` must be a model, got None: TRL cannot load the reference of a "
+            "model that was built in memory; pass copy.deepcopy(model) as ref_model, or "
+            "peft_config, or precompute_ref_log_probs=True in args"
         )
