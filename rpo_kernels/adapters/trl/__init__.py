@@ -6,12 +6,8 @@ from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
 from rpo_kernels.adapters.trl import accelerate_trl
 """
 
-from .version import check_version
-
-check_version()  # before anything imports names that another release of TRL may lack
-
-from .config import RPOConfig  # noqa: E402
-from .patch import Acceleration, accelerate_trl  # noqa: E402
-from .trainer import RPOTrainer  # noqa: E402
+from .config import RPOConfig
+from .patch import Acceleration, accelerate_trl
+from .trainer import RPOTrainer
 
 __all__ = ["Acceleration", "RPOConfig", "RPOTrainer", "accelerate_trl"]

@@ -22,8 +22,6 @@ REPLACED = {
     "ld_alpha": "an objective's `average` to divide by lengths; LD-DPO is not representable",
     "use_weighting": "nothing: WPO weights are not representable",
     "f_divergence_type": "nothing: f-DPO is nonlinear in the implicit rewards",
-    "padding_free": "nothing: TRL 1.16 ignores it (only scored positions reach the LM head all "
-    "the same)",
 }
 
 
@@ -38,12 +36,14 @@ class RPOConfig(DPOConfig):
             which may be a string in JSON: the objective's fields, or ``{"preset": NAME, ...}`` with
             the preset's parameters. Kept as a dict of all fields.
         beta: the objective's, if it is not part of ``objective``: implicit reward units per nat.
+        padding_free: the responses of a batch lie end to end in one row, without padding. Losses
+            and gradients are the same; fewer rows go through the model. For attention that takes
+            packed sequences (FlashAttention); others compute its whole square, masked.
 
     Raises:
         ValueError, TypeError: for an unknown objective, for a ``beta`` that contradicts it, and for
             DPO's options that an objective replaces (``loss_type``, ``label_smoothing``,
-            ``loss_weights``, ``ld_alpha``, ``use_weighting``, ``f_divergence_type``) or that have
-            no effect (``padding_free``).
+            ``loss_weights``, ``ld_alpha``, ``use_weighting``, ``f_divergence_type``).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
@@ -62,6 +62,10 @@ class RPOConfig(DPOConfig):
     )
     loss_type: list[str] | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Must stay unset: `objective` says which loss is meant."}
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Put the responses of a batch end to end in one row, without padding."},
     )
 
     def __post_init__(self) -> None:
@@ -85,6 +89,11 @@ class RPOConfig(DPOConfig):
         objective = read_objective(self.objective, self.beta)
         self.objective, self.beta, self.loss_type = asdict(objective), objective.beta, ["rpo"]
         super().__post_init__()
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"RPOConfig: `pad_to_multiple_of` {self.pad_to_multiple_of!r} pads, and "
+                "`padding_free` does not; leave one of them out"
+            )
 
     def make_objective(self) -> RPOObjective:
         """The objective that ``objective`` and ``beta`` describe."""

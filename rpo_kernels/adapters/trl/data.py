@@ -137,8 +137,13 @@ class DataCollatorForGroups(DataCollatorForPreference):
 
     ``group_sizes`` ``[G]``; ``cu_groups`` ``[G+1]`` int32 where they differ; ``input_ids``,
     ``attention_mask``, ``completion_mask`` ``[S, T]``, right padded; ``rewards``, ``ref_logps``
-    ``[S]`` where the rows have them. Options as for TRL's collator of pairs.
+    ``[S]`` where the rows have them. Options as for TRL's collator of pairs, and:
+
+    padding_free: sequences end to end in one row instead, ``input_ids``, ``position_ids``,
+        ``completion_mask`` ``[1, N]``, with their boundaries ``cu_seqlens`` ``[S+1]`` int32.
     """
+
+    padding_free: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         cut = (
@@ -156,12 +161,16 @@ class DataCollatorForGroups(DataCollatorForPreference):
         # first, because accelerate and transformers take the batch size from the first tensor
         batch = {"group_sizes": torch.tensor(sizes)}
         if len(set(sizes)) > 1:
-            batch["cu_groups"] = torch.nn.functional.pad(
-                batch["group_sizes"].cumsum(0, dtype=torch.int32), (1, 0)
-            )
-        batch["input_ids"] = self._pad(ids, self.pad_token_id)
-        batch["attention_mask"] = self._pad([torch.ones_like(row) for row in ids], 0)
-        batch["completion_mask"] = self._pad(completion, 0)
+            batch["cu_groups"] = _boundaries(batch["group_sizes"])
+        if self.padding_free:
+            batch["input_ids"] = torch.cat(ids)[None]
+            batch["position_ids"] = torch.cat([torch.arange(len(row)) for row in ids])[None]
+            batch["completion_mask"] = torch.cat(completion)[None]
+            batch["cu_seqlens"] = _boundaries(torch.tensor([len(row) for row in ids]))
+        else:
+            batch["input_ids"] = self._pad(ids, self.pad_token_id)
+            batch["attention_mask"] = self._pad([torch.ones_like(row) for row in ids], 0)
+            batch["completion_mask"] = self._pad(completion, 0)
         if "rewards" in examples[0]:
             batch["rewards"] = torch.tensor(
                 [r for example in examples for r in example["rewards"]], dtype=torch.float32
@@ -180,3 +189,8 @@ class DataCollatorForGroups(DataCollatorForPreference):
         padded = pad_sequence(rows, batch_first=True, padding_value=value)
         short = -padded.shape[1] % (self.pad_to_multiple_of or 1)
         return torch.nn.functional.pad(padded, (0, short), value=value)
+
+
+def _boundaries(sizes: torch.Tensor) -> torch.Tensor:
+    """``[n]`` -> ``[n+1]`` int32, from 0."""
+    return torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))

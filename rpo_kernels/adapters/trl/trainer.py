@@ -13,19 +13,63 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from rpo_kernels import RPOObjective, RPOOutput, preference_loss, sequence_logps
+from rpo_kernels import RPOObjective, RPOOutput, preference_loss, sequence_logps, shift_labels
 
 from ..transformers import attach
+from ..transformers.head import host_of, ordinary_tokens
 from .config import RPOConfig
+from .contract import changed_calls, changed_methods, refusal
 from .data import COLUMNS, DataCollatorForGroups, encode
 from .metrics import group_metrics, token_metrics
 from .patch import RowStatistics, accelerate_trl
 
-NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "ref_logps")
+NOT_FOR_THE_MODEL = (
+    "group_sizes",
+    "cu_groups",
+    "cu_seqlens",
+    "completion_mask",
+    "rewards",
+    "ref_logps",
+)
+
+# What the trainer needs of TRL: functions that it calls, with how many positional arguments and
+# which keywords; methods that TRL calls; attributes that TRL sets.
+CALLS: dict[Any, tuple[int, tuple[str, ...]]] = {
+    DPOTrainer.__init__: (6, ("peft_config",)),
+    DataCollatorForPreference: (
+        0,
+        ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
+    ),
+    _tokenize: (2, ("add_generation_prompt", "tools")),
+    common_prefix_length: (2, ()),
+    extract_prompt: (1, ()),
+    is_conversational: (1, ()),
+    disable_gradient_checkpointing: (2, ()),
+    get_config_model_id: (1, ()),
+    global_then_local_main_first: (0, ()),
+    use_adapter: (1, ("adapter_name",)),
+}
+METHODS = (
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "_precompute_ref_logps",
+    "compute_ref_log_probs",
+    "_compute_loss",
+)
+ATTRIBUTES = (
+    "_metrics",
+    "_tokenizer",
+    "_total_train_tokens",
+    "_tp_size",
+    "aux_loss_enabled",
+    "ref_model",
+    "router_aux_loss_coef",
+)
 
 
 class RPOTrainer(DPOTrainer):
@@ -60,7 +104,10 @@ class RPOTrainer(DPOTrainer):
     Raises:
         ValueError, TypeError: at construction, for data that do not fit the objective (an
             :class:`datasets.IterableDataset` shows its first row then, the others as they come),
-            for an objective with several references, and for images.
+            for an objective with several references, and for images; with ``padding_free``, for a
+            model that mixes the sequences of a row.
+        RuntimeError: where the installed TRL is not what the trainer was written for; the message
+            names what changed.
     """
 
     objective: RPOObjective
@@ -96,6 +143,9 @@ class RPOTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RPOConfig(f"{name.split('/')[-1]}-RPO")
+        changes = changed_calls(CALLS) + changed_methods(RPOTrainer, DPOTrainer, METHODS)
+        if changes:
+            raise refusal("RPOTrainer", changes)
         self.objective = _objective_of(args)
         _check_text_only(train_dataset)
         _check_reference(model, ref_model, args, self.objective.reference, peft_config)
@@ -103,6 +153,8 @@ class RPOTrainer(DPOTrainer):
         # none to compute.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs |= self.objective.reference == "none"
+        # The base class warns that it has none, and switches it off.
+        self.packs, args.padding_free = args.padding_free, False
         try:
             super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
                 model,
@@ -116,7 +168,11 @@ class RPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
+            args.padding_free = self.packs
+        if missing := [name for name in ATTRIBUTES if not hasattr(self, name)]:
+            raise refusal("RPOTrainer", [f"DPOTrainer sets no `{name}`" for name in missing])
         self.precompute_ref_logps = precompute
+        self._check_packing()
         host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
             host.router_aux_loss_coef = self.router_aux_loss_coef
@@ -133,7 +189,7 @@ class RPOTrainer(DPOTrainer):
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         self._data_collator = (
-            DataCollatorForGroups(**vars(collator))
+            DataCollatorForGroups(**vars(collator), padding_free=self.packs)
             if type(collator) is DataCollatorForPreference
             else collator
         )
@@ -179,6 +235,7 @@ class RPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.objective.reference == "none":
             return dataset
+        self._check_packing()  # before its results reach a cache
         if isinstance(dataset, Dataset):
             self._most_responses = max(map(len, dataset["response_ids"]))
         return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -186,14 +243,17 @@ class RPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
         K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
-        logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
+        token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
+        logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
         return table[:, 0], table[:, 1:]
 
     @torch.no_grad()
     def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Per token ``[S, T]``, of the reference model or of the policy without its adapter."""
+        """Per token ``[S, T]`` or ``[N]``, of the reference model or of the policy without its
+        adapter.
+        """
         adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
@@ -208,25 +268,65 @@ class RPOTrainer(DPOTrainer):
             self.accelerator.autocast(),
             accelerate_trl(),
         ):
+            if (cu_seqlens := kwargs.pop("cu_seqlens", None)) is not None:
+                shifted = shift_labels(labels[0], labels[0] != -100, cu_seqlens=cu_seqlens)
+                return model(**kwargs, shift_labels=shifted[None], fused_lm_head=True).log_probs[0]
             logps = model(**kwargs, labels=labels, fused_lm_head=True).log_probs
         # [S, T - 1], or more where prompt tuning puts virtual tokens before the others
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Whether the models keep sequences in one row apart: the second one's logits may not
+        depend on the first.
+        """
+        if not self.packs:
+            return
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "RPOTrainer: `padding_free` and prompt learning do not go together: PEFT puts "
+                "virtual tokens before a row, not before each sequence in it"
+            )
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            host = self.accelerator.unwrap_model(model)
+            ids = ordinary_tokens(host_of(host), 8)
+            positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
+            is_training = model.training
+            model.eval()
+            second, other = (
+                model(
+                    input_ids=torch.cat([first, ids], 1), position_ids=positions, use_cache=False
+                ).logits[0, ids.shape[1] :]
+                for first in (ids, ids.flip(1))
+            )
+            model.train(is_training)
+            change = (second - other).abs().max()
+            # where a mixture of experts sorts tokens, rounding may differ
+            if change > 2 * torch.finfo(second.dtype).eps * second.abs().max():
+                raise ValueError(
+                    f"RPOTrainer: `padding_free` needs a model that keeps the sequences of a row "
+                    f"apart by their position_ids; in {type(host).__name__} the first one changes "
+                    f"the logits of the second by {change:.3g}"
+                )
+
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        ref_logps = None
+        ref_logps = ref_token_logps = None
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
         elif self.objective.reference == "single":
-            ref_logps = self._reference_logps(
+            ref_token_logps = self._reference_logps(
                 self.model if self.ref_model is None else self.ref_model, inputs
             )
+            ref_logps = sequence_logps(ref_token_logps, cu_seqlens=inputs.get("cu_seqlens"))
             if getattr(
                 getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
             ):
                 # the policy's rows are longer, by virtual tokens
-                ref_logps = sequence_logps(ref_logps)
+                ref_token_logps = None
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
@@ -234,21 +334,22 @@ class RPOTrainer(DPOTrainer):
             "rewards": inputs.get("rewards"),
             "cu_groups": inputs.get("cu_groups"),
         }
-        groups["group_size"] = (
-            None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
-        )
+        if "cu_groups" not in inputs:
+            S = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(labels)
+            groups["group_size"] = S // len(inputs["group_sizes"])
         statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
         out = model(
             **kwargs,
             labels=labels,
             objective=self.objective,
-            ref_logps=ref_logps,
+            ref_logps=ref_logps if ref_token_logps is None else ref_token_logps,
             on_logits=statistics,
             **groups,
         )
         self._record(out, statistics, ref_logps, inputs, groups)
         if not return_outputs:
             return out.loss
+        kwargs.pop("cu_seqlens", None)
         with torch.no_grad():  # for compute_metrics, which wants logits
             return out.loss, model(**kwargs)
 
@@ -267,11 +368,8 @@ class RPOTrainer(DPOTrainer):
         if not self.objective.uses_rewards:
             del metrics["rewards/target_margin"]  # a constant
         if ref_logps is not None:
-            ref_logps = ref_logps if ref_logps.dim() == 1 else sequence_logps(ref_logps)
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
-        metrics |= token_metrics(
-            statistics, inputs["completion_mask"][:, 1:].bool(), chosen, rejected
-        )
+        metrics |= token_metrics(statistics, out.lengths, chosen, rejected)
         if self.aux_loss_enabled:
             rewards = groups.pop("rewards")
             without = preference_loss(
@@ -286,15 +384,16 @@ class RPOTrainer(DPOTrainer):
                 (out.loss - without) / self.router_aux_loss_coef,
                 torch.ones_like(without),
             )
-        metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
+        tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        metrics["num_tokens"] = tokens, out.loss.new_tensor(1)
         # One gathering, one synchronisation: sums and counts over processes, which may hold
         # different numbers of responses.
         # [metrics, 2]
         sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])
         recorded = dict(zip(metrics, self.accelerator.gather(sums[None]).sum(0).tolist()))
-        tokens = recorded.pop("num_tokens")[0]
+        total_tokens = recorded.pop("num_tokens")[0]
         if mode == "train":
-            self._total_train_tokens += int(tokens) // self._tp_size
+            self._total_train_tokens += int(total_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, (total, count) in recorded.items():
             if count:
@@ -302,10 +401,18 @@ class RPOTrainer(DPOTrainer):
 
 
 def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """What the model takes, and labels ``[S, T]``: the responses' tokens, not shifted."""
+    """What the model takes, and labels ``[S, T]`` or ``[1, N]``, not shifted: responses' tokens.
+
+    ``cu_seqlens``, of packed sequences, is for attached models.
+    """
     kwargs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    labels[:, 0] = -100  # nothing predicts it, also where prompt tuning puts tokens before it
+    # nothing predicts a first token, also where prompt tuning puts tokens before it
+    if "cu_seqlens" in inputs:
+        kwargs["cu_seqlens"] = inputs["cu_seqlens"]
+        labels[:, inputs["cu_seqlens"][:-1].long()] = -100
+    else:
+        labels[:, 0] = -100
     return kwargs | {"use_cache": False}, labels
 
 
