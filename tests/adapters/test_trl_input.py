@@ -342,7 +342,9 @@ def test_RPOTrainer_refuses_a_TRL_whose_trainer_changed_and_says_how(
 def test_RPOTrainer_refuses_a_helper_of_TRL_that_is_called_otherwise(tmp_path, monkeypatch):
     calls = {changed("model", "name"): (1, ("adapter_name",))}
     monkeypatch.setattr(trainer_module, "CALLS", calls)
-    with pytest.raises(RuntimeError, match=r"\(model, name\) is called otherwise \(missing .*'name'"):
+    with pytest.raises(
+        RuntimeError, match=r"\(model, name\) is called otherwise \(missing .*'name'"
+    ):
         RPOTrainer(llama(), args=config(tmp_path), train_dataset=Dataset.from_list([GOOD]))
 
 

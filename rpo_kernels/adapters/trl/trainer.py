@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -155,6 +156,7 @@ class RPOTrainer(DPOTrainer):
         args.precompute_ref_log_probs |= self.objective.reference == "none"
         # The base class warns that it has none, and switches it off.
         self.packs, args.padding_free = args.padding_free, False
+        self._is_unchecked = self.packs
         try:
             super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
                 model,
@@ -172,10 +174,23 @@ class RPOTrainer(DPOTrainer):
         if missing := [name for name in ATTRIBUTES if not hasattr(self, name)]:
             raise refusal("RPOTrainer", [f"DPOTrainer sets no `{name}`" for name in missing])
         self.precompute_ref_logps = precompute
-        self._check_packing()
+        # ZeRO-3 shards parameters before it knows how to gather them for a forward
+        self._is_attached = False
+        if not is_deepspeed_zero3_enabled():
+            self._attach()
+
+    def _attach(self) -> None:
+        """Make the policy one that returns losses, and run it on a few tokens to see that it does
+        so.
+        """
+        if self.packs:
+            self._check_packing(self.model)
+            if self.ref_model is not None:
+                self._check_packing(self.ref_model)
         host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
             host.router_aux_loss_coef = self.router_aux_loss_coef
+        self._is_attached = True
 
     # The base class builds its collator of pairs, with the tokenizer's padding; ours takes its
     # options.
@@ -235,7 +250,6 @@ class RPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.objective.reference == "none":
             return dataset
-        self._check_packing()  # before its results reach a cache
         if isinstance(dataset, Dataset):
             self._most_responses = max(map(len, dataset["response_ids"]))
         return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -243,6 +257,8 @@ class RPOTrainer(DPOTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
         K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
+        if self._is_unchecked:  # before the results reach a cache
+            self._check_packing(model)
         token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
         logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
@@ -276,44 +292,42 @@ class RPOTrainer(DPOTrainer):
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
     @torch.no_grad()
-    def _check_packing(self) -> None:
-        """Whether the models keep sequences in one row apart: the second one's logits may not
-        depend on the first.
+    def _check_packing(self, model: Any) -> None:
+        """Whether a model keeps sequences in one row apart: the second one's logits may not depend
+        on the first.
         """
-        if not self.packs:
-            return
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             raise ValueError(
                 "RPOTrainer: `padding_free` and prompt learning do not go together: PEFT puts "
                 "virtual tokens before a row, not before each sequence in it"
             )
-        for model in (self.model, self.ref_model):
-            if model is None:
-                continue
-            host = self.accelerator.unwrap_model(model)
-            ids = ordinary_tokens(host_of(host), 8)
-            positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
-            is_training = model.training
-            model.eval()
-            second, other = (
-                model(
-                    input_ids=torch.cat([first, ids], 1), position_ids=positions, use_cache=False
-                ).logits[0, ids.shape[1] :]
-                for first in (ids, ids.flip(1))
+        host = host_of(self.accelerator.unwrap_model(model))
+        ids = ordinary_tokens(host, 8).to(self.accelerator.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
+        is_training = model.training
+        model.eval()
+        second, other = (
+            model(
+                input_ids=torch.cat([first, ids], 1), position_ids=positions, use_cache=False
+            ).logits[0, ids.shape[1] :]
+            for first in (ids, ids.flip(1))
+        )
+        model.train(is_training)
+        change = (second - other).abs().max()
+        # not 0: with other tokens beside them, a mixture of experts may round its own differently
+        if not change <= 2 * torch.finfo(second.dtype).eps * second.abs().max():
+            raise ValueError(
+                "RPOTrainer: `padding_free` needs a model that keeps the sequences of a row apart "
+                f"by their position_ids; in {type(host).__name__} the first one changes the logits "
+                f"of the second by {change:.3g}"
             )
-            model.train(is_training)
-            change = (second - other).abs().max()
-            # where a mixture of experts sorts tokens, rounding may differ
-            if change > 2 * torch.finfo(second.dtype).eps * second.abs().max():
-                raise ValueError(
-                    f"RPOTrainer: `padding_free` needs a model that keeps the sequences of a row "
-                    f"apart by their position_ids; in {type(host).__name__} the first one changes "
-                    f"the logits of the second by {change:.3g}"
-                )
+        self._is_unchecked = False
 
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        if not self._is_attached:
+            self._attach()
         ref_logps = ref_token_logps = None
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
