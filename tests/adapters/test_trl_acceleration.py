@@ -75,6 +75,13 @@ TRAINERS = {
     "DPO, weighted (log sum p^2)": preference(
         trl.DPOTrainer, trl.DPOConfig, PAIRS, use_weighting=True
     ),
+    "DPO, a weighted list of losses": preference(
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        PAIRS,
+        loss_type=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
+    ),
     "KTO": preference(trl.KTOTrainer, trl.KTOConfig, LABELED),
     "SFT": lambda args: trl.SFTTrainer(
         llama(),

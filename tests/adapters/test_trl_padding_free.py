@@ -74,6 +74,7 @@ def test_padding_free_takes_the_steps_of_padded_batches(how, tmp_path):
 
 def test_padding_free_has_the_gradients_of_a_padded_batch_from_fewer_rows(tmp_path):
     losses, grads, rows = [], [], []
+    count = lambda module, args, out: rows.append(out[..., 0].numel())
     for packs in (False, True):
         trainer = RPOTrainer(
             llama(),
@@ -82,14 +83,12 @@ def test_padding_free_has_the_gradients_of_a_padded_batch_from_fewer_rows(tmp_pa
             train_dataset=Dataset.from_list(UNEVEN[:4]),
             processing_class=tokenizer(),
         )
-        layer, seen = trainer.model.model.layers[0].mlp, []
-        layer.register_forward_hook(lambda module, args, out: seen.append(out[..., 0].numel()))
+        trainer.model.model.layers[0].mlp.register_forward_hook(count)
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         losses.append(loss.detach())
         grads.append([p.grad for p in trainer.model.parameters()])
-        rows += seen
     torch.testing.assert_close(*losses)
     for packed, padded in zip(grads[1], grads[0]):
         torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-6)
@@ -143,3 +142,15 @@ def test_padding_free_refuses_prompt_tuning(tmp_path):
     peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="`padding_free` and prompt learning"):
         trained(tmp_path, True, ref=False, peft=peft)
+
+
+def test_padding_free_refuses_compute_metrics(tmp_path):
+    with pytest.raises(ValueError, match="`compute_metrics` gets the logits of padded rows"):
+        RPOTrainer(
+            llama(),
+            llama(seed=1),
+            RPOConfig(padding_free=True, **options(tmp_path)),
+            train_dataset=Dataset.from_list(UNEVEN[:2]),
+            processing_class=tokenizer(),
+            compute_metrics=lambda prediction: {},
+        )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,19 @@ EXPECTED = (
     "prompt, responses, rewards; or (prompt,) chosen, rejected with score_chosen, score_rejected "
     "or chosen_reward, rejected_reward"
 )
+
+# How TRL's functions are called here, and by DataCollatorForGroups its base class: positional
+# arguments and keywords.
+CALLS: dict[Callable, tuple[int, tuple[str, ...]]] = {
+    _tokenize: (2, ("add_generation_prompt", "tools")),
+    common_prefix_length: (2, ()),
+    extract_prompt: (1, ()),
+    is_conversational: (1, ()),
+    DataCollatorForPreference: (
+        0,
+        ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
+    ),
+}
 
 
 def group_of(

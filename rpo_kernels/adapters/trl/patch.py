@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import trl.trainer.utils as host
 from torch import Tensor
+from torch.nn import Parameter
 from transformers.utils import logging
 
 from rpo_kernels import (
@@ -89,7 +90,7 @@ def _log_probs(
     outputs: tuple[str, ...],
 ) -> dict[str, Tensor]:
     """``log_probs`` and the ``outputs``, each ``[N]``."""
-    parameters = [x for x in (weight, bias) if hasattr(x, "ds_id")]
+    sharded = [x for x in (weight, bias) if isinstance(x, Parameter) and hasattr(x, "ds_id")]
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         # cast_lm_head_to_fp32
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -103,7 +104,7 @@ def _log_probs(
     rest = RowStatistics(set(outputs) & {"log_sum_sq_probs", "mean_logits", "is_top1"})
     options["on_logits"] = rest if rest.wanted and targets.numel() else None
     results = {}
-    with _gathered_again(parameters) if parameters else contextlib.nullcontext():
+    with _gathered_again(sharded) if sharded else contextlib.nullcontext():
         if "entropy" in outputs:
             results["log_probs"], results["entropy"] = linear_token_logps_and_entropy(
                 hidden, weight, targets, **options
@@ -136,7 +137,7 @@ def _same(given: Any, default: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _gathered_again(parameters: list[Tensor]) -> Iterator[None]:
+def _gathered_again(sharded: list[Parameter]) -> Iterator[None]:
     """For a backward under DeepSpeed ZeRO-3, which takes parameters apart after the forward.
 
     TRL gathers the head around our forward; here our backward gathers what it reads of it once
@@ -144,10 +145,11 @@ def _gathered_again(parameters: list[Tensor]) -> Iterator[None]:
     """
 
     def whole(saved: Tensor) -> Tensor:
-        if not any(saved is parameter for parameter in parameters):
-            return saved
-        with host.maybe_gather_lm_head_ctx(saved):
-            return saved.detach()
+        for parameter in sharded:
+            if saved is parameter:
+                with host.maybe_gather_lm_head_ctx(parameter):
+                    return parameter.detach()
+        return saved
 
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, whole):
         yield
@@ -317,7 +319,7 @@ def _names_in(code: CodeType) -> set[str]:
 def _changed_numbers(found: Found) -> list[str]:
     """Outputs that are not ours, for five rows in fp32 that go through every argument."""
     waves = lambda *shape: torch.arange(math.prod(shape), device="cpu").sin().view(shape)
-    call = {
+    call: dict[str, Any] = {
         "hidden": 3 * waves(5, 4),
         "weight": waves(7, 4),
         "bias": waves(7),

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
-from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
@@ -25,6 +24,7 @@ from ..transformers import attach
 from ..transformers.head import host_of, ordinary_tokens
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
+from .data import CALLS as READING_CALLS
 from .data import COLUMNS, DataCollatorForGroups, encode
 from .metrics import group_metrics, token_metrics
 from .patch import RowStatistics, accelerate_trl
@@ -40,16 +40,8 @@ NOT_FOR_THE_MODEL = (
 
 # What the trainer needs of TRL: functions that it calls, with how many positional arguments and
 # which keywords; methods that TRL calls; attributes that TRL sets.
-CALLS: dict[Any, tuple[int, tuple[str, ...]]] = {
+CALLS = READING_CALLS | {
     DPOTrainer.__init__: (6, ("peft_config",)),
-    DataCollatorForPreference: (
-        0,
-        ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
-    ),
-    _tokenize: (2, ("add_generation_prompt", "tools")),
-    common_prefix_length: (2, ()),
-    extract_prompt: (1, ()),
-    is_conversational: (1, ()),
     disable_gradient_checkpointing: (2, ()),
     get_config_model_id: (1, ()),
     global_then_local_main_first: (0, ()),
@@ -174,6 +166,11 @@ class RPOTrainer(DPOTrainer):
         if missing := [name for name in ATTRIBUTES if not hasattr(self, name)]:
             raise refusal("RPOTrainer", [f"DPOTrainer sets no `{name}`" for name in missing])
         self.precompute_ref_logps = precompute
+        if self.packs and self.compute_metrics is not None:
+            raise ValueError(
+                "RPOTrainer: `compute_metrics` gets the logits of padded rows; leave out "
+                "`padding_free`"
+            )
         # ZeRO-3 shards parameters before it knows how to gather them for a forward
         self._is_attached = False
         if not is_deepspeed_zero3_enabled():
@@ -383,7 +380,8 @@ class RPOTrainer(DPOTrainer):
             del metrics["rewards/target_margin"]  # a constant
         if ref_logps is not None:
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
-        metrics |= token_metrics(statistics, out.lengths, chosen, rejected)
+        lengths: Any = out.lengths  # which hidden states always bring
+        metrics |= token_metrics(statistics, lengths, chosen, rejected)
         if self.aux_loss_enabled:
             rewards = groups.pop("rewards")
             without = preference_loss(
