@@ -36,7 +36,7 @@ def trained(tmp_path, padding_free, *, rows=UNEVEN, objective=OBJECTIVE, more=No
     args = RPOConfig(
         objective=objective,
         padding_free=padding_free,
-        **options(tmp_path, max_steps=3, **(more or {})),
+        **options(tmp_path, max_steps=2, **(more or {})),
     )
     return run(RPOTrainer, args, rows, **how)
 
@@ -45,27 +45,27 @@ def trained(tmp_path, padding_free, *, rows=UNEVEN, objective=OBJECTIVE, more=No
     "how",
     [
         {},
-        {"more": {"precompute_ref_log_probs": True}},
+        {"more": {"precompute_ref_log_probs": True, "max_length": 14}},
         {"ref": False, "peft": LORA},
         {"model": mixtral, "more": {"router_aux_loss_coef": 0.3}},
-        {"more": {"max_length": 14, "truncation_mode": "keep_end"}},
-        {"rows": groups([3] * 8), "objective": "backward_kl"},
-        {"objective": "simpo", "ref": False, "rows": groups([2] * 8)},
+        {
+            "objective": RPOObjective("forward_kl", 1.0, reference="none"),
+            "ref": False,
+            "rows": groups([3] * 8),
+        },
     ],
     ids=[
         "ragged groups",
-        "precomputed reference",
+        "precomputed reference, cut off",
         "LoRA",
         "mixture of experts",
-        "cut off",
-        "K = 3",
-        "no reference",
+        "K = 3, no reference",
     ],
 )
 def test_padding_free_takes_the_steps_of_padded_batches(how, tmp_path):
     expected, logged = (trained(tmp_path, packs, **how) for packs in (False, True))
-    assert len(logged) == len(expected) == 3
-    assert abs(expected[0]["loss"] - expected[-1]["loss"]) > 1e-3  # it trains
+    assert len(logged) == len(expected) == 2
+    assert abs(expected[0]["loss"] - expected[-1]["loss"]) > 1e-4  # it trains
     for a, b in zip(logged, expected):
         assert a.keys() == b.keys()
         for name in b:

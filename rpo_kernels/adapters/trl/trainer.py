@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from rpo_kernels import RPOObjective, RPOOutput, preference_loss, sequence_logps, shift_labels
 
 from ..transformers import attach
-from ..transformers.head import host_of, ordinary_tokens
+from .checks import check_packing, check_reference, check_text_only, learns_prompt, objective_of
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
 from .data import CALLS as READING_CALLS
@@ -139,9 +139,9 @@ class RPOTrainer(DPOTrainer):
         changes = changed_calls(CALLS) + changed_methods(RPOTrainer, DPOTrainer, METHODS)
         if changes:
             raise refusal("RPOTrainer", changes)
-        self.objective = _objective_of(args)
-        _check_text_only(train_dataset)
-        _check_reference(model, ref_model, args, self.objective.reference, peft_config)
+        self.objective = objective_of(args)
+        check_text_only(train_dataset)
+        check_reference(model, ref_model, args, self.objective.reference, peft_config)
         # The base class loads no reference where log-probabilities are precomputed: here there are
         # none to compute.
         precompute = args.precompute_ref_log_probs
@@ -181,9 +181,9 @@ class RPOTrainer(DPOTrainer):
         so.
         """
         if self.packs:
-            self._check_packing(self.model)
+            check_packing(self.model, self.accelerator)
             if self.ref_model is not None:
-                self._check_packing(self.ref_model)
+                check_packing(self.ref_model, self.accelerator)
         host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # which the model's forward adds, with a coefficient of its own
             host.router_aux_loss_coef = self.router_aux_loss_coef
@@ -255,7 +255,8 @@ class RPOTrainer(DPOTrainer):
         """The reference's log-probabilities of the first responses ``[G]``, and of the others ``[G,
         K - 1]``, K the dataset's largest; 0 where a prompt has fewer."""
         if self._is_unchecked:  # before the results reach a cache
-            self._check_packing(model)
+            check_packing(model, self.accelerator)
+            self._is_unchecked = False
         token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
         logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
@@ -288,38 +289,6 @@ class RPOTrainer(DPOTrainer):
         # [S, T - 1], or more where prompt tuning puts virtual tokens before the others
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
 
-    @torch.no_grad()
-    def _check_packing(self, model: Any) -> None:
-        """Whether a model keeps sequences in one row apart: the second one's logits may not depend
-        on the first.
-        """
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                "RPOTrainer: `padding_free` and prompt learning do not go together: PEFT puts "
-                "virtual tokens before a row, not before each sequence in it"
-            )
-        host = host_of(self.accelerator.unwrap_model(model))
-        ids = ordinary_tokens(host, 8).to(self.accelerator.device)
-        positions = torch.arange(ids.shape[1], device=ids.device).repeat(2)[None]
-        is_training = model.training
-        model.eval()
-        second, other = (
-            model(
-                input_ids=torch.cat([first, ids], 1), position_ids=positions, use_cache=False
-            ).logits[0, ids.shape[1] :]
-            for first in (ids, ids.flip(1))
-        )
-        model.train(is_training)
-        change = (second - other).abs().max()
-        # not 0: with other tokens beside them, a mixture of experts may round its own differently
-        if not change <= 2 * torch.finfo(second.dtype).eps * second.abs().max():
-            raise ValueError(
-                "RPOTrainer: `padding_free` needs a model that keeps the sequences of a row apart "
-                f"by their position_ids; in {type(host).__name__} the first one changes the logits "
-                f"of the second by {change:.3g}"
-            )
-        self._is_unchecked = False
-
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
@@ -333,10 +302,7 @@ class RPOTrainer(DPOTrainer):
                 self.model if self.ref_model is None else self.ref_model, inputs
             )
             ref_logps = sequence_logps(ref_token_logps, cu_seqlens=inputs.get("cu_seqlens"))
-            if getattr(
-                getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
-            ):
-                # the policy's rows are longer, by virtual tokens
+            if learns_prompt(self.model):  # the policy's rows are longer, by virtual tokens
                 ref_token_logps = None
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
@@ -426,59 +392,3 @@ def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
     else:
         labels[:, 0] = -100
     return kwargs | {"use_cache": False}, labels
-
-
-def _objective_of(args: object) -> RPOObjective:
-    if not isinstance(args, RPOConfig):
-        raise TypeError(
-            "RPOTrainer: `args` must be an RPOConfig, which says the objective; got "
-            f"{type(args).__name__}"
-        )
-    objective = args.make_objective()
-    if objective.reference in ("harmonic", "geometric"):
-        raise ValueError(
-            "RPOTrainer: `objective` must have one reference or none, got "
-            f"reference={objective.reference!r}: TRL holds one "
-            "reference model"
-        )
-    return objective
-
-
-def _check_text_only(dataset: Any) -> None:
-    first = {} if dataset is None else next(iter(dataset))
-    images = {"image", "images"} & first.keys()
-    if images:
-        raise ValueError(
-            f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a "
-            "vision-language model call "
-            "rpo_kernels.adapters.transformers.attach and a loop of your own"
-        )
-
-
-def _check_reference(
-    model: Any,
-    ref_model: PreTrainedModel | None,
-    args: RPOConfig,
-    reference: str,
-    peft_config: Any,
-) -> None:
-    """What the base class would find out while it loads a model, or at step 1."""
-    if reference == "none":
-        for name, given in (
-            ("ref_model", ref_model is not None),
-            ("precompute_ref_log_probs", args.precompute_ref_log_probs),
-            ("sync_ref_model", args.sync_ref_model),
-        ):
-            if given:
-                raise ValueError(
-                    f"RPOTrainer: `{name}` is superfluous: this objective has no reference"
-                )
-        return
-    in_memory = not isinstance(model, str) and not get_config_model_id(model.config)
-    peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-    if in_memory and ref_model is None and not peft and not args.precompute_ref_log_probs:
-        raise ValueError(
-            "RPOTrainer: `ref_model` is missing: the model was built in memory, so TRL cannot load "
-            "it a second time for the "
-            "reference; pass a copy as ref_model, or peft_config, or precompute_ref_log_probs=True"
-        )
