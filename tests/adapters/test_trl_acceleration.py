@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -73,6 +74,13 @@ TRAINERS = {
     "DPO": preference(trl.DPOTrainer, trl.DPOConfig, PAIRS),
     "DPO, weighted (log sum p^2)": preference(
         trl.DPOTrainer, trl.DPOConfig, PAIRS, use_weighting=True
+    ),
+    "DPO, a weighted list of losses": preference(
+        trl.DPOTrainer,
+        trl.DPOConfig,
+        PAIRS,
+        loss_type=["sigmoid", "bco_pair", "sft"],
+        loss_weights=[0.8, 0.2, 1.0],
     ),
     "KTO": preference(trl.KTOTrainer, trl.KTOConfig, LABELED),
     "SFT": lambda args: trl.SFTTrainer(
@@ -198,23 +206,157 @@ def test_undo_gives_TRL_its_function_back():
     assert (host._ChunkedLogProbFunction, host._use_triton) == theirs
 
 
-def test_an_unknown_signature_is_refused(monkeypatch):
-    class Changed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, hidden, weight, targets):
-            return hidden
+THEIRS = host._ChunkedLogProbFunction
 
-    monkeypatch.setattr(host, "_ChunkedLogProbFunction", Changed)
-    with pytest.raises(
-        RuntimeError,
-        match=r"must take \(ctx, hidden, weight, bias.*got \(ctx, hidden, weight, targets\)",
+
+def later_release(monkeypatch, change):
+    """A TRL whose function is ``change(ctx, *arguments)``, with the arguments that it declares."""
+    later = type("Later", (torch.autograd.Function,), {"forward": staticmethod(change)})
+    later.backward = THEIRS.backward
+    monkeypatch.setattr(host, "_ChunkedLogProbFunction", later)
+    monkeypatch.setattr(trl, "__version__", "1.99.0")  # decides nothing
+    return later
+
+
+def lacks(ctx, hidden, weight, targets):
+    return hidden
+
+
+def needs(ctx, hidden, weight, bias, targets, temperature, chunk_size, kept, *options):
+    return hidden
+
+
+def divides_twice(
+    ctx,
+    hidden,
+    weight,
+    bias,
+    targets,
+    temperature,
+    chunk_size,
+    final_logit_softcapping=None,
+    logit_scale=1.0,
+    outputs=adapter.OUTPUTS,
+):
+    return THEIRS.forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature**2,
+        chunk_size,
+        final_logit_softcapping,
+        logit_scale,
+        outputs,
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lacks, r"takes \(ctx, hidden, weight, targets\); it has no `bias`, `temperature`"),
+        (needs, r"it has no `final_logit_softcapping`.*it needs `kept`"),
+        (divides_twice, r"_ChunkedLogProbFunction returns another `log_probs` \(\[.*not \["),
+    ],
+)
+def test_accelerate_trl_refuses_a_function_that_is_another_and_says_how(
+    change, message, monkeypatch
+):
+    later = later_release(monkeypatch, change)
+    with pytest.raises(RuntimeError, match=rf"trl \(1\.99\.0\) .*tested with 1\.16.*{message}"):
+        accelerate_trl()
+    assert host._ChunkedLogProbFunction is later
+
+
+def test_accelerate_trl_refuses_a_TRL_whose_models_call_another_function(monkeypatch):
+    later_release(monkeypatch, THEIRS.forward)
+    monkeypatch.setattr(host, "add_fused_lm_head", lambda model: None)
+    with pytest.raises(RuntimeError, match="add_fused_lm_head does not call _Chunked"):
+        accelerate_trl()
+
+
+def test_accelerate_trl_takes_a_later_TRL_with_an_argument_more(rows, monkeypatch):
+    """Calls that use it are TRL's own."""
+
+    def more(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=(*adapter.OUTPUTS, "rank"),
+        kept=None,
     ):
-        accelerate_trl()
-    assert host._ChunkedLogProbFunction is Changed
+        options = temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+        out = THEIRS.forward(ctx, hidden, weight, bias, targets, *options)
+        ctx.kept = kept
+        return *out, None if kept is None else kept.float()
+
+    later_release(monkeypatch, more)
+    monkeypatch.delattr(host, "_use_triton")  # a private name that only saves time
+    inputs, targets = rows
+    said = []
+    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    with accelerate_trl():
+        apply = host._ChunkedLogProbFunction.apply
+        ours = apply(*inputs, targets, 1.0, 20, None, 1.0, adapter.OUTPUTS)
+        assert ours[-1] is None and len(ours) == 6 and not said
+        kept = torch.arange(37)
+        theirs = apply(*inputs, targets, 1.0, 20, None, 1.0, adapter.OUTPUTS, kept)
+    assert torch.equal(theirs[-1], kept.float()) and "`kept` is given" in said[0]
+    assert not hasattr(host, "_use_triton")
+    torch.testing.assert_close(ours[:5], theirs[:5])
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0", "2.0.0"])
-def test_an_untested_version_is_refused(version, monkeypatch):
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=rf"tested with trl 1\.16.*found trl {version}"):
-        accelerate_trl()
+# ---- DeepSpeed ZeRO-3 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 8 * 4 * 53], ids=["P kept", "P dropped"])
+def test_accelerate_trl_gathers_the_head_of_ZeRO_3_again_for_the_backward(
+    workspace_bytes, rows, monkeypatch
+):
+    """A parameter is empty but inside TRL's gathering, as DeepSpeed leaves it."""
+    for name in ("linear_token_logps", "linear_token_logps_and_entropy"):
+        bounded = functools.partial(getattr(rpo_kernels, name), workspace_bytes=workspace_bytes)
+        monkeypatch.setattr(adapter, name, bounded)
+    inputs, targets = rows
+    head = [torch.nn.Parameter(x.detach().clone()) for x in inputs[1:]]
+    shards = {id(p): p.detach().clone() for p in head}
+    gathered = []
+
+    @contextlib.contextmanager
+    def gather(*parameters):
+        sharded = [p for p in parameters if id(p) in shards]
+        gathered.extend([len(sharded)] if sharded else [])
+        for p in sharded:
+            p.data = shards[id(p)].clone()
+        yield
+        for p in sharded:
+            p.data = p.new_empty(0)
+
+    monkeypatch.setattr(host, "maybe_gather_lm_head_ctx", gather)
+    for i, p in enumerate(head):
+        p.ds_id, p.data = i, p.new_empty(0)
+
+    def run(weight, bias):
+        hidden = inputs[0].detach().requires_grad_()
+        with gather(weight, bias):
+            logps, entropy, *_ = host._ChunkedLogProbFunction.apply(
+                hidden, weight, bias, targets, 1.0, 20
+            )
+        return entropy, *torch.autograd.grad(logps.square().sum(), (hidden, weight, bias))
+
+    expected = run(*inputs[1:])
+    said = []
+    monkeypatch.setattr(adapter.logger, "warning_once", said.append)
+    with accelerate_trl():
+        ours = run(*head)
+    assert not said, "TRL's own function was used"
+    assert gathered == [2, 1, 1]  # around the forward, and each again for the backward
+    assert all(p.numel() == 0 for p in head)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)

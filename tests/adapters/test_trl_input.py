@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 
@@ -18,7 +17,7 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
-import rpo_kernels.adapters.trl as adapter  # noqa: E402
+import rpo_kernels.adapters.trl.trainer as trainer_module  # noqa: E402
 from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer  # noqa: E402
 from rpo_kernels.adapters.trl.data import encode  # noqa: E402
 
@@ -87,7 +86,10 @@ def test_a_command_line_says_an_objective(tmp_path):
         ({"use_weighting": True}, r"`use_weighting` has no effect"),
         ({"ld_alpha": 0.5}, r"`ld_alpha` has no effect"),
         ({"f_divergence_type": "js_divergence"}, r"`f_divergence_type` has no effect"),
-        ({"padding_free": True}, r"`padding_free` has no effect"),
+        (
+            {"padding_free": True, "pad_to_multiple_of": 8},
+            r"`pad_to_multiple_of` 8 pads, and `padding_free` does not",
+        ),
         ({"objective": "kto"}, r"must name a distance .* or a preset \(dpo, .*\); got 'kto'"),
         (
             {"objective": '{"preset": "simpo", "tau": 1}'},
@@ -305,7 +307,55 @@ def test_arguments_of_DPO_are_not_enough(tmp_path):
         )
 
 
-def test_an_untested_TRL_is_refused_on_import(monkeypatch):
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(ImportError, match=r"tested with trl 1\.16.*found trl 1\.17\.0"):
-        importlib.reload(adapter)
+# ---- the installed TRL ---------------------------------------------------------------------------
+
+
+def changed(*names):
+    """A method with these arguments."""
+    return eval(f"lambda {', '.join(names)}: None")
+
+
+@pytest.mark.parametrize(
+    "name, there, message",
+    [
+        (
+            "_compute_loss",
+            changed("self", "model", "batch"),
+            r"_compute_loss takes \(self, model, batch\), not \(self, model, inputs, return_out",
+        ),
+        ("compute_ref_log_probs", None, r"has no method `compute_ref_log_probs`"),
+    ],
+)
+def test_RPOTrainer_refuses_a_TRL_whose_trainer_changed_and_says_how(
+    name, there, message, tmp_path, monkeypatch
+):
+    class Changed(trl.DPOTrainer):
+        pass
+
+    setattr(Changed, name, there)
+    monkeypatch.setattr(trainer_module, "DPOTrainer", Changed)
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    with pytest.raises(RuntimeError, match=rf"RPOTrainer: .*trl \(1\.99\.0\).*{message}"):
+        RPOTrainer(llama(), args=config(tmp_path), train_dataset=Dataset.from_list([GOOD]))
+
+
+def test_RPOTrainer_refuses_a_helper_of_TRL_that_is_called_otherwise(tmp_path, monkeypatch):
+    calls = {changed("model", "name"): (1, ("adapter_name",))}
+    monkeypatch.setattr(trainer_module, "CALLS", calls)
+    with pytest.raises(
+        RuntimeError, match=r"\(model, name\) is called otherwise \(missing .*'name'"
+    ):
+        RPOTrainer(llama(), args=config(tmp_path), train_dataset=Dataset.from_list([GOOD]))
+
+
+def test_RPOTrainer_refuses_a_trainer_that_lacks_an_attribute(tmp_path, monkeypatch):
+    names = (*trainer_module.ATTRIBUTES, "_tokens_seen")
+    monkeypatch.setattr(trainer_module, "ATTRIBUTES", names)
+    with pytest.raises(RuntimeError, match="DPOTrainer sets no `_tokens_seen`"):
+        RPOTrainer(
+            llama(),
+            llama(seed=1),
+            config(tmp_path),
+            train_dataset=Dataset.from_list([GOOD]),
+            processing_class=tokenizer(),
+        )

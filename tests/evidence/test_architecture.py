@@ -29,7 +29,8 @@ BACKEND = {"backend", "inputs", "checks", "objectives"}
 MAY_IMPORT = {
     "__main__": {"tools"},
     "tools": {"face", "ops", "kernels", "torch_backend", "reference", *BACKEND, "_ops"},
-    "adapters": {"face", "objectives"},  # like any user; of objectives the names on command lines
+    # like any user; further the names on command lines, and sums of objectives
+    "adapters": {"face", "objectives", "sums", "group_checks"},
     "face": {"ops", "objectives"},
     "ops": {
         "distributed",

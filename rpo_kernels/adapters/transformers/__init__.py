@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import RPOObjective, RPOOutput
+from ... import RPOOutput
+from ...group_checks import check_objective
+from ...sums import AnyObjective, Objective
 from .forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
 from .head import head_layers, host_of, linear_of, measure_transform, ordinary_tokens
 
@@ -204,7 +206,7 @@ def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any
 def model_rpo_loss(
     model: nn.Module,
     batch: Mapping[str, Any],
-    objective: RPOObjective,
+    objective: AnyObjective,
     *,
     reference: nn.Module | Sequence[nn.Module] | None = None,
     **options: Any,
@@ -215,7 +217,7 @@ def model_rpo_loss(
         model: attached, as it is trained (wrapped or not).
         batch: model inputs, `labels`, `rewards` and other arguments that `attach` lists; the
             responses of a group are contiguous.
-        objective: the loss.
+        objective: the loss, or a weighted sum, as for `linear_rpo_loss`.
         reference: attached model(s), as many as the objective has references (`reference="single"`:
             one, `"none"`: none, `"harmonic"`, `"geometric"`: any number). They run without
             gradients, if the batch has no ref_logps. None: a PEFT model with its adapters disabled.
@@ -228,17 +230,18 @@ def model_rpo_loss(
         ValueError, TypeError: if an argument does not fit, or a reference is needed and there is
             none.
     """
-    models = _references(objective, reference)
+    whole = check_objective("model_rpo_loss", objective)
+    models = _references(whole, reference)
     for name, each in [("model", model), *(("reference", each) for each in models)]:
         _check_attached("model_rpo_loss", name, each)
     inputs = {**batch, **options}
-    if objective.reference != "none" and inputs.get("ref_logps") is None:
-        inputs["ref_logps"] = _reference_logps(model, inputs, objective, models)
-    return model(**inputs, objective=objective)
+    if whole.reference != "none" and inputs.get("ref_logps") is None:
+        inputs["ref_logps"] = _reference_logps(model, inputs, whole, models)
+    return model(**inputs, objective=whole)
 
 
 def _references(
-    objective: RPOObjective, reference: nn.Module | Sequence[nn.Module] | None
+    objective: Objective, reference: nn.Module | Sequence[nn.Module] | None
 ) -> list[nn.Module]:
     """Return the given models, as many as the objective has references."""
     if reference is None:
@@ -263,7 +266,7 @@ def _references(
 
 @torch.no_grad()
 def _reference_logps(
-    model: nn.Module, inputs: Mapping[str, Any], objective: RPOObjective, models: list[nn.Module]
+    model: nn.Module, inputs: Mapping[str, Any], objective: Objective, models: list[nn.Module]
 ) -> Tensor:
     if models:
         logps = [model_token_logps(each, inputs).logps for each in models]

@@ -8,12 +8,8 @@
 Importing it checks the version of TRL.
 """
 
-from .version import check_version
-
-check_version()  # before imports of names that another release of TRL may lack
-
-from .config import RPOConfig  # noqa: E402
-from .patch import Acceleration, accelerate_trl  # noqa: E402
-from .trainer import RPOTrainer  # noqa: E402
+from .config import RPOConfig
+from .patch import Acceleration, accelerate_trl
+from .trainer import RPOTrainer
 
 __all__ = ["Acceleration", "RPOConfig", "RPOTrainer", "accelerate_trl"]

@@ -5,23 +5,22 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from trl import DPOConfig
 
 from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import DISTANCES, PRESETS
+from rpo_kernels.sums import Objective, ObjectiveSum
 
 # options of DPO that an objective replaces, and their equivalents
 REPLACED = {
     "label_smoothing": 'objective={"preset": "dpo", "label_smoothing": ...} (cDPO), "robust_dpo" '
     'or "exo"',
-    "loss_weights": "an objective's `sft_weight` for an added likelihood term; sums of several "
-    "losses are not supported",
+    "loss_weights": 'objective=[[0.8, "dpo"], [0.2, "bco"]] for a weighted sum',
     "ld_alpha": "an objective's `average` to divide by lengths; LD-DPO is not representable",
     "use_weighting": "nothing: WPO weights are not representable",
     "f_divergence_type": "nothing: f-DPO is nonlinear in the implicit rewards",
-    "padding_free": "nothing: TRL 1.16 ignores it (only scored positions reach the LM head all "
-    "the same)",
 }
 
 
@@ -30,28 +29,31 @@ class RPOConfig(DPOConfig):
     """`trl.DPOConfig` with `objective` in place of `loss_type`.
 
     Args:
-        objective: an `RPOObjective`; or, for command lines and files, the name of a distance
-            (`squared`, `backward_kl`, `forward_kl`) or of a preset (`dpo`, `ipo`, `simpo`, `rloo`,
-            ...); or a dict, possibly as a string in JSON: the objective's fields, or
-            `{"preset": NAME, ...}` with the preset's parameters. Stored as a dict of all fields.
+        objective: an `rpo_kernels.RPOObjective`; or, for command lines and files, the name of a
+            distance (`squared`, `backward_kl`, ...) or of a preset (`dpo`, `ipo`, `simpo`, `rloo`,
+            ...); or a dict: the objective's fields, or `{"preset": NAME, ...}` with the preset's
+            parameters; or pairs `[weight, objective]` of these for a weighted sum. Dicts and lists
+            may be strings in JSON. Stored as a dict of all fields, or as pairs of such dicts.
         beta: the objective's beta, if `objective` does not contain it: units of implicit reward per
-            nat.
+            nat. In a sum it is that of the parts that contain none.
+        padding_free: concatenate the responses of a batch in one row, without padding. Losses and
+            gradients are the same, and fewer rows go through the model. Needs attention for packed
+            sequences (FlashAttention) to be fast; other kinds compute a masked square.
 
     Raises:
-        ValueError, TypeError: for an unknown objective, a `beta` that contradicts it, options of
+        ValueError, TypeError: for an unknown objective, a `beta` that contradicts it, or options of
             DPO that an objective replaces (`loss_type`, `label_smoothing`, `loss_weights`,
-            `ld_alpha`, `use_weighting`, `f_divergence_type`), or options without effect
-            (`padding_free`).
+            `ld_alpha`, `use_weighting`, `f_divergence_type`).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
 
-    objective: dict | str | None = field(
+    objective: dict | str | list | None = field(
         default="backward_kl",
         metadata={
             "help": "Name of a distance or a preset, or JSON: an objective's fields, or a preset "
-            "and its parameters, such as "
-            '{"preset": "simpo", "gamma": 1.0}.'
+            'and its parameters, such as {"preset": "simpo", "gamma": 1.0}, or a weighted sum, '
+            'such as [[0.8, "dpo"], [0.2, "bco"]].'
         },
     )
     beta: float | None = field(  # type: ignore[assignment]  # None: that of `objective`
@@ -60,6 +62,10 @@ class RPOConfig(DPOConfig):
     )
     loss_type: list[str] | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Must stay unset: `objective` says which loss is meant."}
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Put the responses of a batch end to end in one row, without padding."},
     )
 
     def __post_init__(self) -> None:
@@ -80,35 +86,72 @@ class RPOConfig(DPOConfig):
                     f"{getattr(self, name)!r}; use {instead}"
                 )
         objective = read_objective(self.objective, self.beta)
-        self.objective, self.beta, self.loss_type = asdict(objective), objective.beta, ["rpo"]
+        self.objective, self.loss_type = written(objective), ["rpo"]
+        self.beta = objective.parts[0].beta
         super().__post_init__()
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"RPOConfig: `pad_to_multiple_of` {self.pad_to_multiple_of!r} pads, and "
+                "`padding_free` does not; leave one of them out"
+            )
 
-    def make_objective(self) -> RPOObjective:
+    def make_objective(self) -> Objective:
         """Return the objective that `objective` and `beta` describe."""
         return read_objective(self.objective, self.beta)
 
 
-def read_objective(
-    description: RPOObjective | dict | str | None, beta: float | None = None
-) -> RPOObjective:
+def written(objective: Objective) -> dict | list:
+    """Return an objective in the form that files hold."""
+    if isinstance(objective, RPOObjective):
+        return asdict(objective)
+    return [[w, asdict(part)] for w, part in zip(objective.weights, objective.parts)]
+
+
+def read_objective(description: Any, beta: float | None = None) -> Objective:
     """Make an objective from any of the forms that `RPOConfig` takes."""
-    op = "RPOConfig"
-    if isinstance(description, RPOObjective):
-        description = asdict(description)
-    if isinstance(description, str) and description.lstrip().startswith("{"):
+    if isinstance(description, str) and description.lstrip()[:1] in ("{", "["):
         try:
             description = json.loads(description)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{op}: `objective` is not JSON: {error}; got {description!r}"
+                f"RPOConfig: `objective` is not JSON: {error}; got {description!r}"
             ) from None
+    if isinstance(description, ObjectiveSum):
+        description = written(description)
+    if not isinstance(description, (list, tuple)):
+        return _read_part(description, beta)
+    if not description or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in description
+    ):
+        raise TypeError(
+            "RPOConfig: `objective` must be pairs [weight, objective] for a weighted sum, got "
+            f"{description!r}"
+        )
+    parts = [(weight, _fields_of(part)) for weight, part in description]
+    try:
+        return ObjectiveSum.of(
+            [(w, _read_part(part, None if "beta" in part else beta)) for w, part in parts]
+        )
+    except (TypeError, ValueError) as error:
+        message = str(error).removeprefix("RPOObjective: ").removeprefix("RPOConfig: ")
+        raise type(error)(f"RPOConfig: `objective` is no sum: {message}") from None
+
+
+def _fields_of(description: RPOObjective | dict | str) -> dict:
+    if isinstance(description, RPOObjective):
+        return asdict(description)
     if isinstance(description, str):
-        description = {"distance" if description in DISTANCES else "preset": description}
+        return {"distance" if description in DISTANCES else "preset": description}
     if not isinstance(description, dict):
         raise TypeError(
-            f"{op}: `objective` must be an RPOObjective, a name or a dict, got {description!r}"
+            "RPOConfig: `objective` must be an RPOObjective, a name, a dict, or a list of pairs "
+            f"[weight, objective], got {description!r}"
         )
-    fields = dict(description)
+    return dict(description)
+
+
+def _read_part(description: RPOObjective | dict | str, beta: float | None) -> RPOObjective:
+    op, fields = "RPOConfig", _fields_of(description)
     preset = fields.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise ValueError(

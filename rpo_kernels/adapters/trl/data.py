@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from trl.data_utils import _tokenize, common_prefix_length, extract_prompt, is_conversational
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rpo_kernels import RPOObjective
+from rpo_kernels.sums import Objective
 
 logger = logging.get_logger(__name__)
 
@@ -24,9 +25,22 @@ EXPECTED = (
     "or chosen_reward, rejected_reward"
 )
 
+# How TRL's functions are called here, and by DataCollatorForGroups its base class: positional
+# arguments and keywords.
+CALLS: dict[Callable, tuple[int, tuple[str, ...]]] = {
+    _tokenize: (2, ("add_generation_prompt", "tools")),
+    common_prefix_length: (2, ()),
+    extract_prompt: (1, ()),
+    is_conversational: (1, ()),
+    DataCollatorForPreference: (
+        0,
+        ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
+    ),
+}
+
 
 def group_of(
-    example: dict[str, Any], objective: RPOObjective, name: str
+    example: dict[str, Any], objective: Objective, name: str
 ) -> tuple[Any, list, list[float] | None]:
     """Return (prompt, responses, rewards) of a row; rewards are None for a fixed target.
 
@@ -54,7 +68,7 @@ def group_of(
         expected = "texts, as `prompt` is" if kind is str else "lists of messages, as `prompt` is"
         got = ", ".join(sorted({type(response).__name__ for response in responses}))
         raise ValueError(f"{where}: `responses` must be {expected}, got {got}")
-    if objective.label is not None and len(responses) != 2:
+    if any(part.label is not None for part in objective.parts) and len(responses) != 2:
         raise ValueError(
             f"{where}: `responses` must be two to each prompt for an objective that labels pairs, "
             f"got {len(responses)}"
@@ -75,18 +89,15 @@ def group_of(
     return prompt, responses, None if rewards is None else [float(r) for r in rewards]
 
 
-def _check_rewards(rewards: object, K: int, objective: RPOObjective, where: str) -> None:
+def _check_rewards(rewards: object, K: int, objective: Objective, where: str) -> None:
     if not isinstance(rewards, list) or len(rewards) != K:
         got = len(rewards) if isinstance(rewards, list) else rewards
         raise ValueError(f"{where}: `rewards` must be one number per response, {K}; got {got}")
+    infinite = all(part.rules.infinite_targets for part in objective.parts if part.uses_rewards)
     for reward in rewards:
         number = isinstance(reward, (int, float)) and not isinstance(reward, bool)
-        if (
-            not number
-            or math.isnan(reward)
-            or (math.isinf(reward) and not objective.rules.infinite_targets)
-        ):
-            legal = "numbers" if objective.rules.infinite_targets else "finite numbers"
+        if not number or math.isnan(reward) or (math.isinf(reward) and not infinite):
+            legal = "numbers" if infinite else "finite numbers"
             raise ValueError(f"{where}: `rewards` must be {legal}, got {reward!r}")
 
 
@@ -94,7 +105,7 @@ def encode(
     example: dict[str, Any],
     processing_class: Any,
     eos_token: str,
-    objective: RPOObjective,
+    objective: Objective,
     name: str,
 ) -> dict[str, Any]:
     """Tokenize a row: `prompt_ids`, `response_ids` (K lists), `rewards` (K) if they are used.
@@ -135,10 +146,15 @@ def encode(
 class DataCollatorForGroups(DataCollatorForPreference):
     """Collate rows of `encode` to tensors, with the responses to a prompt adjacent.
 
-    The tensors are `group_sizes` `[G]`; `cu_groups` `[G+1]` int32 if sizes differ; `input_ids`,
-    `attention_mask`, `completion_mask` `[S, T]`, right padded; `rewards`, `ref_logps` `[S]` if the
-    rows have them. Options are those of TRL's collator of pairs.
+    `group_sizes` `[G]`; `cu_groups` `[G+1]` int32 where they differ; `input_ids`,
+    `attention_mask`, `completion_mask` `[S, T]`, right padded; `rewards`, `ref_logps`
+    `[S]` where the rows have them. Options as for TRL's collator of pairs, and:
+
+    padding_free: sequences end to end in one row instead, `input_ids`, `position_ids`,
+        `completion_mask` `[1, N]`, with their boundaries `cu_seqlens` `[S+1]` int32.
     """
+
+    padding_free: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         cut = (
@@ -156,12 +172,16 @@ class DataCollatorForGroups(DataCollatorForPreference):
         # first, because accelerate and transformers read the batch size from the first tensor
         batch = {"group_sizes": torch.tensor(sizes)}
         if len(set(sizes)) > 1:
-            batch["cu_groups"] = torch.nn.functional.pad(
-                batch["group_sizes"].cumsum(0, dtype=torch.int32), (1, 0)
-            )
-        batch["input_ids"] = self._pad(ids, self.pad_token_id)
-        batch["attention_mask"] = self._pad([torch.ones_like(row) for row in ids], 0)
-        batch["completion_mask"] = self._pad(completion, 0)
+            batch["cu_groups"] = _boundaries(batch["group_sizes"])
+        if self.padding_free:
+            batch["input_ids"] = torch.cat(ids)[None]
+            batch["position_ids"] = torch.cat([torch.arange(len(row)) for row in ids])[None]
+            batch["completion_mask"] = torch.cat(completion)[None]
+            batch["cu_seqlens"] = _boundaries(torch.tensor([len(row) for row in ids]))
+        else:
+            batch["input_ids"] = self._pad(ids, self.pad_token_id)
+            batch["attention_mask"] = self._pad([torch.ones_like(row) for row in ids], 0)
+            batch["completion_mask"] = self._pad(completion, 0)
         if "rewards" in examples[0]:
             batch["rewards"] = torch.tensor(
                 [r for example in examples for r in example["rewards"]], dtype=torch.float32
@@ -179,3 +199,8 @@ class DataCollatorForGroups(DataCollatorForPreference):
         padded = pad_sequence(rows, batch_first=True, padding_value=value)
         short = -padded.shape[1] % (self.pad_to_multiple_of or 1)
         return torch.nn.functional.pad(padded, (0, short), value=value)
+
+
+def _boundaries(sizes: torch.Tensor) -> torch.Tensor:
+    """`[n]` -> `[n+1]` int32, from 0."""
+    return torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))

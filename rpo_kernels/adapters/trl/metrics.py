@@ -54,24 +54,27 @@ def group_metrics(
 
 
 def token_metrics(
-    statistics: RowStatistics, mask: Tensor, chosen: Tensor, rejected: Tensor
+    statistics: RowStatistics, lengths: Tensor, chosen: Tensor, rejected: Tensor
 ) -> dict[str, Metric]:
-    """Compute means over the scored tokens `mask` `[S, T - 1]`.
-
-    They are over all responses, or over the sequences `chosen` and `rejected` `[G]`.
+    """Means over scored tokens, of which sequences have `lengths` `[S]`: of all responses, or
+    of the sequences `chosen`, `rejected` `[G]`.
     """
-    none = torch.zeros(0, device=mask.device)
+    none = torch.zeros(0, device=lengths.device)
     entropy, logits, leads = (
-        torch.zeros(mask.shape, device=mask.device).masked_scatter(
-            mask, statistics.rows(name, none).float()
-        )
-        for name in ("entropy", "mean_logits", "is_top1")
+        statistics.rows(name, none).float() for name in ("entropy", "mean_logits", "is_top1")
     )
+
+    def among(sequences: Tensor) -> Tensor:  # [G] -> [n]
+        has = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
+        return has.index_fill_(0, sequences, True).repeat_interleave(
+            lengths, output_size=len(entropy)
+        )
+
     return {
-        "entropy": _total(entropy, mask),
-        "logits/chosen": _total(logits[chosen], mask[chosen]),
-        "logits/rejected": _total(logits[rejected], mask[rejected]),
-        "mean_token_accuracy": _total(leads[chosen], mask[chosen]),
+        "entropy": _total(entropy, torch.ones_like(entropy, dtype=torch.bool)),
+        "logits/chosen": _total(logits, among(chosen)),
+        "logits/rejected": _total(logits, among(rejected)),
+        "mean_token_accuracy": _total(leads, among(chosen)),
     }
 
 

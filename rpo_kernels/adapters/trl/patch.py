@@ -1,20 +1,25 @@
 """TRL's fused LM head, computed by our kernels.
 
-All trainers of TRL 1.16 get their log-probabilities from one function,
-`trl.trainer.utils._ChunkedLogProbFunction`, which is looked up when the model is called. Replacing
-that name serves them all, and leaves losses, metrics and generation unchanged.
+Every trainer of TRL gets its log-probabilities from one function,
+`trl.trainer.utils._ChunkedLogProbFunction`, looked up when the model is called. Replacing that
+name serves them all, and leaves losses, metrics and generation as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from typing import Any
+import math
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any, NamedTuple
 
 import torch
 import trl.trainer.utils as host
 from torch import Tensor
+from torch.nn import Parameter
 from transformers.utils import logging
-from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
 from rpo_kernels import (
     linear_token_logps,
@@ -23,12 +28,12 @@ from rpo_kernels import (
     token_logps_and_entropy,
 )
 
-from .version import check_version
+from .contract import refusal
 
 logger = logging.get_logger(__name__)
 
+NAME = "_ChunkedLogProbFunction"
 ARGUMENTS = (
-    "ctx",
     "hidden",
     "weight",
     "bias",
@@ -41,82 +46,113 @@ ARGUMENTS = (
 )
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# TRL's own, while replaced
+
+class Found(NamedTuple):
+    """TRL's function, as the installed TRL has it."""
+
+    function: type[torch.autograd.Function]
+    signature: inspect.Signature  # of its `apply`
+    outputs: tuple[str, ...]  # what it returns after the log-probabilities, in order
+
+
+# What TRL has, while ours takes its place.
 _original: dict[str, Any] = {}
+_found: Found
 _active = 0
 
 
 class LogProbs:
-    """Replacement of TRL's autograd function, with the same arguments and outputs.
-
-    Outputs that are not requested are None.
+    """Stands where TRL has an autograd function: same arguments, same outputs, None for what is not
+    asked.
     """
 
     @staticmethod
-    def apply(
-        hidden: Tensor,  # [N, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        targets: Tensor,  # [N]
-        temperature: float,
-        chunk_size: int,  # unused: the workspace decides
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = OUTPUTS,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        why = _not_ours(weight, temperature, logit_scale, outputs)
+    def apply(*args: Any) -> tuple[Tensor | None, ...]:
+        call = _found.signature.bind(*args)
+        call.apply_defaults()
+        why = _not_ours(call.arguments)
         if why:
             logger.warning_once(f"accelerate_trl: TRL's own log-probabilities are used where {why}")
-            return _original["_ChunkedLogProbFunction"].apply(
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                chunk_size,
-                final_logit_softcapping,
-                logit_scale,
-                outputs,
-            )
-        if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            # with cast_lm_head_to_fp32
-            weight, bias = (
-                weight.to(hidden.dtype),
-                None if bias is None else bias.to(hidden.dtype),
-            )
-        options: dict[str, Any] = {
-            "bias": bias,
-            "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": final_logit_softcapping,
-            "count": targets.numel(),
-        }
-        rest = RowStatistics(set(outputs) & {"log_sum_sq_probs", "mean_logits", "is_top1"})
-        options["on_logits"] = rest if rest.wanted and targets.numel() else None
-        entropy = None
+            return _found.function.apply(*args)
+        results = _log_probs(**{name: call.arguments[name] for name in ARGUMENTS})
+        return (results["log_probs"], *(results.get(name) for name in _found.outputs))
+
+
+def _log_probs(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: float,
+    chunk_size: int,  # ours follows from the workspace
+    final_logit_softcapping: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """`log_probs` and the `outputs`, each `[N]`."""
+    sharded = [x for x in (weight, bias) if isinstance(x, Parameter) and hasattr(x, "ds_id")]
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        # cast_lm_head_to_fp32
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": final_logit_softcapping,
+        "count": targets.numel(),
+    }
+    rest = RowStatistics(set(outputs) & {"log_sum_sq_probs", "mean_logits", "is_top1"})
+    options["on_logits"] = rest if rest.wanted and targets.numel() else None
+    results = {}
+    with _gathered_again(sharded) if sharded else contextlib.nullcontext():
         if "entropy" in outputs:
-            logps, entropy = linear_token_logps_and_entropy(hidden, weight, targets, **options)
+            results["log_probs"], results["entropy"] = linear_token_logps_and_entropy(
+                hidden, weight, targets, **options
+            )
         else:
-            logps = linear_token_logps(hidden, weight, targets, **options)
-        return (
-            logps,
-            entropy,
-            rest.of("log_sum_sq_probs", logps),
-            rest.of("mean_logits", logps),
-            rest.of("is_top1", logps),
-        )
+            results["log_probs"] = linear_token_logps(hidden, weight, targets, **options)
+    return results | {name: rest.rows(name, results["log_probs"]) for name in rest.wanted}
 
 
-def _not_ours(
-    weight: Tensor, temperature: float, logit_scale: float, outputs: tuple[str, ...]
-) -> str | None:
-    """Return why TRL's own function must serve a call, or None."""
-    if hasattr(weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 takes the LM head apart between forward and backward"
+def _not_ours(arguments: dict[str, Any]) -> str | None:
+    """Why this call stays TRL's, if it does."""
+    parameters = _found.signature.parameters
+    for name in arguments.keys() - set(ARGUMENTS):  # of a later release
+        if not _same(arguments[name], parameters[name].default):
+            return f"`{name}` is given, which our kernels do not know"
+    temperature, logit_scale = arguments["temperature"], arguments["logit_scale"]
     if temperature <= 0 or logit_scale <= 0:
         return f"temperature or logit scale is not positive ({temperature}, {logit_scale})"
-    unknown = set(outputs) - {"log_probs", *OUTPUTS}
+    if hasattr(arguments["weight"], "ds_id") and not hasattr(host, "maybe_gather_lm_head_ctx"):
+        return "DeepSpeed ZeRO-3 shards the LM head, and TRL does not say how it gathers it"
+    unknown = set(arguments["outputs"]) - {"log_probs", *OUTPUTS}
     return f"an unknown output is asked ({', '.join(sorted(unknown))})" if unknown else None
+
+
+def _same(given: Any, default: Any) -> bool:
+    plain = (bool, int, float, str, tuple)
+    return given is default or (
+        isinstance(given, plain) and isinstance(default, plain) and given == default
+    )
+
+
+@contextlib.contextmanager
+def _gathered_again(sharded: list[Parameter]) -> Iterator[None]:
+    """For a backward under DeepSpeed ZeRO-3, which takes parameters apart after the forward.
+
+    TRL gathers the head around our forward; here our backward gathers what it reads of it once
+    more. The whole tensor then lives as long as the backward holds it.
+    """
+
+    def whole(saved: Tensor) -> Tensor:
+        for parameter in sharded:
+            if saved is parameter:
+                with host.maybe_gather_lm_head_ctx(parameter):
+                    return parameter.detach()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, whole):
+        yield
 
 
 class RowStatistics:
@@ -155,10 +191,6 @@ class RowStatistics:
                     * (softcap / temperature)
                 )
 
-    def of(self, name: str, like: Tensor) -> Tensor | None:
-        """Return `rows`, or None if it is not requested."""
-        return self.rows(name, like) if name in self.wanted else None
-
     def rows(self, name: str, like: Tensor) -> Tensor:
         """Return a statistic `[N]` of all rows, in the order in which they came."""
         return (
@@ -175,14 +207,13 @@ class Acceleration:
     """
 
     def __init__(self) -> None:
-        global _active
+        global _active, _found
         if not _active:
-            for name, ours in (
-                ("_ChunkedLogProbFunction", LogProbs),
-                ("_use_triton", _scores_valid_positions_only),
-            ):
-                _original[name] = getattr(host, name)
-                setattr(host, name, ours)
+            _found = look(getattr(host, NAME, None))
+            for name, ours in ((NAME, LogProbs), ("_use_triton", _scores_valid_positions_only)):
+                if hasattr(host, name):
+                    _original[name] = getattr(host, name)
+                    setattr(host, name, ours)
         _active += 1
         self._undone = False
 
@@ -212,41 +243,102 @@ def accelerate_trl() -> Acceleration:
         with accelerate_trl():          # temporarily
             trainer.train()
 
-    Losses and metrics keep their values, except that 16-bit runs are more accurate: our logits are
-    fp32, where TRL rounds them to the compute dtype. On a CPU, too, only scored positions are
-    computed.
+    What else TRL asks for (entropy, mean logit, top-1, sum of squared probabilities) is read from
+    the same chunks of logits: no further GEMM. Under DeepSpeed ZeRO-3 the backward gathers the head
+    again, as TRL's does. Calls that the kernels cannot serve (scales that are not positive,
+    arguments of a later TRL) go to TRL's own function; the log says so once.
 
-    Other quantities that TRL requests (entropy, mean logit, top-1, sum of squared probabilities)
-    are computed from the same chunks of logits, without another GEMM. Calls that the kernels do not
-    support (ZeRO-3, scales that are not positive) use TRL's own function, which is logged once.
+    Whether it works with the installed TRL is seen, not read off its version: TRL's function must
+    take the arguments that we know and give the numbers that ours gives, for a few rows on the CPU,
+    once per process.
 
     Returns:
         `Acceleration`, whose `undo()` restores TRL.
 
     Raises:
-        ImportError: for an untested release of TRL.
-        RuntimeError: if TRL's function has another signature than in the tested release.
+        RuntimeError: where it does not; the message names what changed.
     """
-    check_version()
-    if not _active:
-        _check_signature()
     return Acceleration()
-
-
-def _check_signature() -> None:
-    found = tuple(inspect.signature(host._ChunkedLogProbFunction.forward).parameters)
-    if (
-        found != ARGUMENTS
-        or OPTIONAL_OUTPUTS != OUTPUTS
-        or not callable(getattr(host, "_use_triton", None))
-    ):
-        raise RuntimeError(
-            "accelerate_trl: TRL's `_ChunkedLogProbFunction.forward` must take "
-            f"({', '.join(ARGUMENTS)}) and offer {', '.join(OUTPUTS)}; got ({', '.join(found)}) "
-            f"and {', '.join(OPTIONAL_OUTPUTS)}: did another package patch TRL?"
-        )
 
 
 def _scores_valid_positions_only(device: torch.device) -> bool:
     """TRL selects positions where its Triton kernels run; ours take any number on a CPU, too."""
     return device.type == "cpu" or _original["_use_triton"](device)
+
+
+# ---- what TRL's function is ----------------------------------------------------------------------
+
+
+@functools.cache  # the numbers are compared once
+def look(function: Any) -> Found:
+    """What is known of TRL's function, after a look at its arguments, its callers and its numbers.
+
+    Raises:
+        RuntimeError: where ours cannot take its place.
+    """
+    op = "accelerate_trl"
+    if not hasattr(function, "forward"):
+        raise refusal(op, [f"trl.trainer.utils.{NAME} is {function!r}, not an autograd function"])
+    ctx, *parameters = inspect.signature(function.forward).parameters.values()
+    names = [parameter.name for parameter in parameters]
+    lacks = [name for name in ARGUMENTS if name not in names]
+    needs = [
+        parameter.name
+        for parameter in parameters
+        if parameter.name not in ARGUMENTS and parameter.default is parameter.empty
+    ]
+    changes = [f"{NAME} takes ({', '.join([ctx.name, *names])})"] if lacks or needs else []
+    changes += [f"it has no {', '.join(f'`{name}`' for name in lacks)}"] if lacks else []
+    changes += [f"it needs {', '.join(f'`{name}`' for name in needs)}"] if needs else []
+    caller = getattr(host, "add_fused_lm_head", None)
+    if caller is None or NAME not in _names_in(inspect.unwrap(caller).__code__):
+        changes.append(f"add_fused_lm_head does not call {NAME}")
+    if changes:
+        raise refusal(op, changes)
+    signature = inspect.Signature(parameters)
+    outputs = signature.parameters["outputs"].default
+    if not isinstance(outputs, tuple):
+        raise refusal(op, [f"{NAME} does not list what it returns: `outputs` is {outputs!r}"])
+    found = Found(function, signature, outputs)
+    if changes := _changed_numbers(found):
+        raise refusal(op, changes)
+    return found
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Global names that a function, or one defined inside it, reads."""
+    inner = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+@torch.no_grad()
+def _changed_numbers(found: Found) -> list[str]:
+    """Outputs that are not ours, for five rows in fp32 that go through every argument."""
+    waves = lambda *shape: torch.arange(math.prod(shape), device="cpu").sin().view(shape)
+    call: dict[str, Any] = {
+        "hidden": 3 * waves(5, 4),
+        "weight": waves(7, 4),
+        "bias": waves(7),
+        "targets": torch.tensor([0, 6, 3, 2, 5], device="cpu"),
+        "temperature": 0.7,
+        "chunk_size": 3,
+        "final_logit_softcapping": 2.0,
+        "logit_scale": 1.3,
+        "outputs": OUTPUTS,
+    }
+    bound = found.signature.bind(**call)
+    bound.apply_defaults()
+    with torch.autocast("cpu", enabled=False):
+        ours = _log_probs(**call)
+        try:
+            theirs = found.function.apply(*bound.args)
+        except Exception as error:
+            return [f"{NAME} raises {type(error).__name__} on a CPU ({error})"]
+    names = ("log_probs", *found.outputs)
+    if len(theirs) != len(names):
+        return [f"{NAME} returns {len(theirs)} tensors, not {len(names)} ({', '.join(names)})"]
+    return [
+        f"{NAME} returns another `{name}` ({x.tolist()}, not {ours[name].tolist()})"
+        for name, x in zip(names, theirs)
+        if name in ours and not torch.allclose(x.double(), ours[name].double(), atol=1e-4)
+    ]

@@ -12,24 +12,62 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from rpo_kernels import RPOObjective, RPOOutput, preference_loss, sequence_logps
+from rpo_kernels import RPOOutput, preference_loss, sequence_logps, shift_labels
+from rpo_kernels.sums import Objective
 
 from ..transformers import attach
+from .checks import check_packing, check_reference, check_text_only, learns_prompt, objective_of
 from .config import RPOConfig
+from .contract import changed_calls, changed_methods, refusal
+from .data import CALLS as READING_CALLS
 from .data import COLUMNS, DataCollatorForGroups, encode
 from .metrics import group_metrics, token_metrics
 from .patch import RowStatistics, accelerate_trl
 
-NOT_FOR_THE_MODEL = ("group_sizes", "cu_groups", "completion_mask", "rewards", "ref_logps")
+NOT_FOR_THE_MODEL = (
+    "group_sizes",
+    "cu_groups",
+    "cu_seqlens",
+    "completion_mask",
+    "rewards",
+    "ref_logps",
+)
+
+# What the trainer needs of TRL: functions that it calls, with how many positional arguments and
+# which keywords; methods that TRL calls; attributes that TRL sets.
+CALLS = READING_CALLS | {
+    DPOTrainer.__init__: (6, ("peft_config",)),
+    disable_gradient_checkpointing: (2, ()),
+    get_config_model_id: (1, ()),
+    global_then_local_main_first: (0, ()),
+    use_adapter: (1, ("adapter_name",)),
+}
+METHODS = (
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "_precompute_ref_logps",
+    "compute_ref_log_probs",
+    "_compute_loss",
+)
+ATTRIBUTES = (
+    "_metrics",
+    "_tokenizer",
+    "_total_train_tokens",
+    "_tp_size",
+    "aux_loss_enabled",
+    "ref_model",
+    "router_aux_loss_coef",
+)
 
 
 class RPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` for any `RPOObjective`: explicit rewards, K >= 2 responses per prompt.
+    """`trl.DPOTrainer` for any `Objective`: explicit rewards, K >= 2 responses per prompt.
 
         L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
 
@@ -58,12 +96,15 @@ class RPOTrainer(DPOTrainer):
         peft_config: as for `trl.DPOTrainer`.
 
     Raises:
-        ValueError, TypeError: at construction, if the data do not fit the objective (of a
-            `datasets.IterableDataset` only the first row is checked then, the others as they come),
-            for an objective with several references, and for images.
+        ValueError, TypeError: at construction, for data that do not fit the objective (an
+            `datasets.IterableDataset` shows its first row then, the others as they come),
+            for an objective with several references, and for images; with `padding_free`, for a
+            model that mixes the sequences of a row.
+        RuntimeError: where the installed TRL is not what the trainer was written for; the message
+            names what changed.
     """
 
-    objective: RPOObjective
+    objective: Objective
     model: Any  # of transformers, or a PEFT model of one
 
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
@@ -102,13 +143,19 @@ class RPOTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = RPOConfig(f"{name.split('/')[-1]}-RPO")
-        self.objective = _objective_of(args)
-        _check_text_only(train_dataset)
-        _check_reference(model, ref_model, args, self.objective.reference, peft_config)
-        # The base class loads no reference model if log-probabilities are precomputed; without a
-        # reference there are none to compute.
+        changes = changed_calls(CALLS) + changed_methods(RPOTrainer, DPOTrainer, METHODS)
+        if changes:
+            raise refusal("RPOTrainer", changes)
+        self.objective = objective_of(args)
+        check_text_only(train_dataset)
+        check_reference(model, ref_model, args, self.objective.reference, peft_config)
+        # The base class loads no reference where log-probabilities are precomputed: here there are
+        # none to compute.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs |= self.objective.reference == "none"
+        # The base class warns that it has none, and switches it off.
+        self.packs, args.padding_free = args.padding_free, False
+        self._is_unchecked = self.packs
         try:
             super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
                 model,
@@ -122,10 +169,32 @@ class RPOTrainer(DPOTrainer):
             )
         finally:
             args.precompute_ref_log_probs = precompute
+            args.padding_free = self.packs
+        if missing := [name for name in ATTRIBUTES if not hasattr(self, name)]:
+            raise refusal("RPOTrainer", [f"DPOTrainer sets no `{name}`" for name in missing])
         self.precompute_ref_logps = precompute
+        if self.packs and self.compute_metrics is not None:
+            raise ValueError(
+                "RPOTrainer: `compute_metrics` gets the logits of padded rows; leave out "
+                "`padding_free`"
+            )
+        # ZeRO-3 shards parameters before it knows how to gather them for a forward
+        self._is_attached = False
+        if not is_deepspeed_zero3_enabled():
+            self._attach()
+
+    def _attach(self) -> None:
+        """Make the policy one that returns losses, and run it on a few tokens to see that it does
+        so.
+        """
+        if self.packs:
+            check_packing(self.model, self.accelerator)
+            if self.ref_model is not None:
+                check_packing(self.ref_model, self.accelerator)
         host: Any = attach(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.aux_loss_enabled:  # the model's forward adds it, with its own coefficient
             host.router_aux_loss_coef = self.router_aux_loss_coef
+        self._is_attached = True
 
     # the base class makes its collator of pairs with the tokenizer's padding; ours takes over its
     # options
@@ -137,7 +206,7 @@ class RPOTrainer(DPOTrainer):
     @data_collator.setter
     def data_collator(self, collator: Any) -> None:
         self._data_collator = (
-            DataCollatorForGroups(**vars(collator))
+            DataCollatorForGroups(**vars(collator), padding_free=self.packs)
             if type(collator) is DataCollatorForPreference
             else collator
         )
@@ -195,18 +264,22 @@ class RPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the reference's log-probabilities of first responses `[G]`, others `[G, K - 1]`.
-
-        K is the dataset's largest; 0 where a prompt has fewer.
-        """
-        logps, sizes = sequence_logps(self._reference_logps(model, inputs)), inputs["group_sizes"]
+        """The reference's log-probabilities of the first responses `[G]`, and of the others `[G,
+        K - 1]`, K the dataset's largest; 0 where a prompt has fewer."""
+        if self._is_unchecked:  # before the results reach a cache
+            check_packing(model, self.accelerator)
+            self._is_unchecked = False
+        token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
+        logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
         exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
         return table[:, 0], table[:, 1:]
 
     @torch.no_grad()
     def _reference_logps(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Per token `[S, T]`, from the reference model, or from the policy without its adapter."""
+        """Per token `[S, T]` or `[N]`, of the reference model or of the policy without its
+        adapter.
+        """
         adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
@@ -221,6 +294,9 @@ class RPOTrainer(DPOTrainer):
             self.accelerator.autocast(),
             accelerate_trl(),
         ):
+            if (cu_seqlens := kwargs.pop("cu_seqlens", None)) is not None:
+                shifted = shift_labels(labels[0], labels[0] != -100, cu_seqlens=cu_seqlens)
+                return model(**kwargs, shift_labels=shifted[None], fused_lm_head=True).log_probs[0]
             logps = model(**kwargs, labels=labels, fused_lm_head=True).log_probs
         # [S, T - 1], or more where prompt tuning puts virtual tokens first
         return torch.nn.functional.pad(logps[:, 1 - labels.shape[1] :], (0, 1))
@@ -228,18 +304,18 @@ class RPOTrainer(DPOTrainer):
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        ref_logps = None
+        if not self._is_attached:
+            self._attach()
+        ref_logps = ref_token_logps = None
         if self.precompute_ref_logps:
             ref_logps = inputs["ref_logps"]
         elif self.objective.reference == "single":
-            ref_logps = self._reference_logps(
+            ref_token_logps = self._reference_logps(
                 self.model if self.ref_model is None else self.ref_model, inputs
             )
-            if getattr(
-                getattr(self.model, "active_peft_config", None), "is_prompt_learning", False
-            ):
-                # virtual tokens make the policy's rows longer
-                ref_logps = sequence_logps(ref_logps)
+            ref_logps = sequence_logps(ref_token_logps, cu_seqlens=inputs.get("cu_seqlens"))
+            if learns_prompt(self.model):  # the policy's rows are longer, by virtual tokens
+                ref_token_logps = None
         kwargs, labels = _model_inputs(inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
@@ -247,22 +323,23 @@ class RPOTrainer(DPOTrainer):
             "rewards": inputs.get("rewards"),
             "cu_groups": inputs.get("cu_groups"),
         }
-        groups["group_size"] = (
-            None if "cu_groups" in inputs else len(labels) // len(inputs["group_sizes"])
-        )
+        if "cu_groups" not in inputs:
+            S = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(labels)
+            groups["group_size"] = S // len(inputs["group_sizes"])
         statistics = RowStatistics({"entropy", "mean_logits", "is_top1"})
         out = model(
             **kwargs,
             labels=labels,
             objective=self.objective,
-            ref_logps=ref_logps,
+            ref_logps=ref_logps if ref_token_logps is None else ref_token_logps,
             on_logits=statistics,
             **groups,
         )
         self._record(out, statistics, ref_logps, inputs, groups)
         if not return_outputs:
             return out.loss
-        with torch.no_grad():  # compute_metrics needs logits
+        kwargs.pop("cu_seqlens", None)
+        with torch.no_grad():  # for compute_metrics, which wants logits
             return out.loss, model(**kwargs)
 
     @torch.no_grad()
@@ -277,14 +354,20 @@ class RPOTrainer(DPOTrainer):
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
         metrics, chosen, rejected = group_metrics(out, inputs["group_sizes"], "cu_groups" in inputs)
-        if not self.objective.uses_rewards:
+        if not self.objective.parts[0].uses_rewards:
             del metrics["rewards/target_margin"]  # a constant
+        for name, part in (out.parts or {}).items():
+            sizes = inputs["group_sizes"]
+            of_part, *_ = group_metrics(part, sizes, "cu_groups" in inputs)
+            metrics[f"{name}/loss"] = part.loss, torch.ones_like(part.loss)
+            metrics |= {
+                f"{name}/{key}": of_part[key]
+                for key in ("rewards/chosen", "rewards/rejected", "rewards/margins")
+            }
         if ref_logps is not None:
-            ref_logps = ref_logps if ref_logps.dim() == 1 else sequence_logps(ref_logps)
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
-        metrics |= token_metrics(
-            statistics, inputs["completion_mask"][:, 1:].bool(), chosen, rejected
-        )
+        lengths: Any = out.lengths  # which hidden states always bring
+        metrics |= token_metrics(statistics, lengths, chosen, rejected)
         if self.aux_loss_enabled:
             rewards = groups.pop("rewards")
             without = preference_loss(
@@ -299,14 +382,16 @@ class RPOTrainer(DPOTrainer):
                 (out.loss - without) / self.router_aux_loss_coef,
                 torch.ones_like(without),
             )
-        metrics["num_tokens"] = inputs["attention_mask"].sum(), out.loss.new_tensor(1)
-        # [metrics, 2]: one gather and one synchronisation, for sums and counts over processes,
-        # which may hold different numbers of responses
+        tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        metrics["num_tokens"] = tokens, out.loss.new_tensor(1)
+        # One gathering, one synchronisation: sums and counts over processes, which may hold
+        # different numbers of responses.
+        # [metrics, 2]
         sums = torch.stack([torch.stack([x.double() for x in pair]) for pair in metrics.values()])
         recorded = dict(zip(metrics, self.accelerator.gather(sums[None]).sum(0).tolist()))
-        tokens = recorded.pop("num_tokens")[0]
+        total_tokens = recorded.pop("num_tokens")[0]
         if mode == "train":
-            self._total_train_tokens += int(tokens) // self._tp_size
+            self._total_train_tokens += int(total_tokens) // self._tp_size
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         for name, (total, count) in recorded.items():
             if count:
@@ -314,64 +399,16 @@ class RPOTrainer(DPOTrainer):
 
 
 def _model_inputs(inputs: dict[str, Tensor]) -> tuple[dict[str, Any], Tensor]:
-    """Return the model's inputs, and labels `[S, T]`: the responses' tokens, not shifted."""
+    """What the model takes, and labels `[S, T]` or `[1, N]`, not shifted: responses' tokens.
+
+    `cu_seqlens`, of packed sequences, is for attached models.
+    """
     kwargs = {name: x for name, x in inputs.items() if name not in NOT_FOR_THE_MODEL}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    labels[:, 0] = -100  # nothing predicts it, even if prompt tuning puts tokens before it
+    # nothing predicts a first token, also where prompt tuning puts tokens before it
+    if "cu_seqlens" in inputs:
+        kwargs["cu_seqlens"] = inputs["cu_seqlens"]
+        labels[:, inputs["cu_seqlens"][:-1].long()] = -100
+    else:
+        labels[:, 0] = -100
     return kwargs | {"use_cache": False}, labels
-
-
-def _objective_of(args: object) -> RPOObjective:
-    if not isinstance(args, RPOConfig):
-        raise TypeError(
-            "RPOTrainer: `args` must be an RPOConfig(objective=...), which says the loss; got "
-            f"{type(args).__name__}"
-        )
-    objective = args.make_objective()
-    if objective.reference in ("harmonic", "geometric"):
-        raise ValueError(
-            "RPOTrainer: `objective` must have one reference or none, because TRL holds one "
-            f"reference model; got reference={objective.reference!r}"
-        )
-    return objective
-
-
-def _check_text_only(dataset: Any) -> None:
-    first = {} if dataset is None else next(iter(dataset), None)
-    if first is None:
-        raise ValueError("RPOTrainer: train dataset must have rows, got none")
-    images = {"image", "images"} & first.keys()
-    if images:
-        raise ValueError(
-            f"RPOTrainer: train dataset must be text only, got a column `{images.pop()}`; for a "
-            "vision-language model write your own loop with rpo_kernels.adapters.transformers"
-        )
-
-
-def _check_reference(
-    model: Any,
-    ref_model: PreTrainedModel | None,
-    args: RPOConfig,
-    reference: str,
-    peft_config: Any,
-) -> None:
-    """Raise for what the base class would find while loading a model, or at step 1."""
-    if reference == "none":
-        for name, given in (
-            ("ref_model", ref_model is not None),
-            ("precompute_ref_log_probs", args.precompute_ref_log_probs),
-            ("sync_ref_model", args.sync_ref_model),
-        ):
-            if given:
-                raise ValueError(
-                    f"RPOTrainer: `{name}` must be left out for an objective without a reference"
-                )
-        return
-    in_memory = not isinstance(model, str) and not get_config_model_id(model.config)
-    peft = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
-    if in_memory and ref_model is None and not peft and not args.precompute_ref_log_probs:
-        raise ValueError(
-            "RPOTrainer: `ref_model` must be a model, got None: TRL cannot load the reference of a "
-            "model that was built in memory; pass copy.deepcopy(model) as ref_model, or "
-            "peft_config, or precompute_ref_log_probs=True in args"
-        )
