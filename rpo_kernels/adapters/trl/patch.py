@@ -225,8 +225,8 @@ class Acceleration:
         self._undone = True
         _active -= 1
         if not _active:
-            for name, theirs in _original.items():
-                setattr(host, name, theirs)
+            while _original:
+                setattr(host, *_original.popitem())
 
     def __enter__(self) -> Acceleration:
         return self
