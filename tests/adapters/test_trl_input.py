@@ -8,6 +8,7 @@ import math
 import pytest
 
 from rpo_kernels import RPOObjective
+from rpo_kernels.sums import ObjectiveSum
 
 from .tiny_models import llama, pairs, tokenizer
 
@@ -359,3 +360,50 @@ def test_RPOTrainer_refuses_a_trainer_that_lacks_an_attribute(tmp_path, monkeypa
             train_dataset=Dataset.from_list([GOOD]),
             processing_class=tokenizer(),
         )
+
+
+def test_rpo_config_takes_weighted_sums_in_every_spelling(tmp_path):
+    expected = ObjectiveSum.of([(0.8, RPOObjective.dpo(0.2)), (0.2, RPOObjective.bco(0.3))])
+    pairs = [[0.8, "dpo"], [0.2, {"preset": "bco", "beta": 0.3}]]
+    for given in (
+        {"objective": pairs, "beta": 0.2},
+        {"objective": json.dumps(pairs), "beta": 0.2},
+        {"objective": [(0.8, RPOObjective.dpo(0.2)), (0.2, RPOObjective.bco(0.3))]},
+        {"objective": expected},
+    ):
+        args = config(tmp_path, **given)
+        assert args.make_objective() == expected
+        saved = json.loads(args.to_json_string())
+        again = config(tmp_path, **{name: saved[name] for name in ("objective", "beta")})
+        assert again.make_objective() == expected
+        assert [part.name for part in again.make_objective().parts] == ["dpo", "bco"]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], r"RPOConfig: `objective` must be pairs \[weight, objective\] .*got \[\]"),
+        (["dpo"], r"must be pairs \[weight, objective\]"),
+        ([[1.0, "nothing"]], r"`objective` is no sum: `objective` must name a distance"),
+        ([[-1.0, "dpo"]], r"`objective` is no sum: `weight` must be a finite number > 0, got -1.0"),
+        ([[1.0, 3]], r"`objective` must be an RPOObjective, a name, a dict, or a list of pairs"),
+    ],
+)
+def test_rpo_config_refuses_what_is_no_sum(given, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        config(tmp_path, objective=given)
+
+
+def test_rpo_trainer_of_a_sum_logs_each_part(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        config(tmp_path, objective=[[0.8, "dpo"], [0.2, "bco"]], max_steps=1),
+        train_dataset=Dataset.from_list(pairs(4)),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["dpo/loss"] + logged["bco/loss"] == pytest.approx(logged["loss"], rel=1e-4)
+    assert logged["dpo/rewards/margins"] == logged["rewards/margins"]
+    assert "rewards/target_margin" not in logged
