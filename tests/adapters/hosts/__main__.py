@@ -18,7 +18,7 @@ ABSENT = {
     "verl": "codetiming hydra orjson ray torchdata wandb",
     "openrlhf": "deepspeed flash_attn pylatexenc ray torchdata",
 }
-# LlamaFactory checks releases of packages that are not reached; axolotl reports home.
+# LlamaFactory's check of versions is off; axolotl is not to report home.
 SETTINGS = {"DISABLE_VERSION_CHECK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
 
 
