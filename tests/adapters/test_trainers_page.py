@@ -1,14 +1,13 @@
-"""Every snippet of docs/trainers.md, run against its host's calling convention."""
+"""Every snippet of docs/trainers.md and docs/hosts.md, against its host's calling convention."""
 
 from __future__ import annotations
 
 import copy
 import enum
-import re
+import importlib
 import sys
 import types
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +16,15 @@ pytest.importorskip("transformers")
 
 from rpo_kernels import RPOObjective, preference_loss, shift_labels, token_logps
 
+from .snippets import SNIPPETS, snippets_of
 from .tiny_models import llama
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
-SNIPPETS = {
-    title.strip(): re.findall(r"```python\n(.*?)```", body, re.DOTALL)
-    for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
-}
 S, T, V = 4, 9, 60
 OBJECTIVE = RPOObjective("squared", 0.3, 2.0)
 
 
-def snippet(title: str, monkeypatch=None, **modules) -> dict:
-    """The names that a section's snippet defines, with its host's modules faked."""
+def fake(monkeypatch, **modules) -> None:
+    """Put modules of a host in place; ``a__b`` stands for ``a.b``."""
     for name, contents in modules.items():
         parts = name.replace("__", ".").split(".")
         for i in range(1, len(parts)):
@@ -39,16 +34,22 @@ def snippet(title: str, monkeypatch=None, **modules) -> dict:
         module = types.ModuleType(".".join(parts))
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, ".".join(parts), module)
+
+
+def snippet(title: str, monkeypatch=None, **modules) -> dict:
+    """The names that a section's snippet defines, with its host's modules faked."""
+    fake(monkeypatch, **modules)
     (source,) = SNIPPETS[title]
     names: dict = {"__name__": "snippet"}
     exec(compile(source, title, "exec"), names)
     return names
 
 
-def test_the_page_has_one_snippet_for_each_trainer_and_all_are_tested():
-    assert {title: len(found) for title, found in SNIPPETS.items()} == dict.fromkeys(
-        ["A bare loop", "Lightning", "NeMo-RL", "verl", "OpenRLHF", "axolotl"], 1
-    )
+def test_the_pages_have_one_snippet_for_each_trainer_and_all_are_tested():
+    hosts = ["LlamaFactory", "ms-swift", "axolotl", "verl", "OpenRLHF", "NeMo-RL"]
+    for page, titles in {"trainers.md": ["A bare loop", "Lightning"], "hosts.md": hosts}.items():
+        found = {title: len(sources) for title, sources in snippets_of(page).items()}
+        assert found == dict.fromkeys(titles, 1)
 
 
 @pytest.fixture
@@ -203,6 +204,173 @@ def test_nemo_rl_masks_a_sample_with_its_group(batch, monkeypatch):
     assert loss > 0 and logprobs.grad[:2].any() and not logprobs.grad[2:].any()
 
 
+class LlamaFactoryDPO:
+    """What ``llamafactory.train.dpo.trainer.CustomDPOTrainer`` does with log-probabilities."""
+
+    loss_type, ld_alpha = "sigmoid", None
+
+    def __init__(self, model, ref_model, finetuning_args=None):
+        self.model, self.ref_model = model, ref_model
+
+    def concatenated_forward(self, model, batch, is_ref_model=False):
+        logits = model(**without(batch, "labels"), return_dict=True, use_cache=False).logits
+        labels = batch["labels"][:, 1:]
+        mask = labels != -100
+        tokens = logits[:, :-1].log_softmax(-1).gather(2, labels.where(mask, 0)[..., None])[..., 0]
+        logps = (tokens * mask).sum(-1)
+        if self.loss_type in ["ipo", "orpo", "simpo"]:
+            logps = logps / mask.sum(-1)
+        averages = logps if self.loss_type in ["ipo", "orpo", "simpo"] else logps / mask.sum(-1)
+        chosen, rejected = logps.split(len(labels) // 2)
+        parts = dict(zip(("chosen_logits", "rejected_logits"), logits.split(len(labels) // 2)))
+        parts |= {"chosen_logps": chosen, "rejected_logps": rejected}
+        return parts | {"chosen_logps_avg": averages[: len(labels) // 2]}
+
+
+def without(batch: dict, *names: str) -> dict:
+    return {name: x for name, x in batch.items() if name not in names}
+
+
+def halves(batch: dict) -> dict:
+    """Both chosen responses, then both rejected ones."""
+    rows = torch.tensor([0, 2, 1, 3])
+    return {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def dpo(found: dict) -> torch.Tensor:
+    margins = found["chosen_logps"] - found["rejected_logps"]
+    return -torch.nn.functional.logsigmoid(0.1 * margins).sum()
+
+
+@pytest.mark.parametrize("loss_type, ld_alpha", [("sigmoid", None), ("simpo", None), ("ipo", 0.5)])
+def test_llamafactory(loss_type, ld_alpha, batch, monkeypatch):
+    host = {"CustomDPOTrainer": LlamaFactoryDPO}
+    tuner = {"run_exp": None}
+    names = snippet(
+        "LlamaFactory",
+        monkeypatch,
+        llamafactory__train__tuner=tuner,
+        llamafactory__train__dpo__trainer=host,
+    )
+    assert sys.modules["llamafactory.train.dpo.trainer"].CustomDPOTrainer is names["Trainer"]
+    monkeypatch.setattr(LlamaFactoryDPO, "loss_type", loss_type)
+    monkeypatch.setattr(LlamaFactoryDPO, "ld_alpha", ld_alpha)
+    found = []
+    for trainer in (
+        names["Trainer"](model=llama(), ref_model=None, finetuning_args=0),
+        LlamaFactoryDPO(llama(), None),
+    ):
+        found.append(trainer.concatenated_forward(trainer.model, halves(batch)))
+        (dpo(found[-1]) + found[-1]["chosen_logps_avg"].sum()).backward()
+        found[-1]["gradient"] = gradient(trainer.model)
+    for name in ("chosen_logps", "rejected_logps", "chosen_logps_avg", "gradient"):
+        assert close(found[0][name], found[1][name]), name
+    assert found[0].keys() == found[1].keys()
+    assert found[0]["chosen_logits"].isnan().all() == (ld_alpha is None)
+
+
+class SwiftDPO:
+    """What ``swift.rlhf_trainers.DPOTrainer`` does with log-probabilities."""
+
+    def __init__(self, model=None, ref_model=None, *args, **options):
+        self.model, self.ref_model = model, ref_model
+
+    def get_use_logits_to_keep(self, default_value=True):
+        return default_value
+
+    def get_per_token_logps(self, logits, labels, label_pad_token_id=-100, reduction="mean"):
+        mask = labels != label_pad_token_id
+        logps = logits.log_softmax(-1).gather(2, labels.where(mask, 0)[..., None])[..., 0]
+        return logps * mask, logits.mean(-1) * mask, mask
+
+    def concatenated_forward(self, model, batch, is_ref_model=False):
+        batch = batch.copy()
+        if self.get_use_logits_to_keep(True):
+            keep = batch["labels"].shape[-1] - (batch["labels"] != -100).int().argmax(-1).min() + 1
+            batch |= {"labels": batch["labels"][:, -keep:], "logits_to_keep": int(keep)}
+        labels = torch.roll(batch.pop("labels"), shifts=-1, dims=1)
+        logits = model(**batch, use_cache=False).logits
+        logps, mean_logits, mask = self.get_per_token_logps(logits, labels, label_pad_token_id=-100)
+        half = len(labels) // 2
+        return {
+            "nll_loss": -logps[:half][mask[:half]].mean(),
+            "chosen_logps": logps.sum(-1)[:half],
+            "rejected_logps": logps.sum(-1)[half:],
+            "mean_chosen_logits": mean_logits[:half][mask[:half]].mean(),
+        }
+
+
+def test_ms_swift(batch, monkeypatch):
+    host = {"DPOTrainer": SwiftDPO}
+    names = snippet("ms-swift", monkeypatch, swift__rlhf_trainers=host)
+    assert sys.modules["swift.rlhf_trainers"].DPOTrainer is names["Trainer"]
+    found = []
+    for trainer in (names["Trainer"](llama(), None, args=0), SwiftDPO(llama())):
+        found.append(trainer.concatenated_forward(trainer.model, halves(batch)))
+        (dpo(found[-1]) + found[-1]["nll_loss"]).backward()
+        found[-1]["gradient"] = gradient(trainer.model)
+    for name in ("chosen_logps", "rejected_logps", "nll_loss", "gradient"):
+        assert close(found[0][name], found[1][name]), name
+    assert found[0]["mean_chosen_logits"].isnan() and not found[1]["mean_chosen_logits"].isnan()
+
+
+class VerlFusedLinear(torch.nn.Module):
+    """``verl.utils.experimental.torch_functional.FusedLinearForPPO``, its ``torch`` backend."""
+
+    def __init__(self, chunk_size=512, impl_backend="torch"):
+        super().__init__()
+        if impl_backend not in ("torch", "liger"):
+            raise ValueError(f"Unsupported FusedLinearForPPO backend: {impl_backend}")
+        self.chunk_size, self.impl_backend = chunk_size, impl_backend
+
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        logps = ((hidden_states @ vocab_weights.t()) / temperature).log_softmax(-1)
+        entropies = -(logps.exp() * logps).sum(-1)
+        return logps.gather(-1, input_ids[..., None])[..., 0], entropies
+
+
+def test_verl_plugin_adds_a_backend_by_name(monkeypatch):
+    def patch_forward_with_backends(
+        model, use_fused_kernels=False, fused_kernels_backend=None
+    ):  # verl's, as far as it is to be seen
+        if use_fused_kernels and fused_kernels_backend in ["triton", "torch", "liger"]:
+            model._verl_fused_kernels_backend = fused_kernels_backend
+            model.patched = True
+
+    functions = {"FusedLinearForPPO": VerlFusedLinear}
+    patches = {"patch_forward_with_backends": patch_forward_with_backends}
+    fake(
+        monkeypatch,
+        verl__utils__experimental__torch_functional=functions,
+        verl__models__transformers__monkey_patch=patches,
+    )
+    monkeypatch.delitem(sys.modules, "rpo_kernels.adapters.verl", raising=False)
+    importlib.import_module("rpo_kernels.adapters.verl")
+    monkeypatch.delitem(sys.modules, "rpo_kernels.adapters.verl")
+    host = sys.modules["verl.utils.experimental.torch_functional"]
+    patch = sys.modules["verl.models.transformers.monkey_patch"].patch_forward_with_backends
+
+    found = {}
+    for name in ("torch", "rpo_kernels"):
+        model = types.SimpleNamespace()
+        patch(model, use_fused_kernels=True, fused_kernels_backend=name)
+        assert model.patched
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(2, 5, 8), torch.randn(40, 8)
+        hidden.requires_grad_(), weight.requires_grad_()
+        fused = host.FusedLinearForPPO(impl_backend=model._verl_fused_kernels_backend)
+        logps, entropies = fused(hidden, weight, torch.arange(10).view(2, 5), temperature=0.7)
+        (logps.square().sum() + entropies.sum()).backward()
+        found[name] = logps, entropies, hidden.grad, weight.grad
+    assert all(close(a, b) for a, b in zip(*found.values()))
+    for options in ({}, {"use_fused_kernels": False, "fused_kernels_backend": "rpo_kernels"}):
+        model = types.SimpleNamespace()
+        patch(model, **options)
+        assert not vars(model)  # off unless asked for
+    with pytest.raises(ValueError, match="Unsupported"):
+        host.FusedLinearForPPO(impl_backend="rpo")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_verl_over_data_parallel_ranks(ranks, batch):
     names = snippet("verl")
@@ -236,10 +404,15 @@ def test_verl_over_data_parallel_ranks(ranks, batch):
     assert all(isinstance(x, float) for x in metrics.values())
 
 
-def test_openrlhf():
+def test_openrlhf(monkeypatch):
     trainer = types.SimpleNamespace()
     objective = RPOObjective.exo(0.3, 0.1)
-    snippet("OpenRLHF")["use_rpo"](trainer, objective)
+    host = {"log_probs_from_logits": None}
+    names = snippet("OpenRLHF", monkeypatch, openrlhf__models__actor=host)
+    names["use_rpo"](trainer, objective)
+    logits, labels = torch.randn(2, 3, V, requires_grad=True), torch.randint(V, (2, 3))
+    tokens = sys.modules["openrlhf.models.actor"].log_probs_from_logits(logits, labels)
+    assert close(tokens, logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0])
     chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5).requires_grad_()
     loss, chosen_reward, reject_reward = trainer.loss_fn(
         chosen, rejected, ref_chosen.detach(), ref_rejected.detach()
