@@ -8,14 +8,18 @@ combined in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
 from ..inputs import LogitTransform
 
-# of fp32 logits: inside the L3 cache, and few enough chunks that waking threads costs nothing
-CHUNK_BYTES = 8 << 20
+# of fp32 logits, for each thread: inside its share of the cache, and many operators long
+CHUNK_BYTES = 4 << 20
 FLOOR = -1e4  # of log-probabilities where 0 log 0 is to be 0
 
 
@@ -48,20 +52,63 @@ def _block_count(V: int) -> int:
     return max(1, V // 1024)
 
 
-def scratch_for(logits: torch.Tensor, buffers: int) -> torch.Tensor:
-    """``[buffers, rows, V]`` fp32, rows of a chunk; the padding that makes whole blocks holds
-    -inf.
+def for_each_chunk(
+    work: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+    logits: torch.Tensor,
+    alive: torch.Tensor,
+    buffers: int,
+) -> None:
+    """``work(rows, chunk, scratch)`` for all rows of ``[outer, inner, V]`` that are alive: flat
+    indices, their logits ``[rows, V]``, and fp32 ``[buffers, rows, V]`` to work in.
+
+    A chunk belongs to one thread from its first operator to its last. Threads that shared every
+    operator would wait for each other after each, spinning, which on a busy machine costs several
+    times the work.
     """
-    V = logits.shape[2]
-    rows = min(_rows(V), logits.shape[0] * logits.shape[1])
+    V, scored = logits.shape[2], alive.nonzero()[:, 0]
+    if not scored.numel():
+        return
+    threads = torch.get_num_threads()
+    size = max(1, min(CHUNK_BYTES // (4 * V), -(-scored.numel() // threads)))
+    chunks = scored.split(size)
+    waiting = iter(chunks)  # the next one goes to whichever thread is free
+
+    def run(scratch: torch.Tensor) -> None:
+        with torch.inference_mode():  # threads begin with gradients enabled
+            for rows in waiting:
+                work(rows, rows_of(logits, rows), scratch[:, : len(rows)])
+
+    # here, not on the threads, whose memory PyTorch's profiler does not see
     pitch = -(-V // _block_count(V)) * _block_count(V)
-    return torch.full(
-        (buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device
-    )[..., :V]
+    shape = (min(threads, len(chunks)), buffers, size, pitch)
+    scratch = torch.empty(shape, dtype=torch.float32, device=logits.device)[..., :V]
+    if threads == 1:
+        return run(scratch[0])
+    tasks = [_threads().submit(run, x) for x in scratch]
+    wait(tasks)
+    for task in tasks:
+        task.result()
 
 
-def _rows(V: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * V))
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "rpo_kernels", initializer=_stay_alone)
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # which has none of them
+
+
+def _stay_alone() -> None:
+    """Operators of this thread run on it alone.
+
+    PyTorch keeps the number for each thread, and hands the last one that was set to threads that
+    begin later: these get back what they had, from a thread that ends at once.
+    """
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    other = threading.Thread(target=torch.set_num_threads, args=(number,))
+    other.start()
+    other.join()
 
 
 def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
@@ -78,17 +125,11 @@ def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform
     return z.mul_(post) if post != 1 else z
 
 
-def chunks_of(
-    logits: torch.Tensor, alive: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Flat indices of the rows that are alive, with their logits ``[rows, V]``: a view where they
-    are neighbours.
-    """
-    inner, V = logits.shape[1:]
-    scored = alive.nonzero()[:, 0]
-    for rows in scored.split(_rows(V)) if scored.numel() else ():
-        view = view_of(logits, rows)
-        yield rows, logits[rows // inner, rows % inner] if view is None else view
+def rows_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Logits ``[rows, V]``: a view where they are neighbours."""
+    inner = logits.shape[1]
+    view = view_of(logits, rows)
+    return logits[rows // inner, rows % inner] if view is None else view
 
 
 def view_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:

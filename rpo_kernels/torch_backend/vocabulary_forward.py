@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, transformed
+from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, transformed
 
 
 def vocabulary_forward(
@@ -21,10 +20,14 @@ def vocabulary_forward(
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
-    for rows, z_label, _, others, h_others in _read(logits, labels, transform, entropy, torch.nan):
+
+    def work(rows: torch.Tensor, chunk: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, _, others, h_others = _read(chunk, labels[rows], transform, scratch, torch.nan)
         logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
         if entropies is not None and h is not None:
             entropies[rows] = h
+
+    for_each_chunk(work, logits, labels != transform.ignore_index, 2 if entropy else 1)
     return logps, lse, entropies
 
 
@@ -44,51 +47,50 @@ def shard_statistics(
         statistics[:2] = -torch.inf
         statistics[0].masked_fill_((labels != -1) & (labels != transform.ignore_index), torch.nan)
         return statistics
-    for rows, z_label, peak, others, h_others in _read(
-        logits, labels, transform, entropy, -torch.inf
-    ):
+
+    def work(rows: torch.Tensor, chunk: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, peak, others, h = _read(chunk, labels[rows], transform, scratch, -torch.inf)
         statistics[0, rows], statistics[1, rows] = z_label, peak
         statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
-        if entropy:
-            statistics[3, rows] = h_others.float()
+        if h is not None:
+            statistics[3, rows] = h.float()
+
+    for_each_chunk(work, logits, labels != transform.ignore_index, 2 if entropy else 1)
     return statistics
 
 
 def _read(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    chunk: torch.Tensor,
+    label: torch.Tensor,
     transform: LogitTransform,
-    entropy: bool,
+    scratch: torch.Tensor,
     elsewhere: float,
-) -> Iterator[tuple]:
-    """Scored rows chunk by chunk: indices, z of the label, and of the other columns maximum,
-    logsumexp and entropy.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of rows ``[rows, V]``: z of the label (``elsewhere`` for label -1), and of the other columns
+    maximum, logsumexp and, with two buffers of scratch, entropy.
     """
-    V = logits.shape[2]
-    scratch = scratch_for(logits, 2 if entropy else 1)
-    for rows, chunk in chunks_of(logits, labels != transform.ignore_index):
-        z = transformed(chunk, scratch[0, : len(rows)], transform)
-        label = labels[rows]
-        inside = (label >= 0) & (label < V)
-        column = torch.where(inside, label, 0)[:, None].long()
-        z_label = z.gather(1, column)
-        # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
-        z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
-        z_label = z_label[:, 0]
-        z_label = torch.where(
-            inside,
-            z_label,
-            torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
+    V = chunk.shape[1]
+    z = transformed(chunk, scratch[0], transform)
+    inside = (label >= 0) & (label < V)
+    column = torch.where(inside, label, 0)[:, None].long()
+    z_label = z.gather(1, column)
+    # log p = -softplus(lse of the others - z_label): digits survive when p is near 1
+    z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
+    z_label = z_label[:, 0]
+    z_label = torch.where(
+        inside,
+        z_label,
+        torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
+    )
+    blocks, block_lse = log_softmax_blocks(z)
+    others = torch.logsumexp(block_lse, 1)
+    h_others = None
+    if len(scratch) == 2:
+        p = torch.softmax(blocks, 2, out=as_blocks(scratch[1]))
+        h_others = entropy_of_parts(
+            -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
         )
-        blocks, block_lse = log_softmax_blocks(z)
-        others = torch.logsumexp(block_lse, 1)
-        h_others = None
-        if entropy:
-            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
-            h_others = entropy_of_parts(
-                -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
-            )
-        yield rows, z_label, block_lse.amax(1).float(), others, h_others
+    return z_label, block_lse.amax(1).float(), others, h_others
 
 
 def row_results(
