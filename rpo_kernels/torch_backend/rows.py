@@ -8,15 +8,13 @@ combined in float64.
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
 from ..inputs import LogitTransform
+from .threads import run_on_threads
 
 # of fp32 logits, for each thread: inside its share of the cache, and many operators long
 CHUNK_BYTES = 4 << 20
@@ -52,63 +50,45 @@ def _block_count(V: int) -> int:
     return max(1, V // 1024)
 
 
-def for_each_chunk(
-    work: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
-    logits: torch.Tensor,
-    alive: torch.Tensor,
-    buffers: int,
-) -> None:
-    """``work(rows, chunk, scratch)`` for all rows of ``[outer, inner, V]`` that are alive: flat
-    indices, their logits ``[rows, V]``, and fp32 ``[buffers, rows, V]`` to work in.
+Work = Callable[[torch.Tensor, torch.Tensor], None]  # of rows and scratch
 
-    A chunk belongs to one thread from its first operator to its last. Threads that shared every
-    operator would wait for each other after each, spinning, which on a busy machine costs several
-    times the work.
+
+def for_each_chunk(work: Work, alive: torch.Tensor, V: int, buffers: int) -> None:
+    """``work(rows, scratch)`` for all rows ``[N]`` that are alive: their flat indices, and fp32
+    ``[buffers, rows, V]`` to work in, whose rows are as long as :func:`as_blocks` needs.
+
+    A chunk is one thread's from its first operator to its last (see ``threads``).
     """
-    V, scored = logits.shape[2], alive.nonzero()[:, 0]
+    scored = alive.nonzero()[:, 0]
     if not scored.numel():
         return
-    threads = torch.get_num_threads()
+    # threads of their own would not have the caller's CUDA stream
+    threads = torch.get_num_threads() if alive.device.type == "cpu" else 1
     size = max(1, min(CHUNK_BYTES // (4 * V), -(-scored.numel() // threads)))
-    chunks = scored.split(size)
-    waiting = iter(chunks)  # the next one goes to whichever thread is free
-
-    def run(scratch: torch.Tensor) -> None:
-        with torch.inference_mode():  # threads begin with gradients enabled
-            for rows in waiting:
-                work(rows, rows_of(logits, rows), scratch[:, : len(rows)])
-
+    chunks = deque((work, rows) for rows in scored.split(size))
     # here, not on the threads, whose memory PyTorch's profiler does not see
     pitch = -(-V // _block_count(V)) * _block_count(V)
     shape = (min(threads, len(chunks)), buffers, size, pitch)
-    scratch = torch.empty(shape, dtype=torch.float32, device=logits.device)[..., :V]
+    scratch = deque(torch.empty(shape, dtype=torch.float32, device=alive.device)[..., :V])
     if threads == 1:
-        return run(scratch[0])
-    tasks = [_threads().submit(run, x) for x in scratch]
-    wait(tasks)
-    for task in tasks:
-        task.result()
+        return _run(chunks, scratch)
+    run_on_threads(len(scratch), _run, chunks, scratch)
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "rpo_kernels", initializer=_stay_alone)
+def _run(chunks: deque[tuple[Work, torch.Tensor]], scratch: deque[torch.Tensor]) -> None:
+    """Work through chunks until none is left, beside other threads that do the same.
 
-
-os.register_at_fork(after_in_child=_threads.cache_clear)  # which has none of them
-
-
-def _stay_alone() -> None:
-    """Operators of this thread run on it alone.
-
-    PyTorch keeps the number for each thread, and hands the last one that was set to threads that
-    begin later: these get back what they had, from a thread that ends at once.
+    What it takes out of its arguments is gone before it returns: a thread lets go of the arguments
+    themselves a moment later, when nobody waits for it any more.
     """
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    other = threading.Thread(target=torch.set_num_threads, args=(number,))
-    other.start()
-    other.join()
+    mine = scratch.pop()
+    with torch.inference_mode():  # threads begin with gradients enabled
+        while True:
+            try:
+                work, rows = chunks.popleft()
+            except IndexError:
+                return
+            work(rows, mine[:, : len(rows)])
 
 
 def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:

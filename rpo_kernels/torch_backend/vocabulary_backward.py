@@ -9,7 +9,15 @@ import math
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, transformed, view_of
+from .rows import (
+    FLOOR,
+    as_blocks,
+    for_each_chunk,
+    log_softmax_blocks,
+    rows_of,
+    transformed,
+    view_of,
+)
 
 
 def vocabulary_backward(
@@ -35,7 +43,7 @@ def vocabulary_backward(
     alive = (labels != transform.ignore_index) & (coef != 0)
     if entropy_coef is not None:
         alive |= (labels != transform.ignore_index) & (entropy_coef != 0)
-    inner = logits.shape[1]
+    inner, V = logits.shape[1:]
     dead = (~alive).nonzero()[:, 0]
     if dead.numel() == alive.numel():
         out.zero_()
@@ -44,10 +52,10 @@ def vocabulary_backward(
     temperature, logit_scale, softcap, _ = transform
     chain = logit_scale / temperature
 
-    def work(rows: torch.Tensor, chunk: torch.Tensor, scratch: torch.Tensor) -> None:
-        z = transformed(chunk, scratch[0], transform)
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z = transformed(rows_of(logits, rows), scratch[0], transform)
         slope = (1 - (z * (temperature / softcap)) ** 2).mul_(chain) if softcap > 0 else None
-        label, V = labels[rows][:, None], logits.shape[2]
+        label = labels[rows][:, None]
         column = label.clamp(0, V - 1).long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
         factor = c if slope is not None else c * chain
@@ -82,4 +90,4 @@ def vocabulary_backward(
         else:
             out[rows // inner, rows % inner] = z.to(out.dtype)
 
-    for_each_chunk(work, logits, alive, 1 if entropy_coef is None else 2)
+    for_each_chunk(work, alive, V, 1 if entropy_coef is None else 2)

@@ -9,7 +9,7 @@ import math
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, transformed
+from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, rows_of, transformed
 
 
 def vocabulary_forward(
@@ -21,13 +21,15 @@ def vocabulary_forward(
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
 
-    def work(rows: torch.Tensor, chunk: torch.Tensor, scratch: torch.Tensor) -> None:
-        z_label, _, others, h_others = _read(chunk, labels[rows], transform, scratch, torch.nan)
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, _, others, h_others = _read(
+            rows_of(logits, rows), labels[rows], transform, scratch, torch.nan
+        )
         logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
         if entropies is not None and h is not None:
             entropies[rows] = h
 
-    for_each_chunk(work, logits, labels != transform.ignore_index, 2 if entropy else 1)
+    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
     return logps, lse, entropies
 
 
@@ -48,14 +50,16 @@ def shard_statistics(
         statistics[0].masked_fill_((labels != -1) & (labels != transform.ignore_index), torch.nan)
         return statistics
 
-    def work(rows: torch.Tensor, chunk: torch.Tensor, scratch: torch.Tensor) -> None:
-        z_label, peak, others, h = _read(chunk, labels[rows], transform, scratch, -torch.inf)
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, peak, others, h = _read(
+            rows_of(logits, rows), labels[rows], transform, scratch, -torch.inf
+        )
         statistics[0, rows], statistics[1, rows] = z_label, peak
         statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
         if h is not None:
             statistics[3, rows] = h.float()
 
-    for_each_chunk(work, logits, labels != transform.ignore_index, 2 if entropy else 1)
+    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
     return statistics
 
 
