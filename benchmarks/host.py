@@ -4,8 +4,9 @@
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
 compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
 launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
-in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside each
-call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
+in a loop, in CPU time of the thread (on a GPU in wall time). Beside each call stand its launches
+made bare, ``kernel[grid](...)``, in a loop of nothing else. The loops take turns, and a ratio is
+the median over the turns, with its quartiles.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -26,6 +26,7 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import pairs
 import torch
 import triton
 
@@ -130,7 +131,7 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
     rewards, ref_logps = torch.randn(S, device=device), torch.randn(S, device=device)
     objective = RPOObjective()
     return {
-        "an autograd function that does nothing": (lambda: _Nothing.apply(logits), logits),
+        LEAST: (lambda: _Nothing.apply(logits), logits),
         "rpo_loss": (
             lambda: (
                 rpo_loss(
@@ -175,12 +176,14 @@ def bare_launches() -> Iterator[list[Callable[[], object]]]:
         yield bare
 
 
-BLOCKS = 20  # of calls in a loop, one kind after the other; the quietest of each counts
+BLOCKS = 20  # of calls in a loop, in which all take turns
+LEAST = "an autograd function that does nothing"
 
 
-def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each kind of call, microseconds: the call, call and backward, and the launches of each
-    made bare.
+def run(rounds: int) -> dict[str, dict[str, dict]]:
+    """Of each kind of call, and of call and backward ("step"): its launches, and idle and busy (see
+    ``pairs``) the microseconds that it takes, those of its launches made bare, and the ratio of
+    both: of a step, what is beyond PyTorch's least; and the ratio of each one's quietest turn.
     """
     rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
@@ -194,16 +197,28 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
         for kind, function in (("call", call), ("step", step)):
             with bare_launches() as bare:
                 function()
-            rows[name][f"{kind}, launches"] = len(bare)
-            timed[name, f"{kind}, us"] = function
-            timed[name, f"{kind}, us of bare launches"] = lambda bare=bare: [
-                launch() for launch in bare
+            rows[name][kind] = {"launches": len(bare)}
+            timed[name, kind, "us"] = function
+            timed[name, kind, "bare"] = lambda bare=bare: [launch() for launch in bare]
+    for condition in pairs.CONDITIONS[:1] if HAS_GPU else pairs.CONDITIONS:
+        with pairs.cores(condition):
+            blocks = [
+                {
+                    key: _median(function, max(1, rounds // BLOCKS))
+                    for key, function in timed.items()
+                }
+                for _ in range(BLOCKS)
             ]
-    for _ in range(BLOCKS):
-        for (name, what), function in timed.items():
-            rows[name][what] = min(
-                rows[name].get(what, math.inf), _median(function, max(1, rounds // BLOCKS))
-            )
+        for name, row in rows.items():
+            for kind, found in row.items():
+                us, bare = ([x[name, kind, what] for x in blocks] for what in ("us", "bare"))
+                least = [x[LEAST, kind, "us"] if kind == "step" else 0.0 for x in blocks]
+                found[condition] = {
+                    "us": round(statistics.median(us), 1),
+                    "bare us": round(statistics.median(bare), 1),
+                    "ratio": pairs.spread([(x - z) / y for x, y, z in zip(us, bare, least)]),
+                    "quietest ratio": round((min(us) - min(least)) / min(bare), 2),
+                }
     return rows
 
 
@@ -214,7 +229,7 @@ def _median(function: Callable[[], object], rounds: int) -> float:
         function()
         seconds.append(clock() - start)
     synchronize()
-    return round(1e6 * statistics.median(seconds), 1)
+    return 1e6 * statistics.median(seconds)
 
 
 def main() -> None:
