@@ -1,10 +1,9 @@
 """Rows of logits in PyTorch, a chunk at a time: what the vocabulary pass does in both directions.
 
 A chunk stays in the cache: one of fp32 logits for each thread is all that exists beside input and
-gradient.
-The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and sum one
-after the other; it sums a row naively in fp32, so long rows go through it in blocks whose sums are
-combined in float64.
+gradient. The work is PyTorch's own fused (log_)softmax, several times as fast as its exp, sub and
+sum one after the other; it sums a row naively in fp32, so long rows go through it in blocks whose
+sums are combined in float64.
 """
 
 from __future__ import annotations
