@@ -1,26 +1,30 @@
-"""Time and memory of the CPU backend against naive PyTorch, each in a fresh process.
+"""Time and memory of the CPU backend against naive PyTorch, in pairs.
 
-    python benchmarks/cpu.py [--threads 2] [--repeat 5] [--scale 1.0] [--json FILE] [CASE ...]
+    python benchmarks/cpu.py [--threads 2] [--rounds 5] [--scale 1.0] [--json FILE] [CASE ...]
 
-Time is the median of forward and backward over repeats, in wall seconds and in processor seconds of
-all threads. Memory is the peak of the resident set above its size before the call, gradients
-included. A first call, which loads code, does not count. Naive is fp32 log_softmax and gather.
+Both take turns in a process of the case, first as the machine is ("idle"), then with another
+process on each core ("busy"). Times are of forward and backward, wall seconds and processor seconds
+of all threads, medians over the rounds; a ratio is the median of the rounds' ratios, with its
+quartiles. Memory is the peak of the resident set above what stood before the step, gradients
+included; a first step, which loads code, does not count. Naive is fp32 log_softmax and gather.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import ctypes
+import functools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pairs
 import torch
 
 from rpo_kernels import RPOObjective, linear_rpo_loss, token_logps
@@ -36,8 +40,8 @@ CASES = {
 PROVIDERS = ("naive", "rpo_kernels")
 
 
-def steps(case: str, scale: float):
-    """Return (inputs, naive step, our step)."""
+def losses(case: str, scale: float):
+    """(inputs, naive loss, our loss)."""
     rows, hidden, V, dtype, share = CASES[case]
     S = 8
     T = int(rows * scale) // S
@@ -85,86 +89,72 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Of the resident set above what stood before the step, which ends with its gradients."""
+    # what is freed is to leave the process: else a step finds its memory in what others left
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
 
 
-class Peak(threading.Thread):
-    """A thread that tracks the peak of the resident set."""
-
-    def run(self) -> None:
-        self.done, self.base = False, resident()
-        self.peak = self.base
-        while not self.done:
-            self.peak = max(self.peak, resident())
-            time.sleep(0.002)
+def resident(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if field in x)
+    return int(line.split()[1]) << 10
 
 
-def measure(case: str, provider: str, threads: int, repeat: int, scale: float) -> dict:
+def compare(case: str, threads: int, rounds: int, scale: float, conditions: Sequence[str]) -> dict:
+    """Times in turns under each condition, then the peaks; once in a process."""
     torch.set_num_threads(threads)
-    inputs, *both = steps(case, scale)
-    step = both[PROVIDERS.index(provider)]
-    walls, cpus, peaks = [], [], []
-    for _ in range(repeat + 1):
+    inputs, *both = losses(case, scale)
+
+    def step_of(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def step() -> torch.Tensor:
+            for x in inputs:
+                x.grad = None
+            value = loss()
+            value.backward()
+            return value.detach()
+
+        return step
+
+    steps = {provider: step_of(loss) for provider, loss in zip(PROVIDERS, both)}
+    row = {"case": case, "loss": {name: step().item() for name, step in steps.items()}}
+    for condition in conditions:
+        with pairs.cores(condition):
+            times = pairs.in_turns(steps, rounds)
+        row[condition] = {}
+        for unit in ("wall_s", "cpu_s"):
+            each = {name: [x[unit] for x in times[name]] for name in PROVIDERS}
+            ratios = [ours / naive for naive, ours in zip(*each.values())]
+            row[condition][unit] = {
+                **{name: round(statistics.median(x), 4) for name, x in each.items()},
+                "ratio": pairs.spread(ratios),
+            }
+    for name, step in steps.items():
         for x in inputs:
             x.grad = None
-        gc.collect()
-        watch = Peak()
-        watch.start()
-        time.sleep(0.01)
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        loss.backward()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(time.process_time() - cpu)
-        watch.done = True
-        watch.join()
-        peaks.append(watch.peak - watch.base)
-    return {
-        "case": case,
-        "provider": provider,
-        "wall_s": round(statistics.median(walls[1:]), 3),
-        "cpu_s": round(statistics.median(cpus[1:]), 3),
-        "peak_mb": round(statistics.median(peaks[1:]) / 2**20),
-        "loss": loss.item(),
-    }
-
-
-def compare(cases: list[str], threads: int, repeat: int, scale: float) -> list[dict]:
-    rows = []
-    for case in cases:
-        for provider in PROVIDERS:
-            options = {
-                "--one": provider,
-                "--threads": threads,
-                "--repeat": repeat,
-                "--scale": scale,
-            }
-            command = [
-                sys.executable,
-                __file__,
-                *(str(x) for option in options.items() for x in option),
-                case,
-            ]
-            rows.append(
-                json.loads(
-                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                )
-            )
-    return rows
+        row.setdefault("peak_mb", {})[name] = round(peak_bytes(step) / 2**20)
+    return row
 
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| case | naive: wall, cpu, peak | rpo_kernels | wall | cpu | memory |",
-        "|---|---|---|---|---|---|",
+        "| case | cores | naive: wall, cpu | rpo_kernels | wall | cpu | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for naive, ours in zip(rows[::2], rows[1::2]):
-        cells = [
-            f"{r['wall_s']:.2f} s, {r['cpu_s']:.2f} s, {r['peak_mb']} MB" for r in (naive, ours)
-        ]
-        ratios = [f"{ours[key] / naive[key]:.2f} x" for key in ("wall_s", "cpu_s", "peak_mb")]
-        lines.append(f"| {naive['case']} | {' | '.join(cells + ratios)} |")
+    for row in rows:
+        naive, ours = (row["peak_mb"][name] for name in PROVIDERS)
+        memory = f"{naive} MB, {ours} MB: {ours / naive:.2f} x"
+        for condition in (x for x in pairs.CONDITIONS if x in row):
+            wall, cpu = (row[condition][unit] for unit in ("wall_s", "cpu_s"))
+            times = [f"{wall[name]:.2f} s, {cpu[name]:.2f} s" for name in PROVIDERS]
+            ratios = [pairs.shown(x["ratio"]) for x in (wall, cpu)]
+            cells = [row["case"], condition, *times, *ratios, memory]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -176,17 +166,26 @@ def main() -> None:
         "cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(map(repr, CASES))
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of rows")
+    parser.add_argument("--only", choices=pairs.CONDITIONS, help="one of both conditions")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=PROVIDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"unknown case {sorted(unknown)}; valid are {list(CASES)}")
-    if args.one:
-        print(json.dumps(measure(args.cases[0], args.one, args.threads, args.repeat, args.scale)))
-        return
-    rows = compare(args.cases, args.threads, args.repeat, args.scale)
+    if args.rounds < 1:
+        parser.error("expected at least one round")
+    load = os.getloadavg()[0]
+    conditions = [args.only] if args.only else pairs.CONDITIONS
+    measure = functools.partial(
+        compare,
+        threads=args.threads,
+        rounds=args.rounds,
+        scale=args.scale,
+        conditions=conditions,
+    )
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        rows = fresh.map(measure, args.cases, chunksize=1)
     print(table(rows))
     if args.json:
         try:
@@ -198,6 +197,7 @@ def main() -> None:
         about = {
             "processor": processor(),
             "threads": args.threads,
+            "load": round(load, 1),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit,

@@ -1,12 +1,11 @@
 """CPU time of calls, compared with the bare Triton launches in them.
 
-    python benchmarks/host.py [--json FILE]
-
-Without a GPU, a libcuda whose functions do nothing is compiled with a C compiler: kernels are
-compiled for an H100, and their launches have no effect. CPU tensors stand for a GPU's, since no
-value is read. What remains is Python, PyTorch and Triton's own launcher. Times are medians over
-calls in a loop, of the fastest of several loops, in CPU time of the thread (on a GPU in wall time).
-Next to each call are its launches alone, `kernel[grid](...)`, in a loop of nothing else.
+Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
+compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
+launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
+in a loop, in CPU time of the thread (on a GPU in wall time). Beside each call stand its launches
+made bare, `kernel[grid](...)`, in a loop of nothing else. The loops take turns, and a ratio is
+the median over the turns, with its quartiles.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -27,6 +25,7 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import pairs
 import torch
 import triton
 
@@ -99,7 +98,7 @@ def device() -> torch.device:
         return torch.device("cuda")
     triton.runtime.driver.set_active(no_driver())
     os.environ[backend.ON_CPU] = "1"
-    checks._may_look = lambda _: False
+    checks.may_read = lambda _: False
     return torch.device("cpu")
 
 
@@ -129,7 +128,7 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[[], torch.Tensor], t
     rewards, ref_logps = torch.randn(S, device=device), torch.randn(S, device=device)
     objective = RPOObjective()
     return {
-        "an autograd function that does nothing": (lambda: _Nothing.apply(logits), logits),
+        LEAST: (lambda: _Nothing.apply(logits), logits),
         "rpo_loss": (
             lambda: (
                 rpo_loss(
@@ -172,11 +171,15 @@ def bare_launches() -> Iterator[list[Callable[[], object]]]:
         yield bare
 
 
-BLOCKS = 20  # loops of calls, alternating between the kinds; the fastest of each counts
+BLOCKS = 20  # of calls in a loop, in which all take turns
+LEAST = "an autograd function that does nothing"
 
 
-def run(rounds: int) -> dict[str, dict[str, float]]:
-    """Return microseconds of each kind: the call, call and backward, and its bare launches."""
+def run(rounds: int) -> dict[str, dict[str, dict]]:
+    """Of each kind of call, and of call and backward ("step"): its launches, and idle and busy (see
+    `pairs`) the microseconds that it takes, those of its launches made bare, and the ratio of
+    both: of a step, what is beyond PyTorch's least; and the ratio of each one's quietest turn.
+    """
     rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
 
@@ -189,16 +192,28 @@ def run(rounds: int) -> dict[str, dict[str, float]]:
         for kind, function in (("call", call), ("step", step)):
             with bare_launches() as bare:
                 function()
-            rows[name][f"{kind}, launches"] = len(bare)
-            timed[name, f"{kind}, us"] = function
-            timed[name, f"{kind}, us of bare launches"] = lambda bare=bare: [
-                launch() for launch in bare
+            rows[name][kind] = {"launches": len(bare)}
+            timed[name, kind, "us"] = function
+            timed[name, kind, "bare"] = lambda bare=bare: [launch() for launch in bare]
+    for condition in pairs.CONDITIONS[:1] if HAS_GPU else pairs.CONDITIONS:
+        with pairs.cores(condition):
+            blocks = [
+                {
+                    key: _median(function, max(1, rounds // BLOCKS))
+                    for key, function in timed.items()
+                }
+                for _ in range(BLOCKS)
             ]
-    for _ in range(BLOCKS):
-        for (name, what), function in timed.items():
-            rows[name][what] = min(
-                rows[name].get(what, math.inf), _median(function, max(1, rounds // BLOCKS))
-            )
+        for name, row in rows.items():
+            for kind, found in row.items():
+                us, bare = ([x[name, kind, what] for x in blocks] for what in ("us", "bare"))
+                least = [x[LEAST, kind, "us"] if kind == "step" else 0.0 for x in blocks]
+                found[condition] = {
+                    "us": round(statistics.median(us), 1),
+                    "bare us": round(statistics.median(bare), 1),
+                    "ratio": pairs.spread([(x - z) / y for x, y, z in zip(us, bare, least)]),
+                    "quietest ratio": round((min(us) - min(least)) / min(bare), 2),
+                }
     return rows
 
 
@@ -209,7 +224,7 @@ def _median(function: Callable[[], object], rounds: int) -> float:
         function()
         seconds.append(clock() - start)
     synchronize()
-    return round(1e6 * statistics.median(seconds), 1)
+    return 1e6 * statistics.median(seconds)
 
 
 def main() -> None:

@@ -129,7 +129,9 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """Return the allocator's peak during a step, above what was allocated before."""
+    """Handed out by the allocator above what stood before the step; on a CPU with one thread: the
+    profiler sees no memory of others.
+    """
     step.prepare()
     gc.collect()
     if device == "cuda":
@@ -138,10 +140,13 @@ def peak_bytes(step: Step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         step()
+    torch.set_num_threads(threads)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -33,8 +33,8 @@ def cpu_table(folder: Path) -> str | None:
     found = json.loads(path.read_text())
     about = found["about"]
     return (
-        f"Measured on a CPU ({about['processor']}, threads: {about['threads']}, torch "
-        f"{about['torch']}, commit {about['commit']}, "
+        f"Measured on a CPU ({about['processor']}, threads: {about['threads']}, load average at "
+        f"the start {about['load']}, torch {about['torch']}, commit {about['commit']}, "
         f"`{about['command']}`):\n\n{cpu.table(found['rows'])}"
     )
 
@@ -46,15 +46,14 @@ def memory_chart(folder: Path, width: int = 40) -> str | None:
         return None
     found = json.loads(path.read_text())
     about, rows = found["about"], found["rows"]
-    most = max(row["peak_mb"] for row in rows)
+    most = max(mb for row in rows for mb in row["peak_mb"].values())
     lines = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        N, H, V, *_ = cpu.CASES[case]
-        lines.append(f"{case}: {N:,} tokens, {'' if H is None else f'H = {H:,}, '}V = {V:,}")
-        for row in rows:
-            if row["case"] == case:
-                bar = "█" * max(1, round(width * row["peak_mb"] / most))
-                lines.append(f"  {row['provider']:11}  {bar} {row['peak_mb']:,} MB")
+    for row in rows:
+        N, H, V, *_ = cpu.CASES[row["case"]]
+        lines.append(f"{row['case']}: {N:,} tokens, {'' if H is None else f'H = {H:,}, '}V = {V:,}")
+        for provider, mb in row["peak_mb"].items():
+            bar = "█" * max(1, round(width * mb / most))
+            lines.append(f"  {provider:11}  {bar} {mb:,} MB")
     chart = "\n".join(lines)
     return (
         f"Peak memory of forward and backward, measured on a CPU ({about['processor']}, commit "

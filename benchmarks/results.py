@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pairs
 import torch
 from cases import Case
 from cpu import processor
@@ -239,25 +240,18 @@ def summary(results: dict) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def host_table(rows: dict[str, dict[str, float]]) -> str:
-    """Return the table of the results of benchmarks/host.py."""
-    least = rows["an autograd function that does nothing"]["step, us"]
-    lines = [
-        "| call | launches | us | bare launches | ratio | and backward: launches | us | bare "
-        "launches | PyTorch at least |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def host_table(rows: dict[str, dict[str, dict]]) -> str:
+    """Of what benchmarks/host.py measured."""
+    part = "launches | us | bare launches | ratio"
+    lines = [f"| call | cores | {part} | and backward: {part} |", "|---" * 10 + "|"]
     for name, row in rows.items():
-        call, bare, step, bare_step = (
-            row[f"{kind}, us{what}"]
-            for kind in ("call", "step")
-            for what in ("", " of bare launches")
-        )
-        ratio = f"{call / bare:.1f} x" if row["call, launches"] else ""
-        cells = f"{row['step, launches']} | {step:.0f} | {bare_step:.0f} | {least:.0f}"
-        lines.append(
-            f"| {name} | {row['call, launches']} | {call:.0f} | {bare:.0f} | {ratio} | {cells} |"
-        )
+        for condition in (x for x in pairs.CONDITIONS if x in row["call"]):
+            cells = [name, condition]
+            for found in row.values():
+                x, launches = found[condition], found["launches"]
+                ratio = pairs.shown(x["ratio"]) if launches else ""
+                cells += [str(launches), f"{x['us']:.0f}", f"{x['bare us']:.0f}", ratio]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, group_checks
+from .objectives import RPOObjective
 from .sums import Objective, weighted_parts
 
 
@@ -167,6 +168,8 @@ class Groups(NamedTuple):
 
     def parts(self) -> list[Groups]:
         """Return the arguments of the group pass for each part of the objective."""
+        if isinstance(self.objective, RPOObjective):
+            return [self]
         return [
             self._replace(
                 objective=part,

@@ -67,10 +67,8 @@ def objective_from_spec(spec: str) -> Objective:
 
 
 @lru_cache(maxsize=256)
-def weighted_parts(objective: Objective) -> tuple[RPOObjective, ...]:
-    """Return the parts of an objective, each with its weight in its own factors."""
-    if isinstance(objective, RPOObjective):
-        return (objective,)
+def weighted_parts(objective: ObjectiveSum) -> tuple[RPOObjective, ...]:
+    """Return the parts of a sum, each with its weight in its own factors."""
     return tuple(
         replace(x, scale=x.scale * weight, sft_weight=x.sft_weight * weight)
         for weight, x in zip(objective.weights, objective.parts)

@@ -37,14 +37,21 @@ def kernel_dtypes(backend: str) -> list[torch.dtype]:
 
 
 def peak_memory(step) -> int:
-    """Return the peak of bytes that PyTorch's allocator holds in a step, above its start."""
+    """Largest number of bytes that PyTorch's allocator holds during a step, above what it held
+    before. On a CPU with one thread: the profiler sees no memory of others.
+    """
     if HAS_GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        torch.set_num_threads(threads)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(
         itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())),

@@ -21,7 +21,8 @@ class Losses(NamedTuple):
     by_sequence: Tensor  # [5 P, S]: the rows of PerSequence of each part
 
     def parts(self) -> list[PerSequence]:
-        return [PerSequence(*rows) for rows in self.by_sequence.split(5)]
+        rows = self.by_sequence.unbind()
+        return [PerSequence(*rows[i : i + 5]) for i in range(0, len(rows), 5)]
 
 
 def group_pass(

@@ -1,22 +1,23 @@
-"""Rows of logits in PyTorch, a chunk at a time: shared by the vocabulary passes.
+"""Rows of logits in PyTorch, chunk by chunk: shared by the vocabulary passes.
 
-A chunk of fp32 logits stays in the cache and is all that exists besides input and gradient. It goes
-through PyTorch's fused (log_)softmax, which is several times faster than exp, sub and sum in
-sequence. That sums a row naively in fp32, so long rows are split into blocks, whose sums are
-combined in float64.
+A chunk of fp32 logits per thread stays in the cache and is all that exists besides input and
+gradient. It goes through PyTorch's fused (log_)softmax, which is several times faster than exp, sub
+and sum in sequence. That sums a row naively in fp32, so long rows are split into blocks, whose sums
+are combined in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable
 
 import torch
 
 from ..inputs import LogitTransform
+from .threads import run_on_threads
 
-# bytes of fp32 logits: they fit the L3 cache, and chunks are few enough that waking threads is
-# cheap
-CHUNK_BYTES = 8 << 20
+# bytes of fp32 logits per thread: they fit its share of the cache
+CHUNK_BYTES = 4 << 20
 FLOOR = -1e4  # of log-probabilities, so that 0 log 0 is 0
 
 
@@ -50,18 +51,45 @@ def _block_count(V: int) -> int:
     return max(1, V // 1024)
 
 
-def scratch_for(logits: torch.Tensor, buffers: int) -> torch.Tensor:
-    """Allocate `[buffers, rows, V]` fp32 for a chunk of rows, padded with -inf to whole blocks."""
-    V = logits.shape[2]
-    rows = min(_rows(V), logits.shape[0] * logits.shape[1])
+Work = Callable[[torch.Tensor, torch.Tensor], None]  # of rows and scratch
+
+
+def for_each_chunk(work: Work, alive: torch.Tensor, V: int, buffers: int) -> None:
+    """Call `work(rows, scratch)` for chunks of the rows that `alive` `[N]` selects.
+
+    rows are flat indices; scratch is fp32 `[buffers, rows, V]`, padded in memory as `as_blocks`
+    needs it. Each chunk belongs to one thread from its first operator to its last (see `threads`).
+    """
+    scored = alive.nonzero()[:, 0]
+    if not scored.numel():
+        return
+    # other threads would not use the caller's CUDA stream
+    threads = torch.get_num_threads() if alive.device.type == "cpu" else 1
+    size = max(1, min(CHUNK_BYTES // (4 * V), -(-scored.numel() // threads)))
+    chunks = deque((work, rows) for rows in scored.split(size))
+    # allocated here: PyTorch's profiler does not see the memory of other threads
     pitch = -(-V // _block_count(V)) * _block_count(V)
-    return torch.full(
-        (buffers, rows, pitch), -torch.inf, dtype=torch.float32, device=logits.device
-    )[..., :V]
+    shape = (min(threads, len(chunks)), buffers, size, pitch)
+    scratch = deque(torch.empty(shape, dtype=torch.float32, device=alive.device)[..., :V])
+    if threads == 1:
+        return _run(chunks, scratch)
+    run_on_threads(len(scratch), _run, chunks, scratch)
 
 
-def _rows(V: int) -> int:
-    return max(1, CHUNK_BYTES // (4 * V))
+def _run(chunks: deque[tuple[Work, torch.Tensor]], scratch: deque[torch.Tensor]) -> None:
+    """Process chunks until none is left; other threads do the same at the same time.
+
+    Takes chunks and memory out of its arguments, so that they are freed before it returns: the
+    executor releases the arguments themselves a moment later.
+    """
+    mine = scratch.pop()
+    with torch.no_grad():  # threads begin with gradients enabled
+        while True:
+            try:
+                work, rows = chunks.popleft()
+            except IndexError:
+                return
+            work(rows, mine[:, : len(rows)])
 
 
 def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
@@ -78,15 +106,11 @@ def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform
     return z.mul_(post) if post != 1 else z
 
 
-def chunks_of(
-    logits: torch.Tensor, alive: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield flat indices and logits `[rows, V]` of live rows; a view if they are adjacent."""
-    inner, V = logits.shape[1:]
-    scored = alive.nonzero()[:, 0]
-    for rows in scored.split(_rows(V)) if scored.numel() else ():
-        view = view_of(logits, rows)
-        yield rows, logits[rows // inner, rows % inner] if view is None else view
+def rows_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return logits `[rows, V]`, as a view if the rows are adjacent."""
+    inner = logits.shape[1]
+    view = view_of(logits, rows)
+    return logits[rows // inner, rows % inner] if view is None else view
 
 
 def view_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:

@@ -7,7 +7,15 @@ import math
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, transformed, view_of
+from .rows import (
+    FLOOR,
+    as_blocks,
+    for_each_chunk,
+    log_softmax_blocks,
+    rows_of,
+    transformed,
+    view_of,
+)
 
 
 def vocabulary_backward(
@@ -34,19 +42,19 @@ def vocabulary_backward(
     alive = (labels != transform.ignore_index) & (coef != 0)
     if entropy_coef is not None:
         alive |= (labels != transform.ignore_index) & (entropy_coef != 0)
-    inner = logits.shape[1]
+    inner, V = logits.shape[1:]
     dead = (~alive).nonzero()[:, 0]
     if dead.numel() == alive.numel():
         out.zero_()
     else:
         out[dead // inner, dead % inner] = 0
-    scratch = scratch_for(logits, 1 if entropy_coef is None else 2)
     temperature, logit_scale, softcap, _ = transform
     chain = logit_scale / temperature
-    for rows, chunk in chunks_of(logits, alive):
-        z = transformed(chunk, scratch[0, : len(rows)], transform)
+
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z = transformed(rows_of(logits, rows), scratch[0], transform)
         slope = (1 - (z * (temperature / softcap)) ** 2).mul_(chain) if softcap > 0 else None
-        label, V = labels[rows][:, None], logits.shape[2]
+        label = labels[rows][:, None]
         column = label.clamp(0, V - 1).long()
         c, logp = coef[rows][:, None], logps[rows][:, None]
         factor = c if slope is not None else c * chain
@@ -61,7 +69,7 @@ def vocabulary_backward(
                 entropy_coef[rows][:, None] * (1 if slope is not None else chain),
             )
             blocks, block_lse = log_softmax_blocks(z)
-            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
+            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1]))
             offset = block_lse - total
             blocks.clamp_(min=FLOOR).add_((offset + h).float()[..., None]).mul_(hc[..., None]).add_(
                 factor[..., None]
@@ -80,3 +88,5 @@ def vocabulary_backward(
             target.copy_(z)
         else:
             out[rows // inner, rows % inner] = z.to(out.dtype)
+
+    for_each_chunk(work, alive, V, 1 if entropy_coef is None else 2)

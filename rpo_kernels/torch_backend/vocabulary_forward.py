@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, chunks_of, log_softmax_blocks, scratch_for, transformed
+from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, rows_of, transformed
 
 
 def vocabulary_forward(
@@ -19,10 +18,16 @@ def vocabulary_forward(
     logps = torch.zeros(N, dtype=torch.float32, device=device)
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
-    for rows, z_label, _, others, h_others in _read(logits, labels, transform, entropy, torch.nan):
+
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, _, others, h_others = _read(
+            rows_of(logits, rows), labels[rows], transform, scratch, torch.nan
+        )
         logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
         if entropies is not None and h is not None:
             entropies[rows] = h
+
+    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
     return logps, lse, entropies
 
 
@@ -42,52 +47,53 @@ def shard_statistics(
         statistics[:2] = -torch.inf
         statistics[0].masked_fill_((labels != -1) & (labels != transform.ignore_index), torch.nan)
         return statistics
-    for rows, z_label, peak, others, h_others in _read(
-        logits, labels, transform, entropy, -torch.inf
-    ):
+
+    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
+        z_label, peak, others, h = _read(
+            rows_of(logits, rows), labels[rows], transform, scratch, -torch.inf
+        )
         statistics[0, rows], statistics[1, rows] = z_label, peak
         statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
-        if entropy:
-            statistics[3, rows] = h_others.float()
+        if h is not None:
+            statistics[3, rows] = h.float()
+
+    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
     return statistics
 
 
 def _read(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
+    chunk: torch.Tensor,
+    label: torch.Tensor,
     transform: LogitTransform,
-    entropy: bool,
+    scratch: torch.Tensor,
     elsewhere: float,
-) -> Iterator[tuple]:
-    """Yield chunks of scored rows: indices, the label's z, and statistics of the other columns.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the label's z and maximum, logsumexp and entropy of the other columns, of `[rows, V]`.
 
-    These are maximum, logsumexp and entropy.
+    z is `elsewhere` for label -1; the entropy is None unless scratch has two buffers.
     """
-    V = logits.shape[2]
-    scratch = scratch_for(logits, 2 if entropy else 1)
-    for rows, chunk in chunks_of(logits, labels != transform.ignore_index):
-        z = transformed(chunk, scratch[0, : len(rows)], transform)
-        label = labels[rows]
-        inside = (label >= 0) & (label < V)
-        column = torch.where(inside, label, 0)[:, None].long()
-        z_label = z.gather(1, column)
-        # log p = -softplus(lse of the others - z_label), which keeps digits when p is close to 1
-        z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
-        z_label = z_label[:, 0]
-        z_label = torch.where(
-            inside,
-            z_label,
-            torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
+    V = chunk.shape[1]
+    z = transformed(chunk, scratch[0], transform)
+    inside = (label >= 0) & (label < V)
+    column = torch.where(inside, label, 0)[:, None].long()
+    z_label = z.gather(1, column)
+    # log p = -softplus(lse of the others - z_label): which keeps digits when p is close to 1
+    z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
+    z_label = z_label[:, 0]
+    z_label = torch.where(
+        inside,
+        z_label,
+        torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
+    )
+    blocks, block_lse = log_softmax_blocks(z)
+    others = torch.logsumexp(block_lse, 1)
+    h_others = None
+    if len(scratch) == 2:
+        p = torch.softmax(blocks, 2, out=as_blocks(scratch[1]))
+        h_others = entropy_of_parts(
+            -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
         )
-        blocks, block_lse = log_softmax_blocks(z)
-        others = torch.logsumexp(block_lse, 1)
-        h_others = None
-        if entropy:
-            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1, : len(rows)]))
-            h_others = entropy_of_parts(
-                -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
-            )
-        yield rows, z_label, block_lse.amax(1).float(), others, h_others
+    return z_label, block_lse.amax(1).float(), others, h_others
 
 
 def row_results(
