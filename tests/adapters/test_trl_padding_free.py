@@ -47,7 +47,9 @@ def trained(tmp_path, padding_free, *, rows=UNEVEN, objective=OBJECTIVE, more=No
         {},
         {"more": {"precompute_ref_log_probs": True, "max_length": 14}},
         {"ref": False, "peft": LORA},
-        {"model": mixtral, "more": {"router_aux_loss_coef": 0.3}},
+        pytest.param(
+            {"model": mixtral, "more": {"router_aux_loss_coef": 0.3}}, marks=pytest.mark.slow
+        ),
         {
             "objective": RPOObjective("forward_kl", 1.0, reference="none"),
             "ref": False,
@@ -95,6 +97,7 @@ def test_padding_free_has_the_gradients_of_a_padded_batch_from_fewer_rows(tmp_pa
     assert rows[1] == batch["cu_seqlens"][-1] < 0.6 * rows[0], rows
 
 
+@pytest.mark.slow
 def test_padding_free_evaluates_as_padded_batches_do(tmp_path):
     metrics = []
     for packs in (False, True):
