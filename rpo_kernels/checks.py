@@ -15,6 +15,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from . import slips
 from .backend import BACKENDS
 from .objectives import DISTANCES, RPOObjective
 from .tangents import check_tangents
@@ -31,25 +32,14 @@ def shape_of(x: Tensor) -> str:
 def check_tensor(op: str, name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(
-            f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}{_tensor_in(name, x)}"
+            f"{op}: `{name}` must be a torch.Tensor, got {type(x).__name__}"
+            f"{slips.of_tensor(name, x)}"
         )
     if x.is_nested:
         raise TypeError(
             f"{op}: `{name}` must be a plain tensor, got a nested one; pass {name}.values(), "
             f"packed, and {name}.offsets().int() as `cu_seqlens` where sequences matter"
         )
-
-
-def _tensor_in(name: str, x: object) -> str:
-    """Where the tensor is, in what is often passed in its place."""
-    attribute = {"hidden": "last_hidden_state", "weight": "weight", "logits": "logits"}.get(
-        name.removeprefix("ref_"), ""
-    )
-    if isinstance(getattr(x, attribute, None), Tensor):
-        return f"; pass its .{attribute}"
-    if isinstance(x, (list, tuple)) and x and all(isinstance(i, (int, float)) for i in x):
-        return f"; pass torch.tensor({name})"
-    return ""
 
 
 def check_device(op: str, name: str, x: Tensor | None, device: torch.device) -> None:
@@ -83,36 +73,16 @@ def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index:
     """Integer labels in the shape of the leading dimensions of logits (or hidden states)."""
     check_tensor(op, "labels", labels)
     if labels.dtype not in _INTEGERS:
-        slip = (
-            "did you pass a mask? shift_labels(input_ids, mask) makes labels"
-            if labels.dtype == torch.bool
-            else "pass labels.long()"
-        )
-        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}; {slip}")
+        slip = slips.of_label_dtype(labels)
+        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}{slip}")
     expected = like.shape[:-1]
     if labels.shape != expected:
         raise ValueError(
             f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got "
-            f"{shape_of(labels)}{_slip_of_labels(labels, like, name)}"
+            f"{shape_of(labels)}{slips.of_label_shape(labels, like, name)}"
         )
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
-
-
-def _slip_of_labels(labels: Tensor, like: Tensor, name: str) -> str:
-    """Why labels may have another shape than logits or hidden states."""
-    got, expected = list(labels.shape), list(like.shape[:-1])
-    if labels.numel() == math.prod(expected):
-        return "; flatten both or neither" if 1 in (len(got), len(expected)) else ""
-    if got[:-1] == expected:
-        return f"; pass `{name}` of all positions, not of one"
-    if len(got) == len(expected) and got[:-1] == expected[:-1]:
-        if got[-1] == expected[-1] + 1:
-            slip = "labels[:, 1:]" if len(got) == 2 else "labels[1:]"
-            return f"; labels[t] is the token that position t predicts, did you mean `{slip}`?"
-        if got[-1] == expected[-1] - 1:
-            return "; shift_labels(input_ids, mask) shifts them and keeps their length"
-    return ""
 
 
 def check_logits(
@@ -328,7 +298,7 @@ def check_reference(
     check_constant(op, "ref_logps", ref_logps)
     shape = tuple(ref_logps.shape[1:] if several else ref_logps.shape)
     if shape not in shapes or (several and not len(ref_logps)):
-        hint = "" if several else _slip_of_reference(shape, shapes)
+        hint = "" if several else slips.of_reference(shape, shapes)
         raise ValueError(
             f"{op}: `ref_logps` must be {_any_of(shapes, several)}, got {shape_of(ref_logps)}{hint}"
         )
@@ -349,20 +319,6 @@ def check_reference(
 def _any_of(shapes: list[tuple[int, ...]], several: bool) -> str:
     lead = "R, " if several else ""
     return " or ".join(f"[{lead}{', '.join(map(str, s))}]" for s in shapes)
-
-
-def _slip_of_reference(got: tuple[int, ...], shapes: list[tuple[int, ...]]) -> str:
-    """Why one reference's log-probabilities may have another shape than those expected."""
-    (S,), tokens = shapes[0], shapes[-1]
-    if got[1:] in shapes:
-        return "; several references need an objective with reference='harmonic' or 'geometric'"
-    if math.prod(got) == S:
-        return "; pass ref_logps.flatten()"
-    if len(tokens) == 2 and got == (S, tokens[1] - 1):
-        return "; pass torch.nn.functional.pad(ref_logps, (0, 1)): the last position predicts none"
-    if len(shapes) == 1 and len(got) == 2 and got[0] == S:
-        return "; pass sequence_logps(ref_logps)"
-    return ""
 
 
 def _told(x: object) -> str:
@@ -410,15 +366,9 @@ def check_label_values(op: str, labels: Tensor, V: int, ignore_index: int) -> No
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= V))
     if outside.any():
         label = int(labels[outside][0])
-        if label < 0:
-            slip = f"; pass {ignore_index} where nothing is scored, or ignore_index={label}"
-        elif op.startswith("linear_"):
-            slip = f"; the head has {V} rows"
-        else:
-            slip = f"; the logits have {V} columns, call linear_{op} with hidden states"
         raise ValueError(
             f"{op}: `labels` must lie in [0, {V}) or be ignore_index {ignore_index}, got {label}"
-            f"{slip}"
+            f"{slips.of_label(op, label, V, ignore_index)}"
         )
 
 
@@ -427,14 +377,9 @@ def check_offset_values(op: str, name: str, offsets: Tensor | None, total: int, 
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
-        slip = ""
-        if int(offsets.sum()) == total:  # sizes
-            slip = f"; pass torch.nn.functional.pad({name}.cumsum(0, dtype=torch.int32), (1, 0))"
-        elif last == total:
-            slip = f"; pass torch.nn.functional.pad({name}, (1, 0))"
         raise ValueError(
             f"{op}: `{name}` must begin at 0 and end at the number of {what}, {total}; got {first} "
-            f"and {last}{slip}"
+            f"and {last}{slips.of_offsets(name, offsets, total)}"
         )
     if (offsets.diff() < 0).any():
         raise ValueError(f"{op}: `{name}` must not decrease, got {offsets.tolist()[:16]}")
