@@ -195,6 +195,11 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
             "dpo",
             r"must have the columns .*; got prompt, completion",
         ),
+        (
+            GOOD | {"responses": [[{"role": "assistant", "content": "sings"}]] * 2},
+            "backward_kl",
+            r"`responses` must be texts, as `prompt` is, got list",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", [Dataset, IterableDataset])
@@ -227,6 +232,19 @@ def test_the_second_row_and_the_evaluation_data_are_looked_at_too(tmp_path):
             RPOTrainer(
                 llama(), llama(seed=1), config(tmp_path), processing_class=tokenizer(), **data
             )
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "train dataset must have rows, got none"),
+        ([GOOD], "must have prompts shorter than `max_length` 2, got none"),
+    ],
+)
+def test_RPOTrainer_refuses_data_of_which_nothing_is_left(rows, message, tmp_path):
+    data, args = Dataset.from_list([GOOD]).select(range(len(rows))), config(tmp_path, max_length=2)
+    with pytest.raises(ValueError, match=message):
+        RPOTrainer(llama(), llama(seed=1), args, train_dataset=data, processing_class=tokenizer())
 
 
 def test_streamed_rows_train(tmp_path):
