@@ -1,0 +1,47 @@
+"""Docstrings as mkdocstrings reads them: Markdown, from the few marks of reStructuredText that ours
+have.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import griffe
+
+ROLE = re.compile(r":(?:func|class|meth):`~?([\w.]+)`")
+TABLE = re.compile(r"^( *)(=+(?: +=+)+)\n(.+)\n\1\2\n((?:.+\n)+?)\1\2$", re.MULTILINE)
+# Public names, by what they end in, with the address of their place on the page.
+API = (Path(__file__).parents[1] / "api.md").read_text()
+PUBLIC = {name.rpartition(".")[2]: name for name in re.findall(r"^::: (\S+)$", API, re.MULTILINE)}
+
+
+class Docstrings(griffe.Extension):
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring:
+            obj.docstring.value = markdown(obj.docstring.value)
+
+
+def markdown(text: str) -> str:
+    """
+    >>> markdown("see :func:`rpo_loss`, of :class:`trl.DPOConfig`")
+    'see [`rpo_loss`][rpo_kernels.rpo_loss], of `trl.DPOConfig`'
+    """
+    return TABLE.sub(table, ROLE.sub(reference, text))
+
+
+def reference(role: re.Match) -> str:
+    name = role[1].rpartition(".")[2]
+    return f"[`{name}`][{PUBLIC[name]}]" if name in PUBLIC else f"`{role[1]}`"
+
+
+def table(rows: re.Match) -> str:
+    """A simple table of reStructuredText, whose columns are where its rule says."""
+    indent, rule = rows[1], rows[2]
+    columns = [rule_of_column.span() for rule_of_column in re.finditer("=+", rule)]
+    cells = [
+        [line[len(indent) :][a : max(b, 0)].strip().replace("|", r"\|") for a, b in columns]
+        for line in (rows[3], *rows[4].splitlines())
+    ]
+    cells.insert(1, ["---"] * len(columns))
+    return "\n".join(f"{indent}| " + " | ".join(line) + " |" for line in cells)
