@@ -1,9 +1,9 @@
 """What the site adds to mkdocs: files from outside of docs/, at the place they have in the
 repository.
 
-So docs/memory.md is memory.md on the site, and CONTRIBUTING.md is CONTRIBUTING.md. A link is written
-for the repository, and loses the ``docs/`` or ``../`` between the two. Sources of the examples, which
-a link may lead to, become pages that show them.
+So docs/memory.md is memory.md on the site, and CONTRIBUTING.md is CONTRIBUTING.md. A link is
+written for the repository, and loses the ``docs/`` or ``../`` between the two. Sources of the
+examples, which a link may lead to, become pages that show them.
 """
 
 from __future__ import annotations
