@@ -9,7 +9,7 @@ from pathlib import Path
 
 import griffe
 
-ROLE = re.compile(r":(?:func|class|meth):`~?([\w.]+)`")
+ROLE = re.compile(r":[a-z]+:`~?([\w.]+)`")
 TABLE = re.compile(r"^( *)(=+(?: +=+)+)\n(.+)\n\1\2\n((?:.+\n)+?)\1\2$", re.MULTILINE)
 # Public names, by what they end in, with the address of their place on the page.
 API = (Path(__file__).parents[1] / "api.md").read_text()

@@ -100,10 +100,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
+    page, demo = PAGE.read_text(encoding="utf-8"), json.loads(DEMO.read_text(encoding="utf-8"))
     notebook = run(page)
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page, plots = filled(page, notebook, json.loads(DEMO.read_text(encoding="utf-8")))
+    page, plots = filled(page, notebook, demo)
     PAGE.write_text(page, encoding="utf-8")
     PLOTS.mkdir(exist_ok=True)
     for number, plot in enumerate(plots, 1):
