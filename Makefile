@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check test-slow test-transformers demo study docs notebook bench gpu sanitize lint clean
+.PHONY: test check test-slow test-transformers demo study docs notebook
+.PHONY: bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
