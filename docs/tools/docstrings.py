@@ -36,12 +36,15 @@ def reference(role: re.Match) -> str:
 
 
 def table(rows: re.Match) -> str:
-    """A simple table of reStructuredText, whose columns are where its rule says."""
-    indent, rule = rows[1], rows[2]
-    columns = [rule_of_column.span() for rule_of_column in re.finditer("=+", rule)]
+    """A simple table of reStructuredText: columns begin where its rule says, the last one ends
+    with the line.
+    """
+    indent = rows[1]
+    begin = [part.start() for part in re.finditer("=+", rows[2])]
+    columns = [slice(*ends) for ends in zip(begin, [*begin[1:], None])]
     cells = [
-        [line[len(indent) :][a : max(b, 0)].strip().replace("|", r"\|") for a, b in columns]
+        [line[len(indent) :][column].strip().replace("|", r"\|") for column in columns]
         for line in (rows[3], *rows[4].splitlines())
     ]
-    cells.insert(1, ["---"] * len(columns))
+    cells.insert(1, ["---"] * len(begin))
     return "\n".join(f"{indent}| " + " | ".join(line) + " |" for line in cells)
