@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check test-slow test-transformers demo study bench gpu sanitize lint clean
+.PHONY: test check test-slow test-transformers demo study docs notebook
+.PHONY: bench gpu sanitize lint clean
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -15,7 +16,7 @@ check: lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup -k "not triton" $(QUICK) $(ARGS)
 
 # Commands as the pages print them; minutes each.
-test-slow: .venv/test.stamp .venv/demo.stamp
+test-slow: .venv/test.stamp .venv/demo.stamp .venv/docs.stamp .venv/notebook.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The adapter on the oldest and the newest release of transformers that it is known to work with.
@@ -31,6 +32,14 @@ demo: .venv/demo.stamp
 # Which objective, how many responses, online or offline? ARGS="--full", ARGS="--axes judge sft", ...
 study: .venv/demo.stamp
 	$(BIN)/python -m examples.study $(ARGS)
+
+# The site, from docs/, CONTRIBUTING and docstrings, into site/. A warning is an error.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Runs the code of docs/start.md: examples/start.ipynb, and the outputs on the page.
+notebook: .venv/notebook.stamp
+	$(BIN)/python docs/tools/start.py
 
 # On a GPU full sizes, elsewhere small ones. ARGS="--smoke", ARGS='-k "Qwen3 and pair"', ...; peers are measured where installed.
 bench: .venv/test.stamp
@@ -64,4 +73,4 @@ lint: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-sanitize build dist *.egg-info
+	rm -rf .venv .venv-sanitize build dist site *.egg-info

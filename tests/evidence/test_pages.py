@@ -56,9 +56,22 @@ def test_pages_have_relative_links_that_resolve(page):
             assert anchor in anchors(target.read_text()), f"{link}: no such heading"
 
 
-def test_pages_are_all_linked_from_the_readme():
-    for page in (*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
-        assert f"({page.relative_to(ROOT).as_posix()}" in README, f"{page.name} is not"
+def test_pages_are_all_linked_from_the_readme_or_the_front_page_of_the_site():
+    front = ROOT / "docs" / "index.md"
+    for page in {*PAGES} - {ROOT / "README.md", front}:
+        links = (
+            f"({page.relative_to(ROOT).as_posix()}" in README,
+            f"({page.name}" in front.read_text(),
+        )
+        assert any(links), f"{page.name} is not"
+
+
+def test_examples_have_each_a_line_in_their_index():
+    index = (ROOT / "examples" / "README.md").read_text()
+    named = re.findall(r"^\| \[[^]]*\]\(([^)]+)\) \| .+ \|$", index, re.MULTILINE)
+    hidden = ("README.md", "__pycache__")
+    found = [path.name for path in (ROOT / "examples").iterdir() if path.name not in hidden]
+    assert sorted(named) == sorted(name for name in found if not name.startswith("."))
 
 
 def test_architecture_page_has_the_table_of_imports():

@@ -33,6 +33,8 @@ NOT_RUN = {
     "make test-transformers": ELSEWHERE,
     "make lint": ELSEWHERE,
     "make check": ELSEWHERE,
+    "make docs": f"{ELSEWHERE}; tests/evidence/test_docs_site.py builds the site",
+    "make notebook": f"{ELSEWHERE}; tests/evidence/test_docs_site.py runs the notebook",
     "make sanitize": f"{ELSEWHERE}; tests/evidence/test_sanitize.py runs some cases",
     "make bench": f"{LONG}; tests/evidence/test_benchmarks.py runs it with --smoke",
     "make gpu": "needs a GPU",
