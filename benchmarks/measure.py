@@ -31,7 +31,7 @@ class Step:
     def __init__(self, case: Case, provider: Provider, inputs: list[Inputs]):
         self.case, self.provider, self.turn = case, provider, -1
         self.labels = inputs[0].labels
-        order = provider.order(inputs[0].labels.shape[0])
+        order = provider.order(case.part, case.sequences)
         self.order = torch.tensor(order, device=inputs[0].labels.device)
         stays = order == sorted(order)
         self.sets = [x if stays else x.ordered(self.order) for x in inputs]
@@ -60,16 +60,20 @@ class Step:
 
     def __call__(self) -> None:
         x, part, provider = self.inputs, self.case.part, self.provider
+        options = {"softcap": part.softcap} if part.softcap else {}
+        options |= {"entropy": True} if part.entropy else {}
         with torch.set_grad_enabled(bool(part.trains)):
-            if part.group_size:
+            if part.loss:
                 output, upstream = provider.loss(self.case, x), None
             elif part.start == "logits":
-                output, upstream = provider.from_logits(x.logits, x.labels), x.upstream
+                output, upstream = provider.from_logits(x.logits, x.labels, **options), x.upstream
             else:
-                output, upstream = provider.from_hidden(x.hidden, x.weight, x.labels), x.upstream
+                output = provider.from_hidden(x.hidden, x.weight, x.labels, x.counts)
+                upstream = x.upstream
             if part.trains:
                 output.backward(upstream)
-        self.output = output.detach()
+        both = output if part.entropy else (output, None)
+        self.output, self.entropies = (None if y is None else y.detach() for y in both)
 
     def gradient(self, name: str) -> Tensor:
         """In the order of the case, flat rows."""
@@ -87,7 +91,7 @@ class Step:
 class Errors(NamedTuple):
     """Worst errors against float64."""
 
-    absolute: float  # of a log-probability or the loss, nats
+    absolute: float  # of a log-probability, an entropy or the loss, nats
     relative: dict[str, float]  # of each gradient, by norm
     verdict: str | None  # what is wrong, or None
 
@@ -98,19 +102,24 @@ def check(step: Step, truth: Truth) -> Errors:
     step.prepare()
     step()
     wrong, relative = [], {}
-    if step.case.part.group_size:
+    if step.case.part.loss:
         absolute = abs(step.output.item() - truth.loss)
         if not absolute <= truth.loss_bound:
             wrong.append(f"loss off by {absolute:.2g}, bound {truth.loss_bound:.2g}")
     else:
-        error = (step.output[step.order.argsort()].double() - truth.logps).abs()
-        absolute = error.max().item()
-        if not bool((error <= truth.logps_bound).all()):
-            excess = (error - truth.logps_bound).nan_to_num(nan=float("inf")).argmax()
-            wrong.append(
-                f"log-prob off by {error.flatten()[excess]:.2g}, bound "
-                f"{truth.logps_bound.flatten()[excess]:.2g}"
-            )
+        found = {"log-prob": (step.output, truth.logps, truth.logps_bound)}
+        if step.entropies is not None:
+            found["entropy"] = step.entropies, truth.entropies, 2 * truth.logps_bound
+        absolute = 0.0
+        for name, (value, true, bound) in found.items():
+            error = (value[step.order.argsort()].double() - true).abs()
+            absolute = max(absolute, error.max().item())
+            if not bool((error <= bound).all()):
+                excess = (error - bound).nan_to_num(nan=float("inf")).argmax()
+                wrong.append(
+                    f"{name} off by {error.flatten()[excess]:.2g}, bound "
+                    f"{bound.flatten()[excess]:.2g}"
+                )
     for name, sample in truth.gradients.items():
         gradient = step.gradient(name)
         error = (gradient[sample.index].double() - sample.value).norm().item()

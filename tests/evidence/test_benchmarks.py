@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import cases  # noqa: E402
 import measure  # noqa: E402
 import providers  # noqa: E402
 import readme as fill  # noqa: E402
@@ -24,6 +25,7 @@ from cases import MODELS, PARTS, QWEN, TINY, Case  # noqa: E402
 from truth import truth_of  # noqa: E402
 
 ROWS, DTYPES = 64, [torch.float32, torch.bfloat16]
+PART = {part.name: part for part in PARTS}
 RUN_HERE = [
     p for p in providers.PROVIDERS if not isinstance(p, providers.Compiled)
 ]  # which takes seconds for each graph
@@ -73,7 +75,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("part", [PARTS[1], PARTS[4], PARTS[5]], ids=lambda part: part.name)
+GATED = ["logits forward + backward", "SimPO", "KTO"]
+
+
+@pytest.mark.parametrize("part", GATED)
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_the_gate_rejects(wrong, part):
     class Planted(providers.Naive):
@@ -82,8 +87,38 @@ def test_the_gate_rejects(wrong, part):
         def from_logits(self, logits, labels):
             return wrong(super().from_logits(logits, labels), labels)
 
-    case, inputs, truth = prepared(part)
+    case, inputs, truth = prepared(PART[part])
     assert measure.check(measure.Step(case, Planted(), inputs), truth).verdict
+
+
+def test_the_gate_rejects_entropies_of_capped_logits_and_logits_without_their_cap():
+    class Planted(providers.Naive):
+        def from_logits(self, logits, labels, softcap=None, entropy=False):
+            cap = 10.0 if entropy else None
+            wrong = super().from_logits(logits, labels, cap, entropy)
+            right = super().from_logits(logits, labels)
+            return (right, wrong[1]) if entropy else wrong
+
+    for part, says in (
+        ("logits and entropy forward", "entropy off"),
+        ("softcapped logits forward", "log-prob off"),
+    ):
+        case, inputs, truth = prepared(PART[part])
+        assert says in measure.check(measure.Step(case, Planted(), inputs), truth).verdict
+
+
+@pytest.mark.parametrize("part", ["SimPO", "RPO of 8 responses"])
+def test_responses_of_real_lengths_are_scored_where_they_are(part):
+    case = Case.of_pairs(
+        PART[part], TINY, tuple(p // 40 + 2 for p in cases.PAIRS), dtype=torch.float32
+    )
+    inputs = case.inputs("cpu")
+    assert ((inputs.labels >= 0).sum(1) == torch.tensor(case.counts)).all()
+    assert inputs.labels.shape == (32, max(case.counts)) and inputs.labels.numel() == case.rows
+    truth = truth_of(case, inputs)
+    for provider in (providers.Ours(), providers.Naive()):
+        assert measure.check(measure.Step(case, provider, [inputs]), truth).verdict is None
+    assert sum(cases.PAIRS) / len(cases.PAIRS) == pytest.approx(553, rel=0.02)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -101,7 +136,7 @@ def test_in_bf16_a_gradient_half_as_large_again_is_rejected(part):
 
 
 def test_a_step_in_place_leaves_the_inputs_of_others_alone():
-    case, inputs, truth = prepared(PARTS[1])
+    case, inputs, truth = prepared(PART["logits forward + backward"])
     before = inputs[0].logits.clone()
     step = measure.Step(case, providers.OursInPlace(), inputs)
     for _ in range(2):
@@ -115,24 +150,28 @@ def test_the_limit_counts_scored_rows_and_needed_gradients():
     gemms = {name: case.flop / G for name, case in by_name.items()}
     assert gemms == {
         "logits forward": 0,
+        "logits and entropy forward": 0,
+        "softcapped logits forward": 0,
         "logits forward + backward": 0,
         "linear no grad": 1,
         "linear frozen head": 2,
         "linear trainable head": 3,
-        "pair loss": 3,
-        "loss of 8 responses": 3,
+        "DPO": 3,
+        "SimPO": 3,
+        "KTO": 3,
+        "RPO of 8 responses": 3,
     }
     L = 2 * 8192 * 151_936
     assert (
         by_name["logits forward"].bytes == L and by_name["logits forward + backward"].bytes == 3 * L
     )
-    quarter = Case(PARTS[1], QWEN, 8192, 0.25)
+    quarter = Case(PART["logits forward + backward"], QWEN, 8192, 0.25)
     assert quarter.bytes == L // 4 + L // 4 + L  # the gradient of every row is written
     assert {model.V for model in MODELS} == {128_256, 151_936, 262_144, 49_152}
 
 
 def test_memory_is_the_peak_above_the_inputs():
-    case, inputs, _ = prepared(PARTS[0])
+    case, inputs, _ = prepared(PART["logits forward"])
 
     class Known(providers.Naive):
         def from_logits(self, logits, labels):
