@@ -2,8 +2,8 @@
 gives.
 
 On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs
-before each; on a CPU it is ``time.perf_counter``. Memory is the peak of what the allocator handed
-out above the inputs, gradients included.
+before each; on a CPU it is ``time.perf_counter``. Memory is the peak of what the allocator was
+asked for above the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from providers import Provider
 from torch import Tensor
 from truth import Truth
 
+from rpo_kernels.tools.memory import peak_bytes
 from rpo_kernels.tools.timing import flush_cache, seconds
 
 
@@ -140,26 +141,11 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(times, n=4, method="inclusive"))
 
 
-def peak_bytes(step: Step, device: str) -> int:
-    """Handed out by the allocator above what stood before the step."""
+def peak_of(step: Step, device: str) -> int:
+    """Bytes that a step holds at a time above its inputs, gradients included."""
     step.prepare()
     gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(step, device)
 
 
 # ---- what the hardware gives ---------------------------------------------------------------------
@@ -210,6 +196,6 @@ class Ceilings:
         rate = self.gemm_rate(case)
         return (
             case.flop / rate,
-            f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in "
+            f"{case.flop / 1e12:.3g} Tflop of bare GEMMs at {rate / 1e12:.3g} Tflop/s in "
             f"{str(case.dtype)[6:]}",
         )

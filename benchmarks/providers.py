@@ -32,6 +32,7 @@ class Provider:
     triton = False  # whether it has no backend but Triton's, on a GPU
     overwrites = False  # whether the backward overwrites the logits
     has_softcap = has_entropy = False  # from logits
+    compiles = False  # whether torch.compile takes its time for each shape
 
     def from_logits(self, logits: Tensor, labels: Tensor, **options: object) -> Tensor | tuple:
         """``options``: softcap and entropy of the part, where it has them."""
@@ -120,7 +121,7 @@ class Naive(Provider):
 class Compiled(Naive):
     """The same under torch.compile, compiled for each shape."""
 
-    name = "torch.compile"
+    name, compiles = "torch.compile", True
 
     @functools.cached_property
     def from_logits(self):
@@ -189,7 +190,7 @@ class Liger(Provider):
     all rejected ones; no log-probabilities.
     """
 
-    name, package = "Liger", "liger-kernel"
+    name, package, compiles = "Liger", "liger-kernel", True
     from_logits = None
 
     def missing(self, case, device):

@@ -1,17 +1,16 @@
 """What several tests share."""
 
 import contextlib
-import itertools
 import os
 import shutil
 from unittest import mock
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from rpo_kernels.ops.operator import Operator
 from rpo_kernels.tools.cases import poisoned_memory, worst
+from rpo_kernels.tools.memory import peak_bytes
 
 __all__ = ["poisoned_memory", "worst"]  # of `python -m rpo_kernels verify`
 
@@ -36,21 +35,8 @@ def kernel_dtypes(backend: str) -> list[torch.dtype]:
 
 
 def peak_memory(step) -> int:
-    """Largest number of bytes that PyTorch's allocator holds during a step, above what it held
-    before.
-    """
-    if HAS_GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(
-        itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())),
-        default=0,
-    )
+    """See :func:`peak_bytes`."""
+    return peak_bytes(step, "cuda" if HAS_GPU else "cpu")
 
 
 @contextlib.contextmanager

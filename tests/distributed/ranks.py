@@ -64,6 +64,8 @@ def run(module: str, world: int, folder: Path) -> dict[str, list[str]]:
 
 
 def main(module: str, world: int, rank: int, folder: Path) -> None:
+    with contextlib.suppress(ImportError):  # in an installation of torch alone
+        from .. import interpreter  # noqa: F401
     cases: dict[str, tuple[Callable, tuple[int, ...]]] = importlib.import_module(module).CASES
     torch.set_num_threads(1)
     dist.init_process_group(

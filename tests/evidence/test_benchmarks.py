@@ -179,7 +179,7 @@ def test_memory_is_the_peak_above_the_inputs():
             return both[1].new_zeros(labels.shape)
 
     step = measure.Step(case, Known(), inputs)
-    assert measure.peak_bytes(step, "cpu") == pytest.approx(4 * (1000 + 500 + ROWS), abs=256)
+    assert measure.peak_of(step, "cpu") == pytest.approx(4 * (1000 + 500 + ROWS), abs=256)
 
 
 def run(*command, **environment):
