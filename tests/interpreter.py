@@ -21,7 +21,7 @@ InterpreterBuilder.create_fma = _fma
 
 
 def _with_index(patch):
-    """Numbers are arrays of one element, of which numpy 2.4 makes no integer (triton issue 9171)."""
+    """Numbers are arrays of one element, and numpy 2.4 makes no integer of one (triton#9171)."""
 
     def patched(tensor, scope):
         patch(tensor, scope)

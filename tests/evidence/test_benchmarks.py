@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import cases  # noqa: E402
+import longest  # noqa: E402
 import measure  # noqa: E402
+import peers  # noqa: E402
 import providers  # noqa: E402
 import readme as fill  # noqa: E402
 import results  # noqa: E402
@@ -261,6 +264,7 @@ def a_results_file(path: Path, kind: str) -> None:
         "commit": "c",
         "command": "x",
         "sizes": "full",
+        "launch_table": None,
         "copy_rate": 1e12,
     }
     found = results.Results(path, about)
@@ -282,7 +286,7 @@ def test_tables_show_who_ran_who_was_wrong_and_who_was_skipped(tmp_path):
     file = tmp_path / "bench.json"
     a_results_file(file, "cuda")
     text = results.report(json.loads(file.read_text()))
-    assert "| rpo_kernels | 2 (1 to 3) | 2 GiB | 50% | 1.0e-06 |" in text
+    assert "| rpo_kernels | 2 (1 to 3) | 2.00 | 2 | 1.0e-06 |" in text
     assert "| naive PyTorch | wrong: log-prob off by 1 |" in text
     assert "Skipped: Liger (has a loss of pairs only)." in text
 
@@ -308,7 +312,7 @@ def test_the_readme_is_filled_from_results_and_says_which_device(tmp_path, file,
         text = readme.read_text()
         assert (
             text.startswith(f"a\n{marks[1]}\nMeasured {says} (a chip")
-            and "| logits forward | 2 ms, 2 GiB | wrong |" in text
+            and "| logits forward | 2 ms, 2.00 x, 2 GiB, 1e-06 | wrong |" in text
         )
         assert (
             "stale" not in text
@@ -332,16 +336,14 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert fill.filled(without_traffic) == without_traffic
 
 
-# ---- the hour on a GPU ---------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     """The script's own limit, and both ways to run pytest."""
-    (limited,) = [
-        line
-        for line in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines()
-        if line.startswith("limited()")
-    ]
+    (limited,) = [x for x in SCRIPT.read_text().splitlines() if x.startswith("limited()")]
     file = tmp_path / "test_slow.py"
     file.write_text(
         "import time\ndef test_bad(): assert 1 + 1 == 3\ndef test_slow(): time.sleep(60)\n"
@@ -349,8 +351,8 @@ def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     parallel = " -n 2" if importlib.util.find_spec("xdist") else ""
     for options in {"", parallel}:
         command = (
-            f"{limited}; limited 6 {sys.executable} -m pytest -q -p no:cacheprovider{options} "
-            f"{file}"
+            f"{limited}; started=$SECONDS limit=46; limited {sys.executable} -m pytest -q "
+            f"-p no:cacheprovider{options} {file}"
         )
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -362,24 +364,63 @@ def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
         ), done.stdout
 
 
-def test_the_script_parses_and_its_stages_run_dry(tmp_path):
-    """Tests are only collected; bench and chunks go through the motions at tiny sizes, settings are
-    chosen by machine code.
-    """
-    run("bash", "-n", "benchmarks/gpu.sh")
-    environment = {
-        "BENCH_ARGS": "-k '128 and pair and naive'",
-        "TESTS": "tests/evidence/test_architecture.py",
+def test_an_unknown_stage_is_answered_by_what_there_is():
+    done = subprocess.run([SCRIPT, "bench"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert all(f"  {stage} " in done.stdout for stage in STAGES), done.stdout
+
+
+STAGES = ["tests", "tune", "chunks", "host", "bench-peers", "bench-compile", "longest"]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_dry_and_goes_on_where_it_stopped(tmp_path):
+    """Small sizes, one file of tests, settings by machine code."""
+    for library in ("triton", "pytest_benchmark", "matplotlib"):
+        pytest.importorskip(library)
+    text = run(SCRIPT, "--dry-run", "--out", tmp_path)
+    assert all(f"== {stage}: exit code 0" in text for stage in STAGES), text
+    load = lambda name: json.loads((tmp_path / name).read_text())
+    kept = {name: load(name) for name in ("bench.json", "chunks.json", "longest.json")}
+    for name, found in kept.items():
+        assert "ok" in {row["status"] for row in found["rows"]}, name
+    about = kept["bench.json"]["about"]
+    assert about["launch_table"], "later stages take the settings that tune has found"
+    by_provider = {
+        row["provider"]: row for row in kept["bench.json"]["rows"] if row["part"] == "KTO"
     }
-    text = run("benchmarks/gpu.sh", "--dry-run", "--out", tmp_path, **environment)
-    assert all(
-        f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "tune", "chunks", "host")
-    ), text
-    assert "tests collected" in (tmp_path / "tests.txt").read_text()
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["status"] == "ok"
-    assert {
-        row["status"] for row in json.loads((tmp_path / "chunks.json").read_text())["chunks"]
-    } == {"ok"}
-    assert [
-        (row["arch"], row["op"]) for row in json.loads((tmp_path / "launch_table.json").read_text())
-    ] == [("sm_90", "backward")]
+    assert {"rpo_kernels", "naive PyTorch", "torch.compile"} <= set(by_provider)
+    settings = [(row["arch"], row["op"]) for row in load("launch_table.json")]
+    assert settings == [("sm_90", "backward")]
+    passed = load("tests.json")["passed"]
+    assert passed and all("test_architecture" in name for name in passed)
+    for name in ("bench.md", "bench-peers.png", "longest.md", "tests.txt", "host.json"):
+        assert (tmp_path / name).stat().st_size > 0
+
+    again = run(SCRIPT, "--dry-run", "--out", tmp_path, *(x for x in STAGES if x != "host"))
+    assert all(f"== {stage}: exit code 0" in again for stage in STAGES if stage != "host"), again
+    assert {name: load(name)["rows"] for name in kept} == {
+        name: found["rows"] for name, found in kept.items()
+    }
+    assert f"{len(passed)} skipped" in (tmp_path / "tests.txt").read_text()
+
+
+@pytest.mark.parametrize("most", [0, 255, 256, 700, 5000, 1 << 30])
+def test_the_longest_pair_is_found_to_within_a_sixteenth(most):
+    tried = []
+    found = longest.longest(lambda tokens: tried.append(tokens) or tokens <= most)
+    assert found <= most and (found >= min(most, longest.LONGEST) * 15 / 16 or most < 256)
+    assert len(tried) == len(set(tried)) <= 18
+
+
+def test_peers_are_unpacked_from_wheels_and_checked(tmp_path, capsys):
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "cut_cross_entropy-9.9-py3-none-any.whl", "w") as file:
+        file.writestr("cut_cross_entropy/__init__.py", "linear_cross_entropy = print")
+        file.writestr("cut_cross_entropy-9.9.dist-info/METADATA", "Version: 9.9\n")
+    peers.unpack(wheels, target)
+    assert peers.works("cut-cross-entropy", [str(target)])
+    assert not peers.works("cut-cross-entropy", [str(wheels)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "cut-cross-entropy: 9.9" and "No module named" in said[1]
