@@ -4,8 +4,9 @@
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
 compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
 launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
-in a loop, of the quietest of some, in CPU time of the thread (on a GPU in wall time). Beside each
-call stand its launches made bare, ``kernel[grid](...)``, in a loop of nothing else.
+in a loop, of the quietest of some, in CPU time of the thread (on a GPU of the process: a backward
+has a thread of its own). Beside each call stand its launches made bare, ``kernel[grid](...)``, in a
+loop of nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import triton
 from rpo_kernels import RPOObjective, backend, checks, rpo_loss, token_logps
 
 HAS_GPU = torch.cuda.is_available()
-clock = time.perf_counter if HAS_GPU else time.thread_time
+clock = time.process_time if HAS_GPU else time.thread_time
 
 
 # What Triton's launcher links to, with nothing behind it: every call succeeds at once.

@@ -235,7 +235,7 @@ def _begin(
     shard = shard_of_head(op, options, leaves, labels, check, **facts)
     head = Head(op, leaves, options, shard)
     layout = Layout(op, data, options, needs, head.widest)
-    index = scored_index(labels, options.transform.ignore_index, sum(layout.counts))
+    index = scored_index(op, labels, options.transform.ignore_index, sum(layout.counts))
     rows, reference = head.rows(leaves, labels, index), None
     hidden, weight, bias = data.reference
     if hidden is not None:
@@ -327,7 +327,9 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
 
 # Writes to weight_grad, so that operators allow it no derivative: the loss gets its gradients from
 # `_ready`.
-_loss = Operator("linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",))
+_loss = Operator(
+    "linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",), may_wait=True
+)
 
 
 def _ready_forward(
@@ -481,4 +483,5 @@ _per_group = Operator(
     _fake_per_group,
     _setup_per_group,
     _backward_per_group,
+    may_wait=True,
 )

@@ -20,6 +20,8 @@ from .. import checks
 from ..backend import module_of
 from ..objectives import RPOObjective
 
+# of PyTorch 2.9 and later
+_UNSAFE = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,6 +41,8 @@ class Operator:
             derivative.
         backward: ``(ctx, *gradients)``, gradients of the leading tensors.
         mutates: names of leading tensors that the function writes to.
+        may_wait: whether the function may wait for the device, or make shapes of what it reads
+            there: compiled graphs then leave it out of their CUDA graphs.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Operator:
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         mutates: Sequence[str] = (),
+        may_wait: bool = False,
     ):
         hints = typing.get_type_hints(forward)
         names = list(inspect.signature(forward).parameters)
@@ -76,6 +81,7 @@ class Operator:
             lambda *args: forward(*self._unpacked(args)),
             mutates_args=mutates,
             schema=schema,
+            tags=_UNSAFE if may_wait else (),
         )
         operator.register_fake(lambda *args: fake(*self._unpacked(args)))
         if setup_context is not None and backward is not None:

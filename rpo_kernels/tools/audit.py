@@ -8,8 +8,8 @@ multiple of what the memory delivers by data sheet ("1.9 issue": issue slots wou
 the bandwidth; "0.8 special": the unit for exponentials and reciprocals holds the kernel at 80 % of
 it).
 
-Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers, or moves
-single elements in that loop.
+Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers in that loop
+(more than four around it), or moves single elements in it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ COLUMNS = {
     "allows": "allows x bandwidth",
     "verdict": "verdict",
 }
-# one program: ptxas keeps up to sixteen of its registers in local memory, which costs nothing there
-GROUP_PASS_BYTES = 64
+# one program: ptxas keeps up to 34 of its registers in local memory, which costs nothing there
+GROUP_PASS_BYTES = 144
+# of kernels that stream: what ptxas 12.8 (Triton 3.6) keeps there around the loop, once per row
+AROUND_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _throughput(chip: Chip, inner: Inner) -> dict[str, Any]:
 def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
     if not streams:
         return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
-    faults = ["spills"] if code.local_bytes else []
+    spills = streaming_loop(code).spills or code.local_bytes > AROUND_BYTES
+    faults = ["spills"] if spills else []
     widths = {kind: streaming_loop(code).widest(kind) for kind in ("load", "store")}
     single = sorted(
         kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize

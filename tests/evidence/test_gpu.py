@@ -125,6 +125,29 @@ def test_a_captured_step_replays_to_the_same_bits(name):
         assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # inductor is made of pieces that torch deprecates
+@pytest.mark.parametrize("counts", [None, COUNTS])
+def test_a_loss_compiled_with_cuda_graphs_is_the_eager_one(counts):
+    """Inductor's graphs leave out the operators, which may wait for the device."""
+    (_, hidden, weight, rewards, ref_logps), _ = step_of("hidden states")
+    labels = torch.randint(4097, (4, 6), device="cuda")
+    labels[1, 2], labels[3] = -100, -100
+
+    def loss(hidden, weight):
+        options = {"ref_logps": ref_logps, "counts": counts}
+        return linear_rpo_loss(hidden * 2, weight, labels, rewards, OBJECTIVE, **options).loss * 3
+
+    def step(loss):
+        value = loss(hidden, weight)
+        return [value.detach().clone(), *torch.autograd.grad(value, [hidden, weight])]
+
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    eager = step(loss)
+    for _ in range(3):  # runs, is recorded, is replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        assert all(torch.equal(a, b) for a, b in zip(step(compiled), eager, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("name", STEPS)
 def test_the_current_device_may_be_another(name):
