@@ -80,13 +80,9 @@ def test_operators_that_may_wait_for_the_device_stay_out_of_cuda_graphs():
 
 def test_a_linear_call_that_would_wait_in_a_cuda_graph_says_what_it_lacks():
     hidden, weight = torch.randn(4, 3, 8), torch.randn(7, 8)
-    labels, ref_logps, bounds = (
-        torch.randint(7, (4, 3)),
-        torch.zeros(4),
-        ints(0, 2, 4, device="cpu"),
-    )
+    labels, bounds = torch.randint(7, (4, 3)), ints(0, 2, 4, device="cpu")
     call = partial(linear_rpo_loss, hidden, weight, labels, None, RPOObjective.dpo())
-    call = partial(call, ref_logps=ref_logps)
+    call = partial(call, ref_logps=torch.zeros(4))
     with mock.patch.object(distributed, "_capturing", lambda: True):
         call(counts=[3] * 4)
         linear_token_logps(hidden, weight, labels, count=12)

@@ -216,7 +216,7 @@ def test_gradients_begin_between_multiples_of_16_bytes_as_their_logits_do(dtype,
         apart = [(a - b) * dtype.itemsize % 16 for a, b in zip(logits.stride(), grad.stride())]
         assert not any(apart), (logits.stride(), grad.stride())
         assert grad.untyped_storage().nbytes() < grad.nbytes * 1.1
-        assert grad.is_contiguous() == logits.is_contiguous()
+        assert grad.is_contiguous() or not logits.is_contiguous()
 
 
 def test_leading_dimensions_of_any_number_work(backend, device):
