@@ -26,15 +26,15 @@ DPO = next(part for part in PARTS if part.loss == "dpo")
 SHORTEST, LONGEST = 256, 1 << 21  # tokens that are tried
 
 
-def longest(fits: Callable[[int], bool]) -> int:
-    """Tokens; 0 if not even SHORTEST fit."""
+def longest(fits: Callable[[int], bool], most: int = LONGEST) -> int:
+    """Tokens; 0 if not even SHORTEST fit, ``most`` if these do."""
     if not fits(SHORTEST):
         return 0
     low = SHORTEST
-    while low < LONGEST and fits(2 * low):
+    while low < most and fits(2 * low):
         low *= 2
     high, within = 2 * low, low // 16
-    while high - low > within and low < LONGEST:
+    while high - low > within and low < most:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -57,7 +57,7 @@ def bytes_of(case: Case, provider: Provider, device: str) -> float:
 
 
 def measure(
-    case: Case, provider: Provider, device: str, most_bytes: float, ends: float
+    case: Case, provider: Provider, device: str, gib: float, most: int, ends: float
 ) -> dict[str, object]:
     """A provider's row, without its name; ``case``: of pairs of any length."""
 
@@ -65,12 +65,12 @@ def measure(
         if time.monotonic() > ends:
             raise TimeoutError
         pair = Case.of_pairs(DPO, case.model, (tokens,), dtype=case.dtype)
-        return bytes_of(pair, provider, device) <= most_bytes
+        return bytes_of(pair, provider, device) <= gib * 2**30
 
     if reason := provider.missing(case, device):
         return {"status": "skipped", "reason": reason}
     try:
-        return {"status": "ok", "tokens": longest(fits)}
+        return {"status": "ok", "tokens": longest(fits, most)}
     except TimeoutError:
         raise
     except Exception as error:  # of a peer: the others are still measured
@@ -90,7 +90,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() and not args.dry_run else "cpu"
     if device == "cpu" and not args.dry_run:
         parser.error("a GPU is measured, and there is none; --dry-run goes through the motions")
-    model, gib = (TINY, 2**-8) if args.dry_run else (QWEN, args.gib)
+    model, gib, most = (TINY, 2**-8, 512) if args.dry_run else (QWEN, args.gib, LONGEST)
     dtype = torch.float32 if args.dry_run else torch.bfloat16
     case = Case.of_pairs(DPO, model, (SHORTEST,), dtype=dtype)
     ends = time.monotonic() + args.budget
@@ -107,7 +107,7 @@ def main() -> None:
         old = found.find(**row)
         if old is None or old["status"] == "skipped":  # what was not installed may be by now
             try:
-                found.put(row | measure(case, provider, device, gib * 2**30, ends))
+                found.put(row | measure(case, provider, device, gib, most, ends))
             except TimeoutError:
                 print("the time budget is spent")
                 break
