@@ -325,10 +325,9 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-# Writes to weight_grad, so that operators allow it no derivative: the loss gets its gradients from
-# `_ready`.
+# An operator that writes to weight_grad has no derivative: the loss gets its from `_ready`.
 _loss = Operator(
-    "linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",), may_wait=True
+    "linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",), waits=True
 )
 
 
@@ -483,5 +482,5 @@ _per_group = Operator(
     _fake_per_group,
     _setup_per_group,
     _backward_per_group,
-    may_wait=True,
+    waits=True,
 )

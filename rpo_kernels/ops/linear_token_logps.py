@@ -380,7 +380,7 @@ def _backward(
 
 
 _token_logps = Operator(
-    "linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward, may_wait=True
+    "linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward, waits=True
 )
 
 
@@ -431,6 +431,4 @@ def _fake_settle(*inputs: Any) -> FiveTensors:
     return empty_gradients(Leaves(*leaves), needs, weight_grad)
 
 
-settle = Operator(
-    "linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",), may_wait=True
-)
+settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",), waits=True)

@@ -41,7 +41,7 @@ class Operator:
             derivative.
         backward: ``(ctx, *gradients)``, gradients of the leading tensors.
         mutates: names of leading tensors that the function writes to.
-        may_wait: whether the function may wait for the device, or make shapes of what it reads
+        waits: whether the function may wait for the device, or make shapes of what it reads
             there: compiled graphs then leave it out of their CUDA graphs.
     """
 
@@ -54,7 +54,7 @@ class Operator:
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         mutates: Sequence[str] = (),
-        may_wait: bool = False,
+        waits: bool = False,
     ):
         hints = typing.get_type_hints(forward)
         names = list(inspect.signature(forward).parameters)
@@ -81,7 +81,7 @@ class Operator:
             lambda *args: forward(*self._unpacked(args)),
             mutates_args=mutates,
             schema=schema,
-            tags=_UNSAFE if may_wait else (),
+            tags=_UNSAFE if waits else (),
         )
         operator.register_fake(lambda *args: fake(*self._unpacked(args)))
         if setup_context is not None and backward is not None:

@@ -46,7 +46,7 @@ COLUMNS = {
 }
 # one program: ptxas keeps up to 34 of its registers in local memory, which costs nothing there
 GROUP_PASS_BYTES = 144
-# of kernels that stream: what ptxas 12.8 (Triton 3.6) keeps there around the loop, once per row
+# of kernels that stream: what ptxas may keep there around the loop, moved once per part of a row
 AROUND_BYTES = 16
 
 

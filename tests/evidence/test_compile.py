@@ -100,8 +100,7 @@ def test_kernels_fit_into_registers_and_move_logits_by_sixteen_bytes(name, tmp_p
         elif row["kernel"] == "shards_combine":  # twelve numbers a row: their width does not matter
             assert row["local_bytes"] == 0, row
         else:
-            around = AROUND_BYTES if triton.__version__ < "3.7" else 0
-            assert row["local_bytes"] <= around and row["load"] == 16, row
+            assert row["local_bytes"] <= AROUND_BYTES and row["load"] == 16, row
             assert row["store"] == (None if "forward" in row["kernel"] else 16), row
         if (
             "tile" in row

@@ -215,7 +215,7 @@ def test_gradients_begin_between_multiples_of_16_bytes_as_their_logits_do(dtype,
         (grad,) = torch.autograd.grad(token_logps(logits, labels, backend="torch").sum(), logits)
         apart = [(a - b) * dtype.itemsize % 16 for a, b in zip(logits.stride(), grad.stride())]
         assert not any(apart), (logits.stride(), grad.stride())
-        assert grad.untyped_storage().nbytes() < grad.nbytes * 1.1
+        assert grad.untyped_storage().nbytes() < grad.nbytes + 16 * max(labels.numel(), 1)
         assert grad.is_contiguous() or not logits.is_contiguous()
 
 
