@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from measure import Step, check, peak_bytes, quartiles
+from measure import Step, check, peak_of, quartiles
 from providers import Ours
 
 from rpo_kernels.tools.timing import clock, is_device_lost, seconds
@@ -83,7 +83,7 @@ def measure(case, provider, bench, timer) -> None:
         median_s=median,
         quartiles_s=[first, third],
         rounds=rounds,
-        peak_bytes=peak_bytes(step, bench.device),
+        peak_bytes=peak_of(step, bench.device),
         limit_s=limit,
         limit=why,
         **facts,

@@ -1,7 +1,8 @@
 """Cases of the benchmark: parts of the loss head, on the shapes of real models.
 
 A case is a part of the head, a model, a number of rows and the share of them that is scored. Rows
-are `[S, T]`: eight responses, each with a prompt that is not scored and T * share scored tokens.
+are `[S, T]`: eight responses, each a prompt that is not scored and then T * share scored tokens;
+or responses of real lengths, padded to the longest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from torch import Tensor
 from rpo_kernels import RPOObjective
 
 SEQUENCES = 8
+# Tokens of both responses of a pair, without the prompt; the chosen one has 53 % of them. Of 1,000
+# pairs of UltraFeedback (characters / 4.3; mean 553, 90 % below 1,227) 16 quantiles, shuffled.
+PAIRS = (404, 1522, 58, 682, 175, 1055, 97, 499, 243, 1242, 24, 583, 130, 947, 314, 793)
+KTO_BASELINE = 0.0  # trainers measure it on responses to other prompts, without gradients
+SIMPO_MARGIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,13 @@ class Part:
 
     name: str
     start: str  # "logits" or "hidden"
-    trains: tuple[str, ...]  # inputs that need gradients
-    # responses per loss; 0: token log-probabilities, with an upstream gradient per token
-    group_size: int = 0
+    trains: tuple[str, ...]  # inputs whose gradients are wanted
+    # "dpo", "simpo", "kto" or "rpo" (listwise, backward KL); "": token log-probabilities, with an
+    # upstream gradient per token
+    loss: str = ""
+    group_size: int = 1  # responses that share a loss
+    entropy: bool = False  # entropies of the rows too; parts with it or with softcap train nothing
+    softcap: float | None = None
 
     @property
     def gemms(self) -> int:
@@ -41,12 +51,16 @@ class Part:
 
 PARTS = (
     Part("logits forward", "logits", ()),
+    Part("logits and entropy forward", "logits", (), entropy=True),
+    Part("softcapped logits forward", "logits", (), softcap=30.0),
     Part("logits forward + backward", "logits", ("logits",)),
     Part("linear no grad", "hidden", ()),
     Part("linear frozen head", "hidden", ("hidden",)),
     Part("linear trainable head", "hidden", ("hidden", "weight")),
-    Part("pair loss", "hidden", ("hidden", "weight"), group_size=2),
-    Part("loss of 8 responses", "hidden", ("hidden", "weight"), group_size=8),
+    Part("DPO", "hidden", ("hidden", "weight"), "dpo", 2),
+    Part("SimPO", "hidden", ("hidden", "weight"), "simpo", 2),
+    Part("KTO", "hidden", ("hidden", "weight"), "kto"),
+    Part("RPO of 8 responses", "hidden", ("hidden", "weight"), "rpo", 8),
 )
 QWEN = Model("Qwen3", 4096, 151_936)
 MODELS = (
@@ -65,22 +79,42 @@ class Case:
     rows: int
     share: float = 1.0
     dtype: torch.dtype = torch.bfloat16
+    pairs: tuple[int, ...] = ()  # scored tokens of each pair of responses, if not all the same
+
+    @staticmethod
+    def of_pairs(part: Part, model: Model, pairs: tuple[int, ...], **more: torch.dtype) -> Case:
+        """Of responses of different lengths, padded at their ends."""
+        case = Case(part, model, 0, pairs=pairs, **more)
+        rows = case.sequences * max(case.counts)
+        return replace(case, rows=rows, share=case.scored / rows)
 
     @property
     def id(self) -> str:
         return (
             f"{self.part.name}, {self.model.name}, N {self.rows}, {self.share:.0%}, "
-            f"{str(self.dtype)[6:]}"
+            f"{'real lengths, ' if self.pairs else ''}{str(self.dtype)[6:]}"
         )
 
     @property
+    def sequences(self) -> int:
+        return len(self.counts)
+
+    @property
     def length(self) -> int:
-        return self.rows // SEQUENCES
+        """Rows of a sequence."""
+        return self.rows // self.sequences
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Scored rows of each sequence."""
+        if self.pairs:
+            return tuple(n for p in self.pairs for n in (round(0.53 * p), p - round(0.53 * p)))
+        return (max(1, round(self.rows // SEQUENCES * self.share)),) * SEQUENCES
 
     @property
     def scored(self) -> int:
-        """Number of scored rows in all sequences."""
-        return SEQUENCES * max(1, round(self.length * self.share))
+        """Scored rows, of all sequences."""
+        return sum(self.counts)
 
     @property
     def flop(self) -> int:
@@ -106,29 +140,33 @@ class Case:
 
     @property
     def beta(self) -> float:
-        """So small that sums over many random tokens do not saturate a loss."""
-        return 0.1 * (self.scored / SEQUENCES) ** -0.5
+        """So small that sums over many random tokens saturate no loss."""
+        tokens = self.scored / self.sequences
+        return 0.1 * tokens**-0.5 * (tokens if self.part.loss == "simpo" else 1)
 
     @property
     def objective(self) -> RPOObjective:
-        return (
-            RPOObjective.dpo(self.beta)
-            if self.part.group_size == 2
-            else RPOObjective("backward_kl", self.beta)
-        )
+        """Of a part with a loss that is an RPO objective: all but KTO."""
+        return {
+            "dpo": lambda: RPOObjective.dpo(self.beta),
+            "simpo": lambda: RPOObjective.simpo(self.beta, SIMPO_MARGIN),
+            "rpo": lambda: RPOObjective("backward_kl", self.beta),
+        }[self.part.loss]()
 
     def inputs(self, device: str, seed: int = 0) -> Inputs:
         """Make inputs like a language model's: some labels are certain, some are surprises."""
         g = torch.Generator(device).manual_seed(seed)
-        S, T, V, H = SEQUENCES, self.length, self.model.V, self.model.H
+        S, T, V, H = self.sequences, self.length, self.model.V, self.model.H
         random = lambda *shape, dtype=torch.float32: torch.randn(
             shape, generator=g, device=device, dtype=dtype
         )
         targets = torch.randint(0, V, (S, T), generator=g, device=device)
         # by how much a label's logit exceeds the others
         boost = 30 * torch.rand(S, T, 1, generator=g, device=device)
-        labels = targets.clone()
-        labels[:, : T - self.scored // S] = -100
+        first = torch.zeros(S) if self.pairs else T - torch.tensor(self.counts)
+        at = torch.arange(T) - first[:, None]
+        is_scored = (at >= 0) & (at < torch.tensor(self.counts)[:, None])
+        labels = targets.masked_fill(~is_scored.to(device), -100)
         logits = hidden = weight = None
         if self.part.start == "logits":
             logits = random(S, T, V, dtype=self.dtype).mul_(2.5)
@@ -137,12 +175,13 @@ class Case:
             weight = random(V, H, dtype=self.dtype).mul_(2.5 * H**-0.5)
             toward = torch.nn.functional.normalize(weight[targets].float(), dim=-1)
             hidden = (random(S, T, H) + boost / 2.5 * toward).to(self.dtype)
-        return Inputs(labels, random(S, T), random(S), logits, hidden, weight)
+        return Inputs(labels, self.counts, random(S, T), random(S), logits, hidden, weight)
 
 
 @dataclass(frozen=True)
 class Inputs:
     labels: Tensor  # [S, T] int64, -100 where not scored
+    counts: tuple[int, ...]  # scored tokens of each sequence: whoever made the batch knows them
     upstream: Tensor  # [S, T] fp32, dL/dlogps for parts without a loss
     rewards: Tensor  # [S] fp32
     logits: Tensor | None = None  # [S, T, V]
@@ -156,7 +195,11 @@ class Inputs:
             name: move(getattr(self, name))
             for name in ("labels", "upstream", "rewards", "logits", "hidden")
         }
-        return replace(self, **by_sequence)
+        counts = tuple(self.counts[i] for i in order.tolist())
+        return replace(self, counts=counts, **by_sequence)
+
+
+LOSSES = [part for part in PARTS if part.loss]
 
 
 def full() -> list[Case]:
@@ -164,13 +207,21 @@ def full() -> list[Case]:
 
     These are one model at 8,192 rows with all parts, its other sizes, and other models.
     """
-    at = [(QWEN, 8192, 1.0), (QWEN, 8192, 0.3)]
+    at = [(QWEN, 8192, 0.3)]
     at += [(QWEN, rows, 1.0) for rows in (2048, 4096, 16_384, 32_768)]
     at += [(model, 8192, share) for model in MODELS[1:] for share in (1.0, 0.3)]
-    return [Case(part, model, rows, share) for model, rows, share in at for part in PARTS]
+    return [
+        *(Case(part, QWEN, 8192) for part in PARTS),
+        *(Case.of_pairs(part, QWEN, PAIRS) for part in LOSSES),
+        *(Case(part, *size) for size in at for part in PARTS),
+    ]
 
 
 def smoke() -> list[Case]:
     """Return every part at sizes that only show that it runs; bf16 is slow on many CPUs."""
     at = [(128, 1.0, torch.float32), (256, 0.3, torch.bfloat16)]
-    return [Case(part, TINY, *size) for size in at for part in PARTS]
+    pairs = tuple(p // 40 + 2 for p in PAIRS)
+    return [
+        *(Case(part, TINY, *size) for size in at for part in PARTS),
+        *(Case.of_pairs(part, TINY, pairs, dtype=torch.float32) for part in LOSSES),
+    ]

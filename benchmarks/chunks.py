@@ -2,26 +2,25 @@
 
     python benchmarks/chunks.py [--results FILE] [--budget SECONDS] [--dry-run]
 
-Each is checked against float64, then timed with the pair loss. The best values have to be copied to
-`GPU_CHUNK_ROWS` in `rpo_kernels/ops/head.py` by hand. (`python -m rpo_kernels tune` tunes launch
-settings of the row passes.) A dry run on a CPU goes through the same steps.
+Each is checked against float64 before it is timed. What is found goes into `GPU_CHUNK_ROWS` of
+`rpo_kernels/ops/head.py` by hand. Launch settings of the row passes are tuned by `python -m
+rpo_kernels tune`. A run that was cut short goes on with its FILE. A dry run goes through the
+motions on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import torch
 from cases import PARTS, QWEN, SEQUENCES, TINY, Case
-from measure import Ceilings, Step, check, peak_bytes
+from measure import Ceilings, Step, check, peak_of
 from providers import Ours
-from results import ROOT, about
+from results import ROOT, Results, about
 from truth import truth_of
 
 from rpo_kernels.ops import head
@@ -36,15 +35,16 @@ FULL = {
 DRY = {"case": (TINY, 4 * SEQUENCES), "rounds": 1, "chunks": [(8, 1 << 20), (16, 1 << 20)]}
 
 
-def timings(
-    sizes: dict, device: str, ceilings: Ceilings, ends: float, save: Callable[[list[dict]], None]
-) -> list[dict]:
-    """Time each size; `save` is called after each, because a run may be interrupted."""
-    case = Case(next(part for part in PARTS if part.group_size == 2), *sizes["case"])
-    inputs, limit = [case.inputs(device)], ceilings.limit(case)[0]
-    truth, found = truth_of(case, inputs[0]), []
+def timings(sizes: dict, device: str, ends: float, found: Results) -> None:
+    """Rows are saved one by one: a run may be cut short, and goes on behind them."""
+    case = Case(next(part for part in PARTS if part.loss == "dpo"), *sizes["case"])
+    inputs, limit = [case.inputs(device)], Ceilings(device).limit(case)[0]
+    truth = truth_of(case, inputs[0])
     constant = "GPU_CHUNK_ROWS" if device == "cuda" else "CPU_CHUNK_ROWS"
     for chunk, workspace in sizes["chunks"]:
+        row = {"case": case.id, "chunk_rows": chunk, "workspace_bytes": workspace}
+        if found.find(**row):
+            continue
         if time.monotonic() > ends:
             print("the time budget is spent")
             break
@@ -52,25 +52,22 @@ def timings(
         provider.options = {"workspace_bytes": workspace}
         with mock.patch.object(head, constant, chunk):
             step = Step(case, provider, inputs)
-            row = {"case": case.id, "chunk_rows": chunk, "workspace_bytes": workspace}
             if verdict := check(step, truth).verdict:
-                found.append({**row, "status": "wrong", "error": verdict})
+                found.put({**row, "status": "wrong", "error": verdict})
                 continue
             seconds(step, step.prepare, device, 2)
             median = statistics.median(seconds(step, step.prepare, device, sizes["rounds"]))
             row |= {
                 "status": "ok",
                 "median_s": median,
-                "peak_bytes": peak_bytes(step, device),
+                "peak_bytes": peak_of(step, device),
                 "limit_s": limit,
             }
-            found.append(row)
-        save(found)
+            found.put(row)
         print(
             f"chunks of {chunk} rows, workspace {workspace >> 20} MiB: {median / limit:.2f} x its "
             "bare GEMMs"
         )
-    return found
 
 
 def main() -> None:
@@ -97,17 +94,10 @@ def main() -> None:
         parser.error(
             "chunks are timed on a GPU, and there is none; --dry-run goes through the motions"
         )
-    ends, ceilings = time.monotonic() + args.budget, Ceilings(device)
-    facts = about(device, "dry run" if args.dry_run else "full", copy_rate=ceilings.copy_rate)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(rows: list[dict]) -> None:
-        lines = ",\n  ".join(map(json.dumps, rows))
-        args.results.write_text(
-            f'{{\n "about": {json.dumps(facts, indent=1)},\n "chunks": [\n  {lines}\n ]\n}}\n'
-        )
-
-    save(timings(DRY if args.dry_run else FULL, device, ceilings, ends, save))
+    ends = time.monotonic() + args.budget
+    facts = about(device, "dry run" if args.dry_run else "full")
+    found = Results(args.results, facts, ("case", "chunk_rows", "workspace_bytes"))
+    timings(DRY if args.dry_run else FULL, device, ends, found)
 
 
 if __name__ == "__main__":

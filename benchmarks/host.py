@@ -3,7 +3,8 @@
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
 compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
 launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
-in a loop, in CPU time of the thread (on a GPU in wall time). Beside each call stand its launches
+in a loop, in CPU time of the thread (on a GPU of
+the process: a backward has its own thread). Beside each call stand its launches
 made bare, `kernel[grid](...)`, in a loop of nothing else. The loops take turns, and a ratio is
 the median over the turns, with its quartiles.
 """
@@ -32,7 +33,7 @@ import triton
 from rpo_kernels import RPOObjective, backend, checks, rpo_loss, token_logps
 
 HAS_GPU = torch.cuda.is_available()
-clock = time.perf_counter if HAS_GPU else time.thread_time
+clock = time.process_time if HAS_GPU else time.thread_time
 
 
 # what Triton's launcher links to: every function succeeds at once

@@ -1,8 +1,8 @@
 """Measurements: correctness first, then time, memory, and the share of the hardware's limits.
 
-On a GPU, time is measured with CUDA events around one step, each with a flushed L2 cache and
-another set of inputs; on a CPU with `time.perf_counter`. Memory is the peak that the allocator
-hands out above the inputs, gradients included.
+On a GPU time is CUDA events around one step, with the L2 cache flushed and another set of inputs
+before each; on a CPU it is `time.perf_counter`. Memory is the peak of what the allocator was
+asked for above the inputs, gradients included.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from providers import Provider
 from torch import Tensor
 from truth import Truth
 
+from rpo_kernels.tools.memory import peak_bytes
 from rpo_kernels.tools.timing import flush_cache, seconds
 
 
@@ -28,7 +29,7 @@ class Step:
     def __init__(self, case: Case, provider: Provider, inputs: list[Inputs]):
         self.case, self.provider, self.turn = case, provider, -1
         self.labels = inputs[0].labels
-        order = provider.order(inputs[0].labels.shape[0])
+        order = provider.order(case.part, case.sequences)
         self.order = torch.tensor(order, device=inputs[0].labels.device)
         stays = order == sorted(order)
         self.sets = [x if stays else x.ordered(self.order) for x in inputs]
@@ -57,16 +58,20 @@ class Step:
 
     def __call__(self) -> None:
         x, part, provider = self.inputs, self.case.part, self.provider
+        options = {"softcap": part.softcap} if part.softcap else {}
+        options |= {"entropy": True} if part.entropy else {}
         with torch.set_grad_enabled(bool(part.trains)):
-            if part.group_size:
+            if part.loss:
                 output, upstream = provider.loss(self.case, x), None
             elif part.start == "logits":
-                output, upstream = provider.from_logits(x.logits, x.labels), x.upstream
+                output, upstream = provider.from_logits(x.logits, x.labels, **options), x.upstream
             else:
-                output, upstream = provider.from_hidden(x.hidden, x.weight, x.labels), x.upstream
+                output = provider.from_hidden(x.hidden, x.weight, x.labels, x.counts)
+                upstream = x.upstream
             if part.trains:
                 output.backward(upstream)
-        self.output = output.detach()
+        both = output if part.entropy else (output, None)
+        self.output, self.entropies = (None if y is None else y.detach() for y in both)
 
     def gradient(self, name: str) -> Tensor:
         """Return a gradient in the order of the case, as flat rows."""
@@ -84,7 +89,7 @@ class Step:
 class Errors(NamedTuple):
     """Largest errors against float64."""
 
-    absolute: float  # of log-probabilities or the loss, in nats
+    absolute: float  # of a log-probability, an entropy or the loss, nats
     relative: dict[str, float]  # of each gradient, by norm
     verdict: str | None  # what is wrong, or None
 
@@ -95,19 +100,24 @@ def check(step: Step, truth: Truth) -> Errors:
     step.prepare()
     step()
     wrong, relative = [], {}
-    if step.case.part.group_size:
+    if step.case.part.loss:
         absolute = abs(step.output.item() - truth.loss)
         if not absolute <= truth.loss_bound:
             wrong.append(f"loss off by {absolute:.2g}, bound {truth.loss_bound:.2g}")
     else:
-        error = (step.output[step.order.argsort()].double() - truth.logps).abs()
-        absolute = error.max().item()
-        if not bool((error <= truth.logps_bound).all()):
-            excess = (error - truth.logps_bound).nan_to_num(nan=float("inf")).argmax()
-            wrong.append(
-                f"log-prob off by {error.flatten()[excess]:.2g}, bound "
-                f"{truth.logps_bound.flatten()[excess]:.2g}"
-            )
+        found = {"log-prob": (step.output, truth.logps, truth.logps_bound)}
+        if step.entropies is not None:
+            found["entropy"] = step.entropies, truth.entropies, 2 * truth.logps_bound
+        absolute = 0.0
+        for name, (value, true, bound) in found.items():
+            error = (value[step.order.argsort()].double() - true).abs()
+            absolute = max(absolute, error.max().item())
+            if not bool((error <= bound).all()):
+                excess = (error - bound).nan_to_num(nan=float("inf")).argmax()
+                wrong.append(
+                    f"{name} off by {error.flatten()[excess]:.2g}, bound "
+                    f"{bound.flatten()[excess]:.2g}"
+                )
     for name, sample in truth.gradients.items():
         gradient = step.gradient(name)
         error = (gradient[sample.index].double() - sample.value).norm().item()
@@ -128,31 +138,11 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(times, n=4, method="inclusive"))
 
 
-def peak_bytes(step: Step, device: str) -> int:
-    """Handed out by the allocator above what stood before the step; on a CPU with one thread: the
-    profiler sees no memory of others.
-    """
+def peak_of(step: Step, device: str) -> int:
+    """Bytes that a step holds at a time above its inputs, gradients included."""
     step.prepare()
     gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    torch.set_num_threads(threads)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(step, device)
 
 
 # ---- limits of the hardware ----------------------------------------------------------------------
@@ -203,6 +193,6 @@ class Ceilings:
         rate = self.gemm_rate(case)
         return (
             case.flop / rate,
-            f"{case.flop / 1e12:.3g} Tflop of GEMMs at {rate / 1e12:.3g} Tflop/s in "
+            f"{case.flop / 1e12:.3g} Tflop of bare GEMMs at {rate / 1e12:.3g} Tflop/s in "
             f"{str(case.dtype)[6:]}",
         )

@@ -1,8 +1,8 @@
 """Providers: rpo_kernels, naive PyTorch, and each library that computes the same numbers.
 
-A provider computes token log-probabilities `[S, T]` (0 where the label is -100) from logits, or
-from hidden states and an lm_head, and a loss from these. Each calls its package as that package's
-own trainers and examples do, with default settings.
+A provider turns logits, or hidden states and an lm_head, into token log-probabilities `[S, T]` (0
+where the label is -100; if asked, with entropies beside them), and these into a loss. Each calls
+its package as that package's own trainers and examples do, with default settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Inputs
+from cases import KTO_BASELINE, SIMPO_MARGIN, Case, Inputs, Part
 from torch import Tensor
 
 import rpo_kernels
@@ -23,37 +23,46 @@ import rpo_kernels
 class Provider:
     """A way to compute the loss head.
 
-    `from_logits` and `from_hidden` are None if it has none.
+    `from_logits` and `from_hidden` are None where it has none. `counts`: scored tokens of
+    each sequence.
     """
 
     name: str
     package = "torch"  # its version is reported
     triton = False  # whether its only backend is Triton on a GPU
     overwrites = False  # whether the backward overwrites the logits
+    has_softcap = has_entropy = False  # from logits
+    compiles = False  # whether torch.compile takes its time for each shape
 
-    def from_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def from_logits(self, logits: Tensor, labels: Tensor, **options: object) -> Tensor | tuple:
+        """`options`: softcap and entropy of the part, where it has them."""
         raise NotImplementedError
 
-    def from_hidden(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def from_hidden(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, counts: tuple[int, ...]
+    ) -> Tensor:
         raise NotImplementedError
 
     def loss(self, case: Case, x: Inputs) -> Tensor:
-        """Return DPO of pairs, or listwise RPO (backward KL) of larger groups.
+        """Of the case's part, with reference log-probabilities of 0."""
+        logps = self.from_hidden(x.hidden, x.weight, x.labels, x.counts).sum(1)
+        s = case.beta * logps
+        if case.part.loss == "kto":
+            gain = (s - KTO_BASELINE) * is_chosen(s)
+            return (1 - gain.sigmoid()).mean()
+        if case.part.loss == "rpo":
+            s = s.view(-1, case.part.group_size)
+            target = x.rewards.view(s.shape).log_softmax(1)
+            return F.kl_div(s.log_softmax(1), target, log_target=True, reduction="batchmean")
+        margin = 0.0
+        if case.part.loss == "simpo":
+            s, margin = s / torch.tensor(x.counts, device=s.device), SIMPO_MARGIN
+        chosen, rejected = s.view(-1, 2).unbind(1)
+        return -F.logsigmoid(chosen - rejected - margin).mean()
 
-        Reference log-probabilities are 0.
-        """
-        s = case.beta * self.from_hidden(x.hidden, x.weight, x.labels).sum(1).view(
-            -1, case.part.group_size
-        )
-        if case.part.group_size == 2:
-            return -F.logsigmoid(s[:, 0] - s[:, 1]).mean()
-        target = x.rewards.view(s.shape).log_softmax(1)
-        return F.kl_div(s.log_softmax(1), target, log_target=True, reduction="batchmean")
-
-    def order(self, sequences: int) -> list[int]:
-        """Return the order of sequences that it needs.
-
-        The inputs are [chosen, rejected, chosen, rejected, ...].
+    def order(self, part: Part, sequences: int) -> list[int]:
+        """How it wants the sequences; [chosen, rejected, chosen, rejected, ...] if they stay as
+        they are.
         """
         return list(range(sequences))
 
@@ -65,6 +74,10 @@ class Provider:
             return (
                 f"starts from {'hidden states' if case.part.start == 'logits' else 'logits'} only"
             )
+        if case.part.entropy and not self.has_entropy:
+            return "has no entropies"
+        if case.part.softcap and not self.has_softcap:
+            return "has no softcap"
         if self.triton and device != "cuda":
             return "runs on a GPU only"
         return None
@@ -79,25 +92,36 @@ class Provider:
             return ""
 
 
+def is_chosen(s: Tensor) -> Tensor:
+    """1 for chosen responses, -1 for rejected ones `[S]`."""
+    return 1 - 2 * (torch.arange(len(s), device=s.device) % 2)
+
+
 class Naive(Provider):
     """fp32 log_softmax and gather of every row, as trainers without a fused head do."""
 
     name = "naive PyTorch"
+    has_softcap = has_entropy = True
 
-    def from_logits(self, logits, labels):
-        logps = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[
-            ..., 0
-        ]
-        return torch.where(labels != -100, logps, 0)
+    def from_logits(self, logits, labels, softcap=None, entropy=False):
+        z = logits.float()
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        every = torch.log_softmax(z, -1)
+        logps = every.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        logps = torch.where(labels != -100, logps, 0)
+        if not entropy:
+            return logps
+        return logps, torch.where(labels != -100, -(every.exp() * every).sum(-1), 0)
 
-    def from_hidden(self, hidden, weight, labels):
+    def from_hidden(self, hidden, weight, labels, counts):
         return self.from_logits(F.linear(hidden, weight), labels)
 
 
 class Compiled(Naive):
     """The same under torch.compile, compiled for each shape."""
 
-    name = "torch.compile"
+    name, compiles = "torch.compile", True
 
     @functools.cached_property
     def from_logits(self):
@@ -119,7 +143,7 @@ class TorchLinear(Provider):
             return f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)"
         return super().missing(case, device)
 
-    def from_hidden(self, hidden, weight, labels):
+    def from_hidden(self, hidden, weight, labels, counts):
         options = torch.nn.LinearCrossEntropyOptions()
         losses = F.linear_cross_entropy(
             hidden.flatten(0, -2), weight, labels.flatten(), reduction="none", options=options
@@ -128,9 +152,11 @@ class TorchLinear(Provider):
 
 
 class TRL(Provider):
-    """`trl.kernels` as called by `add_fused_lm_head`: scored rows, in chunks of 32,768 columns."""
+    """`trl.kernels`, as the fused head of TRL's DPO, KTO and GRPO trainers calls them: scored
+    rows only, in chunks of 32,768 columns.
+    """
 
-    name, package = "TRL", "trl"
+    name, package, has_entropy = "TRL", "trl", True
     columns = 32_768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
     def missing(self, case, device):
@@ -141,12 +167,13 @@ class TRL(Provider):
             return "its backward imports trl.trainer, which needs the package datasets"
         return reason
 
-    def from_logits(self, logits, labels):
+    def from_logits(self, logits, labels, entropy=False):
         from trl.kernels import selective_log_softmax_and_entropy
 
-        return selective_log_softmax_and_entropy(logits, labels, row_mask=labels != -100)[0]
+        both = selective_log_softmax_and_entropy(logits, labels, row_mask=labels != -100)
+        return both if entropy else both[0]
 
-    def from_hidden(self, hidden, weight, labels):
+    def from_hidden(self, hidden, weight, labels, counts):
         from trl.kernels import ChunkedLogProbFunction
 
         scored = labels != -100
@@ -157,29 +184,37 @@ class TRL(Provider):
 
 
 class Liger(Provider):
-    """`LigerFusedLinearDPOLoss`: DPO of pairs, without log-probabilities.
-
-    All chosen responses come before all rejected ones.
+    """`liger_kernel.chunked_loss`: KTO, and DPO and SimPO of pairs, all chosen responses before
+    all rejected ones; no log-probabilities.
     """
 
-    name, package = "Liger", "liger-kernel"
+    name, package, compiles = "Liger", "liger-kernel", True
     from_logits = None
 
     def missing(self, case, device):
-        if case.part.group_size != 2:
-            return "has a loss of pairs only"
+        if case.part.loss not in ("dpo", "simpo", "kto"):
+            return "has losses only: DPO, SimPO, KTO"
         return super().missing(case, device)
 
-    def order(self, sequences):
+    def order(self, part, sequences):
+        if part.loss == "kto":
+            return super().order(part, sequences)
         return [*range(0, sequences, 2), *range(1, sequences, 2)]
 
     def loss(self, case, x):
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+        from liger_kernel import chunked_loss
 
-        loss, *_ = LigerFusedLinearDPOLoss(beta=case.beta, use_ref_model=False)(
-            x.weight, x.hidden, x.labels
-        )
-        return loss
+        if case.part.loss == "kto":
+            kto = chunked_loss.LigerFusedLinearKTOLoss(beta=case.beta)
+            desirable, kl = is_chosen(x.labels) > 0, x.rewards.new_tensor(KTO_BASELINE)
+            return kto(x.hidden, x.weight, x.labels, preference_labels=desirable, kl=kl)[0]
+        if case.part.loss == "simpo":
+            head = chunked_loss.LigerFusedLinearSimPOLoss(
+                beta=case.beta, gamma=SIMPO_MARGIN, compute_nll_loss=False
+            )
+        else:
+            head = chunked_loss.LigerFusedLinearDPOLoss(beta=case.beta, use_ref_model=False)
+        return head(x.weight, x.hidden, x.labels)[0]
 
 
 class CutCrossEntropy(Provider):
@@ -188,35 +223,43 @@ class CutCrossEntropy(Provider):
     name, package, triton = "cut-cross-entropy", "cut-cross-entropy", True
     from_logits = None
 
-    def from_hidden(self, hidden, weight, labels):
+    def from_hidden(self, hidden, weight, labels, counts):
         from cut_cross_entropy import linear_cross_entropy
 
         return -linear_cross_entropy(hidden, weight, labels, reduction="none").float()
 
 
 class Ours(Provider):
-    """This library with default settings: fp32 logits on the linear path."""
+    """This library, default settings: fp32 logits on the linear path. It is told the number of
+    scored tokens, as by a trainer, whose collator made the labels.
+    """
 
     name, package = "rpo_kernels", "rpo_kernels"
+    has_softcap = has_entropy = True
     options: ClassVar = {}
 
-    def from_logits(self, logits, labels):
-        return rpo_kernels.token_logps(logits, labels, **self.options)
+    def from_logits(self, logits, labels, softcap=None, entropy=False):
+        call = rpo_kernels.token_logps_and_entropy if entropy else rpo_kernels.token_logps
+        return call(logits, labels, softcap=softcap, **self.options)
 
-    def from_hidden(self, hidden, weight, labels):
-        return rpo_kernels.linear_token_logps(hidden, weight, labels, **self.options)
+    def from_hidden(self, hidden, weight, labels, counts):
+        return rpo_kernels.linear_token_logps(
+            hidden, weight, labels, count=sum(counts), **self.options
+        )
 
     def loss(self, case, x):
-        reference = x.rewards.new_zeros(x.rewards.shape)
-        rewards = x.rewards if case.objective.uses_rewards else None
+        if case.part.loss == "kto":
+            return super().loss(case, x)
+        has_reference = case.objective.reference != "none"
         return rpo_kernels.linear_rpo_loss(
             x.hidden,
             x.weight,
             x.labels,
-            rewards,
+            x.rewards if case.objective.uses_rewards else None,
             case.objective,
-            ref_logps=reference,
+            ref_logps=torch.zeros_like(x.rewards) if has_reference else None,
             group_size=case.part.group_size,
+            counts=x.counts,
             **self.options,
         ).loss
 
@@ -228,8 +271,9 @@ class OursInPlace(Ours):
     options: ClassVar = {"inplace_backward": True}
     from_hidden = None
 
-    def from_logits(self, logits, labels):
-        return super().from_logits(logits.view_as(logits), labels)  # a leaf cannot be overwritten
+    def from_logits(self, logits, labels, **options):
+        # a leaf is not overwritten
+        return super().from_logits(logits.view_as(logits), labels, **options)
 
     def missing(self, case, device):
         return super().missing(case, device) or (

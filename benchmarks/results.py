@@ -3,9 +3,9 @@
     # write tables and plots again, next to the file
     python benchmarks/results.py benchmarks/results/bench.json
 
-A row contains: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok"
-with median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, measured in the
-same run) and errors; otherwise the reason.
+Rows hold: case (part, model, N, H, V, share, dtype), provider, version, and its status: "ok" with
+median_s, quartiles, rounds, peak_bytes, limit_s (what the hardware would need, its bare GEMMs or
+its bytes, measured in the same run) and errors; else the reason.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pairs
@@ -22,6 +23,8 @@ import torch
 from cases import Case
 from cpu import processor
 from providers import PROVIDERS, Provider
+
+from rpo_kernels.kernels.launch import OWN_TABLE
 
 ROOT = Path(__file__).parent.parent
 # what two runs must share to be in one file
@@ -32,6 +35,7 @@ SAME = (
     "triton",
     "commit",
     "sizes",
+    "launch_table",
 )
 
 
@@ -60,15 +64,13 @@ def about(device: str, sizes: str, **more: object) -> dict:
         facts["triton"] = triton.__version__
     except ImportError:
         facts["triton"] = None
-    try:
-        changed = bool(run("git", "status", "--porcelain", "--untracked-files=no"))
-        facts["commit"] = run("git", "rev-parse", "--short", "HEAD") + (
-            "+changes" if changed else ""
-        )
+    describe = "git", "describe", "--always", "--dirty=+changes", "--exclude=*"
+    try:  # RPO_COMMIT: of a copy without its history
+        facts["commit"] = os.environ.get("RPO_COMMIT") or run(*describe)
     except OSError:
         facts["commit"] = ""
-    # for a copy without its history
-    facts["commit"] = facts["commit"] or os.environ.get("RPO_COMMIT", "")
+    own = os.environ.get(OWN_TABLE)  # settings that are not the package's
+    facts["launch_table"] = f"{zlib.crc32(Path(own).read_bytes()):08x}" if own else None
     facts |= {"torch": torch.__version__, "python": platform.python_version()}
     words = [
         "-m pytest" if word.endswith("pytest/__main__.py") else word.removeprefix(f"{ROOT}/")
@@ -79,20 +81,22 @@ def about(device: str, sizes: str, **more: object) -> dict:
 
 
 class Results:
-    """Rows of one device and commit, saved after each."""
+    """Rows of one device and commit, saved after each; `key` names what tells them apart."""
 
-    def __init__(self, path: Path, about: dict):
-        self.path, self.about, self.rows = path, about, []
+    def __init__(self, path: Path, about: dict, key: tuple[str, ...] = ("case", "provider")):
+        self.path, self.about, self.key, self.rows = path, about, key, []
         if path.exists():
             old = json.loads(path.read_text())
-            if all(old["about"].get(key) == about[key] for key in SAME):
+            if all(old["about"].get(name) == about[name] for name in SAME):
                 self.rows = old["rows"]
 
+    def find(self, **key: object) -> dict | None:
+        return next((row for row in self.rows if all(row[k] == key[k] for k in self.key)), None)
+
     def has(self, case: Case, provider: Provider) -> bool:
-        done = [
-            row for row in self.rows if row["status"] != "skipped"
-        ]  # a missing package may be installed now
-        return any(row["case"] == case.id and row["provider"] == provider.name for row in done)
+        row = self.find(case=case.id, provider=provider.name)
+        # what was not installed may be by now
+        return row is not None and row["status"] != "skipped"
 
     def add(self, case: Case, provider: Provider, status: str, **facts: object) -> None:
         row = {
@@ -109,12 +113,15 @@ class Results:
             "status": status,
             **facts,
         }
-        for i, old in enumerate(self.rows):
-            if (old["case"], old["provider"]) == (case.id, provider.name):
-                self.rows[i] = row
-                break
-        else:
+        self.put(row)
+
+    def put(self, row: dict) -> None:
+        """In place of the row with its key, or at the end."""
+        old = self.find(**row)
+        if old is None:
             self.rows.append(row)
+        else:
+            self.rows[self.rows.index(old)] = row
         self.save()
 
     def save(self) -> None:
@@ -134,7 +141,11 @@ def figure(x: float) -> str:
 
 
 def memory(bytes: float) -> str:
-    return f"{figure(bytes / 2**30)} GiB" if bytes >= 2**30 / 10 else f"{figure(bytes / 2**20)} MiB"
+    return f"{figure(bytes / 2**30)} GiB"
+
+
+def ratio(row: dict) -> str:
+    return f"{row['median_s'] / row['limit_s']:.2f}"
 
 
 def _cells(row: dict) -> list[str]:
@@ -152,8 +163,8 @@ def _cells(row: dict) -> list[str]:
     return [
         row["provider"],
         time,
-        memory(row["peak_bytes"]),
-        f"{row['limit_s'] / row['median_s']:.0%}",
+        ratio(row),
+        figure(row["peak_bytes"] / 2**30),
         errors,
     ]
 
@@ -177,8 +188,8 @@ def table(rows: list[dict]) -> str:
     """Return the table of one case: who ran, then who did not and why."""
     ran = [row for row in rows if row["status"] != "skipped"]
     lines = [
-        "| provider | ms: median (quartiles) | memory above inputs | of the limit | error: nats, "
-        "gradients by norm |"
+        "| provider | ms: median (quartiles) | x limit | peak GiB above inputs | error against "
+        "float64: nats, gradients by norm |"
     ]
     lines += ["|---|---|---|---|---|", *(f"| {' | '.join(_cells(row))} |" for row in ran)]
     skipped = [f"{row['provider']} ({row['reason']})" for row in rows if row["status"] == "skipped"]
@@ -202,9 +213,8 @@ def report(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """Return time and memory of each provider and part, for the first model and number of rows.
-
-    All rows are scored.
+    """The first model and number of rows, all scored: milliseconds, ratio to the limit (bare GEMMs,
+    or bytes at the rate of a copy), peak GiB and error in nats of each provider in each part.
     """
     first = results["rows"][0]
     chosen = [
@@ -227,14 +237,19 @@ def summary(results: dict) -> str:
             row = by_name.get((part, provider), {"status": ""})
             done = row["status"] == "ok"
             cells.append(
-                f"{figure(1e3 * row['median_s'])} ms, {memory(row['peak_bytes'])}"
+                f"{figure(1e3 * row['median_s'])} ms, {ratio(row)} x, "
+                f"{memory(row['peak_bytes'])}, {row['error']:.0e}"
                 if done
                 else row["status"] or "not run"
             )
         lines.append(
             f"| {part} | {' | '.join('' if cell == 'skipped' else cell for cell in cells)} |"
         )
-    return f"{where(results['about'])}\n\n" + "\n".join(lines)
+    columns = (
+        "Median time, its ratio to the bare GEMMs (from logits: to its bytes at the rate of a "
+        "copy), peak memory above the inputs, and error against float64 in nats."
+    )
+    return f"{where(results['about'])} {columns}\n\n" + "\n".join(lines)
 
 
 # ---- plots ---------------------------------------------------------------------------------------

@@ -7,13 +7,16 @@ and u32 that of fp32:
 
     |dz|       <= u max|z| + 4 sqrt(H) u32 |hidden| |weight|          (from hidden states)
     |dlogp|    <= 2 |dz| + u |logp| + 32 u32 (max|z| + log V)
-    |dcoef|    <= beta / 2G max sqrt(sum (beta |dlogp|)^2)            (of a loss)
+    |dcoef|    <= b / 2G max sqrt(sum (b |dlogp|)^2)                  (of a loss)
+    |dentropy| <= 64 u32 (max|z| + log V)
     |ddlogits| <= |coef| ((2 u + |dlogp|) |onehot - p| + 32 u32 (max|z| + log V) onehot)
                   + |dcoef| |onehot - p|
     ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)|| + 32 u ||dhidden||,   dweight alike
 
-From logits, |dlogp| has no terms with dz and u (fp32 inside and out). The sum of |dcoef| is over
-the tokens of a response. The last line assumes independent errors of different logits.
+where from logits |dlogp| lacks dz and u (fp32 inside, fp32 out), b is the factor of a token's
+log-probability in the loss, the sum of |dcoef| is over the tokens of a response, and, errors of
+different logits being independent, ||ddhidden|| <= 2 ||sqrt(|ddlogits|^2 weight^2)|| + 32 u
+||dhidden||, dweight alike.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from cases import SEQUENCES, Case, Inputs
+from cases import KTO_BASELINE, Case, Inputs
 from torch import Tensor
 
 from rpo_kernels import reference
@@ -42,6 +45,7 @@ class Sample(NamedTuple):
 class Truth(NamedTuple):
     logps: Tensor  # [S, T] float64, 0 where not scored
     logps_bound: Tensor  # [S, T]
+    entropies: Tensor  # [S, T] float64, 0 where not scored
     loss: float | None
     loss_bound: float
     gradients: dict[str, Sample]
@@ -57,14 +61,19 @@ def truth_of(case: Case, x: Inputs) -> Truth:
     weight = None if from_logits else x.weight.double()
 
     def logits_of(index: Tensor) -> Tensor:
-        return rows[index].double() if from_logits else rows[index].double() @ weight.t()
+        if not from_logits:
+            return rows[index].double() @ weight.t()
+        z, cap = rows[index].double(), case.part.softcap
+        return cap * torch.tanh(z / cap) if cap else z
 
-    logps, lse, peak, work = torch.zeros(
-        4, labels.numel(), dtype=torch.float64, device=labels.device
+    logps, entropies, lse, peak, work = torch.zeros(
+        5, labels.numel(), dtype=torch.float64, device=labels.device
     )
     for index in scored.split(max(1, CHUNK_ELEMENTS // V)):
         z = logits_of(index)
         logps[index] = reference.token_logps(z, labels[index])
+        if case.part.entropy:
+            entropies[index] = reference.token_entropy(z, labels[index])
         lse[index], peak[index] = z.logsumexp(-1), z.abs().amax(-1)
         if not from_logits:
             largest = weight.norm(dim=1).max()  # |hidden| |weight| <= the product of the norms
@@ -75,20 +84,19 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         logps_bound += 2 * (half * peak + work) + half * logps.abs()
     logps_bound[labels < 0] = 0
 
-    coef, loss, loss_bound, coef_bound = x.upstream.flatten().double(), None, 0.0, 0.0
-    K, G = case.part.group_size, SEQUENCES // max(1, case.part.group_size)
-    if K:
-        sums = logps.view(x.labels.shape).sum(1).requires_grad_()
-        out = reference.preference_loss(
-            sums, x.rewards.double(), case.objective, ref_logps=torch.zeros_like(sums), group_size=K
-        ).loss
+    coef, loss, loss_bound = x.upstream.flatten().double(), None, 0.0
+    coef_bound = torch.zeros_like(logps)[:, None]
+    if case.part.loss:
+        shape = x.labels.shape
+        sums = logps.view(shape).sum(1).requires_grad_()
+        out, b = loss_of(case, sums, x)
         (slope,) = torch.autograd.grad(out, sums)
         coef = slope.repeat_interleave(case.length)
         loss = out.item()
         loss_bound = 2 * float((coef.abs() * logps_bound).sum()) + 64 * single * (1 + abs(loss))
-        coef_bound = (
-            case.beta**2 / (2 * G) * float(logps_bound.view(x.labels.shape).norm(dim=1).max())
-        )
+        largest = float((b * logps_bound.view(shape).norm(dim=1)).max())
+        groups = case.sequences // case.part.group_size
+        coef_bound = (b / (2 * groups) * largest).repeat_interleave(case.length)[:, None]
 
     def dlogits(index: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return dL/dlogits and its bounds, [rows, columns]."""
@@ -99,7 +107,9 @@ def truth_of(case: Case, x: Inputs) -> Truth:
         p = (z - lse[index, None]).exp()
         hit = (labels[index, None] == columns).double()
         c = coef[index, None]
-        error = (c.abs() * (2 * half + logps_bound[index, None]) + coef_bound) * (hit - p).abs()
+        error = (c.abs() * (2 * half + logps_bound[index, None]) + coef_bound[index]) * (
+            hit - p
+        ).abs()
         error += c.abs() * in_fp32[index, None] * hit
         return c * (hit - p), error
 
@@ -130,6 +140,25 @@ def truth_of(case: Case, x: Inputs) -> Truth:
             h = rows[index].double()
             value, squares = value + d.t() @ h, squares + e.square().t() @ h.square()
         gradients["weight"] = Sample(columns, value, sums_bound(value, squares))
-    return Truth(
-        logps.view(x.labels.shape), logps_bound.view(x.labels.shape), loss, loss_bound, gradients
+    by_row = (y.view(x.labels.shape) for y in (logps, logps_bound, entropies))
+    return Truth(*by_row, loss, loss_bound, gradients)
+
+
+def loss_of(case: Case, sums: Tensor, x: Inputs) -> tuple[Tensor, Tensor]:
+    """The loss of sequence log-probabilities `[S]` in float64, and the factor of each in it."""
+    counts = torch.tensor(x.counts, device=sums.device)
+    b = torch.full_like(sums.detach(), case.beta)
+    if case.part.loss == "kto":
+        gain = case.beta * (sums - KTO_BASELINE)
+        value = torch.cat([1 - torch.sigmoid(gain[::2]), 1 - torch.sigmoid(-gain[1::2])])
+        return value.mean(), b
+    has_reference = case.objective.reference != "none"
+    out = reference.preference_loss(
+        sums,
+        x.rewards.double(),
+        case.objective,
+        ref_logps=torch.zeros_like(sums) if has_reference else None,
+        lengths=counts,
+        group_size=case.part.group_size,
     )
+    return out.loss, b / counts if case.objective.average else b

@@ -203,6 +203,15 @@ def agree(
     return _widths[name, share]
 
 
+def check_capture(op: str, argument: str) -> None:
+    """Raise where a call would wait for the device while a CUDA graph is captured."""
+    if _capturing():
+        raise RuntimeError(
+            f"{op}: `{argument}` must be given while a CUDA graph is captured; without it the call "
+            "waits for the device"
+        )
+
+
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -2,26 +2,11 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is decorated, which reads it
-
-import pytest
-
-if not torch.cuda.is_available():
-    import numpy as np
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def _fma(self, x, y, z):
-        """Round once, as on a chip; the interpreter rounds the product, too."""
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(
-                np.float64
-            )
-            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    InterpreterBuilder.create_fma = _fma
+    from . import interpreter  # noqa: F401
 
 torch.set_num_threads(
     max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))

@@ -1,17 +1,16 @@
 """Helpers that several tests share."""
 
 import contextlib
-import itertools
 import os
 import shutil
 from unittest import mock
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from rpo_kernels.ops.operator import Operator
 from rpo_kernels.tools.cases import poisoned_memory, worst
+from rpo_kernels.tools.memory import peak_bytes
 
 __all__ = ["poisoned_memory", "worst"]  # from `python -m rpo_kernels verify`
 
@@ -37,26 +36,8 @@ def kernel_dtypes(backend: str) -> list[torch.dtype]:
 
 
 def peak_memory(step) -> int:
-    """Largest number of bytes that PyTorch's allocator holds during a step, above what it held
-    before. On a CPU with one thread: the profiler sees no memory of others.
-    """
-    if HAS_GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step()
-    finally:
-        torch.set_num_threads(threads)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(
-        itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())),
-        default=0,
-    )
+    """See `peak_bytes`."""
+    return peak_bytes(step, "cuda" if HAS_GPU else "cpu")
 
 
 @contextlib.contextmanager

@@ -28,6 +28,9 @@ MAX_PROGRAMS = 65_536
 # do not depend on its batch. Large enough for the final reduction to be cheap.
 PART = 16_384
 MOST_PARTS = 8
+# The fewest with which a pass with softcap or entropy spills nothing in its loop on any chip; with
+# 8 warps three programs fit on a multiprocessor.
+MORE_REGISTERS = 80
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class LaunchSettings:
         vec: elements in a vector: 16 bytes of what is read (forward) or written (backward).
         num_warps: warps of a program.
         num_stages: 1, or more to load two tiles while one is processed (forward).
-        max_registers: bound per thread for passes without softcap and entropy (with one of them it
-            is 128); 0 leaves it to the compiler. CUDA only.
+        max_registers: of a thread in a pass without softcap and entropy (with one MORE_REGISTERS
+            at least); 0 for what the compiler likes; CUDA only.
         evidence: where the numbers come from.
     """
 
@@ -61,7 +64,8 @@ class LaunchSettings:
         warps = {"num_warps": self.num_warps}
         if not self.max_registers:
             return warps, warps
-        return warps | {"maxnreg": 128}, warps | {"maxnreg": self.max_registers}
+        more = max(MORE_REGISTERS, self.max_registers)
+        return warps | {"maxnreg": more}, warps | {"maxnreg": self.max_registers}
 
 
 @lru_cache

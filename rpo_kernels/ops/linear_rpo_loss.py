@@ -208,14 +208,13 @@ def linear_rpo_loss(
                 )
                 return output(reduction, Losses(*results[:4]), results[4], groups)
             detached = (None if x is None else x.detach() for x in leaves)
-            loss, *others, lengths, _, _, _, _, _ = results = _loss.on(hidden)(
-                *detached, weight_grad, data, needs, options
-            )
+            results = _loss.on(hidden)(*detached, weight_grad, data, needs, options)
+            loss, *others = results[:4]
         if any(needs):
             loss = _ready.on(loss)(
                 *leaves, loss, Leaves(*results[5:]), needs, weight_grad is not None, backend
             )
-    return output(reduction, Losses(loss, *others), lengths, groups)
+    return output(reduction, Losses(loss, *others), results[4], groups)
 
 
 # ---- gradients with the loss: mean and sum -------------------------------------------------------
@@ -239,7 +238,7 @@ def _begin(
     shard = shard_of_head(op, options, leaves, labels, check, **facts)
     head = Head(op, leaves, options, shard)
     layout = Layout(op, data, options, needs, head.widest)
-    index = scored_index(labels, options.transform.ignore_index, sum(layout.counts))
+    index = scored_index(op, labels, options.transform.ignore_index, sum(layout.counts))
     rows, reference = head.rows(leaves, labels, index), None
     hidden, weight, bias = data.reference
     if hidden is not None:
@@ -328,9 +327,10 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     )
 
 
-# Operators that write to an argument (weight_grad) have no derivative, so `_ready` attaches the
-# gradients to the loss.
-_loss = Operator("linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",))
+# it writes to weight_grad and has no derivative: `_ready` attaches the gradients to the loss
+_loss = Operator(
+    "linear_rpo_loss", 6, _forward, _fake_forward, mutates=("weight_grad",), waits=True
+)
 
 
 def _ready_forward(
@@ -481,4 +481,5 @@ _per_group = Operator(
     _fake_per_group,
     _setup_per_group,
     _backward_per_group,
+    waits=True,
 )

@@ -234,13 +234,14 @@ def _linear_token_logps(
     return logps, entropies
 
 
-def scored_index(labels: Tensor, ignore_index: int, count: int) -> Tensor:
+def scored_index(op: str, labels: Tensor, ignore_index: int, count: int) -> Tensor:
     """Return the flat positions `[n]` of the scored rows.
 
     Shapes depend on n: this is the one synchronisation, unless the count (>= 0) is known.
     """
     scored = labels.reshape(-1) != ignore_index
     if count < 0:
+        distributed.check_capture(op, "count")
         return scored.nonzero()[:, 0]
     return torch.argsort(scored, descending=True, stable=True)[:count]
 
@@ -310,7 +311,7 @@ def _forward(
     head = Head(op, leaves, options, shard)
     ignore_index = options.transform.ignore_index
     valid = None if count < 0 else _right_count(op, labels, ignore_index, count)
-    index = scored_index(labels, ignore_index, count)
+    index = scored_index(op, labels, ignore_index, count)
     rows = head.rows(leaves, labels, index)
     n = rows.size if size < 0 else size
     now = _needs_now(needs, entropy)
@@ -383,7 +384,9 @@ def _backward(
     )
 
 
-_token_logps = Operator("linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward)
+_token_logps = Operator(
+    "linear_token_logps", 7, _forward, _fake_forward, _setup_context, _backward, waits=True
+)
 
 
 # ---- gradients from what was kept ----------------------------------------------------------------
@@ -432,4 +435,4 @@ def _fake_settle(*inputs: Any) -> FiveTensors:
     return empty_gradients(Leaves(*leaves), needs, weight_grad)
 
 
-settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",))
+settle = Operator("linear_settle", 6, _settle, _fake_settle, mutates=("weight_grad",), waits=True)

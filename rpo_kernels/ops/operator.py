@@ -20,6 +20,8 @@ from .._ops import add_op_namespace_prefix
 from ..backend import module_of
 from ..sums import Objective, objective_from_spec
 
+# of PyTorch 2.9 and later
+_UNSAFE = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,6 +40,8 @@ class Operator:
             no derivative.
         backward: `(ctx, *gradients)`, returns the gradients of the leading tensors.
         mutates: names of the leading tensors that the function writes to.
+        waits: whether the function may synchronise with the device, or derive shapes from values
+            that it reads there: compiled graphs then keep it out of their CUDA graphs.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Operator:
         setup_context: Callable | None = None,
         backward: Callable | None = None,
         mutates: Sequence[str] = (),
+        waits: bool = False,
     ):
         hints = typing.get_type_hints(forward)
         names = list(inspect.signature(forward).parameters)
@@ -75,6 +80,7 @@ class Operator:
             lambda *args: forward(*self._unpacked(args)),
             mutates_args=mutates,
             schema=schema,
+            tags=_UNSAFE if waits else (),
         )
         operator.register_fake(lambda *args: fake(*self._unpacked(args)))
         if setup_context is not None and backward is not None:

@@ -315,6 +315,18 @@ def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
     return once_differentiable(dlogits, logits, *(x for x in read if isinstance(x, Tensor)))
 
 
+def _beside(logits: Tensor) -> Tensor:
+    """Memory for dlogits whose rows lie between multiples of 16 bytes as those of the logits do, so
+    that both move 16 bytes at a time: of ``logits[:, :-1]`` with an odd V, say. Contiguous if the
+    logits are; else at most 15 bytes are left out at the end of each dimension.
+    """
+    unit, size, strides = 16 // logits.element_size(), logits.shape[-1], [1]
+    for n, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1]):
+        strides.append(size + (stride - size) % unit)
+        size += strides[-1] * max(n - 1, 0)
+    return logits.new_empty_strided(logits.shape, strides[::-1])
+
+
 def _dlogits(
     logits: Tensor,
     labels: Tensor,
@@ -327,7 +339,7 @@ def _dlogits(
     transform: LogitTransform,
     backend: str,
 ) -> Tensor:
-    out = logits.new_empty(logits.shape)
+    out = _beside(logits)
     _write_dlogits(
         out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend
     )
@@ -393,9 +405,7 @@ def _write_dlogits(
     )
 
 
-_dlogits_op = Operator(
-    "vocabulary_backward", 8, _dlogits, lambda logits, *_: logits.new_empty(logits.shape)
-)
+_dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: _beside(logits))
 _dlogits_inplace_op = Operator(
     "vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",)
 )

@@ -93,6 +93,8 @@ class Layout:
         S, self.device = sequences.number, labels.device
         own = sequences.sum((labels != options.transform.ignore_index).double()).int()
         offsets = groups.cu_groups
+        if data.counts is None or offsets is not None:
+            distributed.check_capture(op, "counts" if data.counts is None else "group_size")
         bounds = list(range(0, S + 1, groups.group_size)) if offsets is None else []
         if data.counts is None:
             known = (own if offsets is None else torch.cat([own, offsets])).tolist()

@@ -7,8 +7,8 @@ allows, as a multiple of the memory bandwidth in the data sheet ("1.9 issue": is
 for 1.9 times the bandwidth; "0.8 special": the unit for exponentials and reciprocals limits the
 kernel to 80 % of it).
 
-Exit code 1 if a kernel that streams rows of the vocabulary spills registers, or accesses single
-elements in that loop.
+Fails (exit code 1) if a kernel that streams rows of the vocabulary spills registers in that loop
+(more than four around it), or moves single elements in it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ COLUMNS = {
     "allows": "allows x bandwidth",
     "verdict": "verdict",
 }
-# the group pass is one program: ptxas keeps up to 16 of its registers in local memory, at no cost
-GROUP_PASS_BYTES = 64
+# one program: ptxas keeps up to 34 of its registers in local memory, which costs nothing there
+GROUP_PASS_BYTES = 144
+# of kernels that stream: what ptxas may keep there around the loop, moved once per part of a row
+AROUND_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def _throughput(chip: Chip, inner: Inner) -> dict[str, Any]:
 def _verdict(code: MachineCode, variant: Variant, streams: bool) -> str:
     if not streams:
         return "ok" if code.local_bytes <= GROUP_PASS_BYTES else "spills, tolerated in one program"
-    faults = ["spills"] if code.local_bytes else []
+    spills = streaming_loop(code).spills or code.local_bytes > AROUND_BYTES
+    faults = ["spills"] if spills else []
     widths = {kind: streaming_loop(code).widest(kind) for kind in ("load", "store")}
     single = sorted(
         kind for kind, width in widths.items() if width and width <= variant.dtype.itemsize

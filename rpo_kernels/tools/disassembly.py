@@ -53,6 +53,11 @@ class Loop:
         return max((width for what, width in self.accesses if what == kind), default=None)
 
     @property
+    def spills(self) -> int:
+        """Accesses to memory that stands for registers."""
+        return sum(x.startswith(("LDL", "STL", "scratch_")) for x in self.operations)
+
+    @property
     def exponentials(self) -> int:
         return sum(x.startswith(("MUFU.EX2", "v_exp_")) for x in self.operations)
 

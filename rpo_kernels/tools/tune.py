@@ -238,8 +238,10 @@ def by_audit(
         with assumed_arch(arch), launching_with(settings):
             (launch,) = (x for x in variant.launches() if op in x.kernel.__name__)
         found = audited(arch, variant, launch)
-        ratio, ok = found.get("bandwidth_ratio", 0.0), found["verdict"] == "ok"
-        status = found["verdict"] if not ok else "ok" if ratio >= ENOUGH else "slow"
+        ratio, verdict = found.get("bandwidth_ratio", 0.0), found["verdict"]
+        if found["local_bytes"] and verdict == "ok":
+            verdict = "spills around the loop"
+        status = verdict if verdict != "ok" else "ok" if ratio >= ENOUGH else "slow"
         row = {key: getattr(settings, key) for key in TUNED} | {
             "status": status,
             "figure": f"allows {ratio:.2f} x bandwidth",

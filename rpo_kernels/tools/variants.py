@@ -72,6 +72,12 @@ def variants(full: bool = False) -> Iterator[Variant]:
         ):
             name = f"{str(dtype)[6:]}{' softcap' * softcap}{' entropy' * entropy}, {rows}"
             yield Variant(name, partial(launch_vocabulary, dtype, softcap, entropy, V), dtype, V)
+    yield Variant(
+        "float32 to bfloat16, aligned",
+        partial(launch_mixed_backward, VOCABULARIES["aligned"]),
+        torch.float32,
+        VOCABULARIES["aligned"],
+    )
     shard = VOCABULARIES["aligned"] // 8
     yield Variant(
         "bfloat16 softcap entropy shard, aligned",
@@ -129,6 +135,17 @@ def launch_vocabulary(dtype: torch.dtype, softcap: bool, entropy: bool, V: int) 
         entropies=entropies,
         entropy_coef=entropies,
         upstream=meta(),
+    )
+
+
+def launch_mixed_backward(V: int) -> None:
+    """What the linear path does with a chunk of fp32 logits: 16-bit gradients beside them."""
+    from ..kernels.vocabulary_backward import vocabulary_backward
+
+    logits, labels = meta(1, 3, V), meta(3, dtype=torch.int64)
+    out = meta(1, 3, V, dtype=torch.bfloat16)
+    vocabulary_backward(
+        logits, labels, meta(3), meta(2, 3), meta(3), LogitTransform(), out, upstream=None
     )
 
 

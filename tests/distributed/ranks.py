@@ -85,6 +85,8 @@ def run(tests: list[str], world: int, folder: Path) -> dict[str, list[str]]:
 
 
 def main(folder: Path, world: int, rank: int) -> None:
+    with contextlib.suppress(ImportError):  # in an installation of torch alone
+        from .. import interpreter  # noqa: F401
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

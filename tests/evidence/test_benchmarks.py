@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import cases  # noqa: E402
+import longest  # noqa: E402
 import measure  # noqa: E402
+import peers  # noqa: E402
 import providers  # noqa: E402
 import readme as fill  # noqa: E402
 import results  # noqa: E402
@@ -24,6 +28,7 @@ from cases import MODELS, PARTS, QWEN, TINY, Case  # noqa: E402
 from truth import truth_of  # noqa: E402
 
 ROWS, DTYPES = 64, [torch.float32, torch.bfloat16]
+PART = {part.name: part for part in PARTS}
 RUN_HERE = [
     p for p in providers.PROVIDERS if not isinstance(p, providers.Compiled)
 ]  # which takes seconds for each graph
@@ -73,7 +78,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("part", [PARTS[1], PARTS[4], PARTS[5]], ids=lambda part: part.name)
+GATED = ["logits forward + backward", "SimPO", "KTO"]
+
+
+@pytest.mark.parametrize("part", GATED)
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_the_gate_rejects(wrong, part):
     class Planted(providers.Naive):
@@ -82,8 +90,38 @@ def test_the_gate_rejects(wrong, part):
         def from_logits(self, logits, labels):
             return wrong(super().from_logits(logits, labels), labels)
 
-    case, inputs, truth = prepared(part)
+    case, inputs, truth = prepared(PART[part])
     assert measure.check(measure.Step(case, Planted(), inputs), truth).verdict
+
+
+def test_the_gate_rejects_entropies_of_capped_logits_and_logits_without_their_cap():
+    class Planted(providers.Naive):
+        def from_logits(self, logits, labels, softcap=None, entropy=False):
+            cap = 10.0 if entropy else None
+            wrong = super().from_logits(logits, labels, cap, entropy)
+            right = super().from_logits(logits, labels)
+            return (right, wrong[1]) if entropy else wrong
+
+    for part, says in (
+        ("logits and entropy forward", "entropy off"),
+        ("softcapped logits forward", "log-prob off"),
+    ):
+        case, inputs, truth = prepared(PART[part])
+        assert says in measure.check(measure.Step(case, Planted(), inputs), truth).verdict
+
+
+@pytest.mark.parametrize("part", ["SimPO", "RPO of 8 responses"])
+def test_responses_of_real_lengths_are_scored_where_they_are(part):
+    case = Case.of_pairs(
+        PART[part], TINY, tuple(p // 40 + 2 for p in cases.PAIRS), dtype=torch.float32
+    )
+    inputs = case.inputs("cpu")
+    assert ((inputs.labels >= 0).sum(1) == torch.tensor(case.counts)).all()
+    assert inputs.labels.shape == (32, max(case.counts)) and inputs.labels.numel() == case.rows
+    truth = truth_of(case, inputs)
+    for provider in (providers.Ours(), providers.Naive()):
+        assert measure.check(measure.Step(case, provider, [inputs]), truth).verdict is None
+    assert sum(cases.PAIRS) / len(cases.PAIRS) == pytest.approx(553, rel=0.02)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
@@ -101,7 +139,7 @@ def test_in_bf16_a_gradient_half_as_large_again_is_rejected(part):
 
 
 def test_a_step_in_place_leaves_the_inputs_of_others_alone():
-    case, inputs, truth = prepared(PARTS[1])
+    case, inputs, truth = prepared(PART["logits forward + backward"])
     before = inputs[0].logits.clone()
     step = measure.Step(case, providers.OursInPlace(), inputs)
     for _ in range(2):
@@ -115,24 +153,28 @@ def test_the_limit_counts_scored_rows_and_needed_gradients():
     gemms = {name: case.flop / G for name, case in by_name.items()}
     assert gemms == {
         "logits forward": 0,
+        "logits and entropy forward": 0,
+        "softcapped logits forward": 0,
         "logits forward + backward": 0,
         "linear no grad": 1,
         "linear frozen head": 2,
         "linear trainable head": 3,
-        "pair loss": 3,
-        "loss of 8 responses": 3,
+        "DPO": 3,
+        "SimPO": 3,
+        "KTO": 3,
+        "RPO of 8 responses": 3,
     }
     L = 2 * 8192 * 151_936
     assert (
         by_name["logits forward"].bytes == L and by_name["logits forward + backward"].bytes == 3 * L
     )
-    quarter = Case(PARTS[1], QWEN, 8192, 0.25)
+    quarter = Case(PART["logits forward + backward"], QWEN, 8192, 0.25)
     assert quarter.bytes == L // 4 + L // 4 + L  # the gradient of every row is written
     assert {model.V for model in MODELS} == {128_256, 151_936, 262_144, 49_152}
 
 
 def test_memory_is_the_peak_above_the_inputs():
-    case, inputs, _ = prepared(PARTS[0])
+    case, inputs, _ = prepared(PART["logits forward"])
 
     class Known(providers.Naive):
         def from_logits(self, logits, labels):
@@ -140,7 +182,7 @@ def test_memory_is_the_peak_above_the_inputs():
             return both[1].new_zeros(labels.shape)
 
     step = measure.Step(case, Known(), inputs)
-    assert measure.peak_bytes(step, "cpu") == pytest.approx(4 * (1000 + 500 + ROWS), abs=256)
+    assert measure.peak_of(step, "cpu") == pytest.approx(4 * (1000 + 500 + ROWS), abs=256)
 
 
 def run(*command, **environment):
@@ -175,7 +217,8 @@ def test_the_command_line_measures_and_goes_on_where_it_stopped(tmp_path):
         "--results",
         file,
     ]
-    chosen = ["-k", "128 and logits and forward and (naive or rpo_kernels)"]
+    parts = "logits and forward and not softcapped and not entropy"
+    chosen = ["-k", f"128 and {parts} and (naive or rpo_kernels)"]
     first = run(*command, *chosen)
     assert "5 passed" in first, first
     rows = json.loads(file.read_text())["rows"]
@@ -222,6 +265,7 @@ def a_results_file(path: Path, kind: str) -> None:
         "commit": "c",
         "command": "x",
         "sizes": "full",
+        "launch_table": None,
         "copy_rate": 1e12,
     }
     found = results.Results(path, about)
@@ -243,7 +287,7 @@ def test_tables_show_who_ran_who_was_wrong_and_who_was_skipped(tmp_path):
     file = tmp_path / "bench.json"
     a_results_file(file, "cuda")
     text = results.report(json.loads(file.read_text()))
-    assert "| rpo_kernels | 2 (1 to 3) | 2 GiB | 50% | 1.0e-06 |" in text
+    assert "| rpo_kernels | 2 (1 to 3) | 2.00 | 2 | 1.0e-06 |" in text
     assert "| naive PyTorch | wrong: log-prob off by 1 |" in text
     assert "Skipped: Liger (has a loss of pairs only)." in text
 
@@ -269,7 +313,7 @@ def test_the_readme_is_filled_from_results_and_says_which_device(tmp_path, file,
         text = readme.read_text()
         assert (
             text.startswith(f"a\n{marks[1]}\nMeasured {says} (a chip")
-            and "| logits forward | 2 ms, 2 GiB | wrong |" in text
+            and "| logits forward | 2 ms, 2.00 x, 2 GiB, 1e-06 | wrong |" in text
         )
         assert (
             "stale" not in text
@@ -293,16 +337,14 @@ def test_readme_tables_are_those_of_the_committed_results():
         assert fill.filled(without_traffic) == without_traffic
 
 
-# ---- the hour on a GPU ---------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     """The script's own limit, and both ways to run pytest."""
-    (limited,) = [
-        line
-        for line in (ROOT / "benchmarks" / "gpu.sh").read_text().splitlines()
-        if line.startswith("limited()")
-    ]
+    (limited,) = [x for x in SCRIPT.read_text().splitlines() if x.startswith("limited()")]
     file = tmp_path / "test_slow.py"
     file.write_text(
         "import time\ndef test_bad(): assert 1 + 1 == 3\ndef test_slow(): time.sleep(60)\n"
@@ -310,8 +352,8 @@ def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     parallel = " -n 2" if importlib.util.find_spec("xdist") else ""
     for options in {"", parallel}:
         command = (
-            f"{limited}; limited 6 {sys.executable} -m pytest -q -p no:cacheprovider{options} "
-            f"{file}"
+            f"{limited}; started=$SECONDS limit=46; limited {sys.executable} -m pytest -q "
+            f"-p no:cacheprovider{options} {file}"
         )
         done = subprocess.run(
             ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -323,24 +365,66 @@ def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
         ), done.stdout
 
 
-def test_the_script_parses_and_its_stages_run_dry(tmp_path):
-    """Tests are only collected; bench and chunks go through the motions at tiny sizes, settings are
-    chosen by machine code.
-    """
-    run("bash", "-n", "benchmarks/gpu.sh")
-    environment = {
-        "BENCH_ARGS": "-k '128 and pair and naive'",
-        "TESTS": "tests/evidence/test_architecture.py",
+def test_an_unknown_stage_is_answered_by_what_there_is():
+    done = subprocess.run([SCRIPT, "bench"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert all(f"  {stage} " in done.stdout for stage in STAGES), done.stdout
+
+
+STAGES = ["tests", "tune", "chunks", "host", "bench-peers", "bench-compile", "longest"]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_dry_and_goes_on_where_it_stopped(tmp_path):
+    """Small sizes, one file of tests, settings by machine code."""
+    for library in ("triton", "pytest_benchmark", "matplotlib"):
+        pytest.importorskip(library)
+    patient = {"LIMIT_S": "3000"}  # of a loaded machine
+    text = run(SCRIPT, "--dry-run", "--out", tmp_path, **patient)
+    assert all(f"== {stage}: exit code 0" in text for stage in STAGES), text
+    load = lambda name: json.loads((tmp_path / name).read_text())
+    kept = {name: load(name) for name in ("bench.json", "chunks.json", "longest.json")}
+    for name, found in kept.items():
+        assert "ok" in {row["status"] for row in found["rows"]}, name
+    about = kept["bench.json"]["about"]
+    assert about["launch_table"], "later stages take the settings that tune has found"
+    by_provider = {
+        row["provider"]: row for row in kept["bench.json"]["rows"] if row["part"] == "KTO"
     }
-    text = run("benchmarks/gpu.sh", "--dry-run", "--out", tmp_path, **environment)
-    assert all(
-        f"== {stage}: exit code 0" in text for stage in ("tests", "bench", "tune", "chunks", "host")
-    ), text
-    assert "tests collected" in (tmp_path / "tests.txt").read_text()
-    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["status"] == "ok"
-    assert {
-        row["status"] for row in json.loads((tmp_path / "chunks.json").read_text())["chunks"]
-    } == {"ok"}
-    assert [
-        (row["arch"], row["op"]) for row in json.loads((tmp_path / "launch_table.json").read_text())
-    ] == [("sm_90", "backward")]
+    assert {"rpo_kernels", "naive PyTorch", "torch.compile"} <= set(by_provider)
+    settings = [(row["arch"], row["op"]) for row in load("launch_table.json")]
+    assert settings == [("sm_90", "backward")]
+    passed = load("tests.json")["passed"]
+    assert passed and all("test_architecture" in name for name in passed)
+    for name in ("bench.md", "bench-peers.png", "longest.md", "tests.txt", "host.json"):
+        assert (tmp_path / name).stat().st_size > 0
+
+    again = run(
+        SCRIPT, "--dry-run", "--out", tmp_path, *(x for x in STAGES if x != "host"), **patient
+    )
+    assert all(f"== {stage}: exit code 0" in again for stage in STAGES if stage != "host"), again
+    assert {name: load(name)["rows"] for name in kept} == {
+        name: found["rows"] for name, found in kept.items()
+    }
+    assert f"{len(passed)} skipped" in (tmp_path / "tests.txt").read_text()
+
+
+@pytest.mark.parametrize("most", [0, 255, 256, 700, 5000, 1 << 30])
+def test_the_longest_pair_is_found_to_within_a_sixteenth(most):
+    tried = []
+    found = longest.longest(lambda tokens: tried.append(tokens) or tokens <= most)
+    assert found <= most and (found >= min(most, longest.LONGEST) * 15 / 16 or most < 256)
+    assert len(tried) == len(set(tried)) <= 18
+
+
+def test_peers_are_unpacked_from_wheels_and_checked(tmp_path, capsys):
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "cut_cross_entropy-9.9-py3-none-any.whl", "w") as file:
+        file.writestr("cut_cross_entropy/__init__.py", "linear_cross_entropy = print")
+        file.writestr("cut_cross_entropy-9.9.dist-info/METADATA", "Version: 9.9\n")
+    peers.unpack(wheels, target)
+    assert peers.works("cut-cross-entropy", [str(target)])
+    assert not peers.works("cut-cross-entropy", [str(wheels)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "cut-cross-entropy: 9.9" and "No module named" in said[1]

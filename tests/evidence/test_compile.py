@@ -21,7 +21,7 @@ import triton.language as tl
 
 from rpo_kernels.kernels.launch import assumed_arch
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
-from rpo_kernels.tools.audit import GROUP_PASS_BYTES, audited
+from rpo_kernels.tools.audit import AROUND_BYTES, GROUP_PASS_BYTES, audited
 from rpo_kernels.tools.chips import CHIPS
 from rpo_kernels.tools.variants import Variant, meta, variants
 
@@ -93,7 +93,7 @@ def test_audit_finds_kernels_in_registers_and_accesses_of_sixteen_bytes(name, tm
     *rows, starved, control = json.loads(done.stdout.splitlines()[-1])
     group_passes = len(DISTANCES) * len(COMPARISONS) + 6
     assert len(rows) == (
-        (12 + 2) * 2 + 2 + 1 + group_passes if name == IN_FULL else (4 + 1 + 2) * 2 + 2 + 1 + 2
+        (12 + 2) * 2 + 3 + 1 + group_passes if name == IN_FULL else (4 + 1 + 2) * 2 + 3 + 1 + 2
     )
     for row in rows:
         assert row["verdict"] == "ok", row
@@ -102,7 +102,7 @@ def test_audit_finds_kernels_in_registers_and_accesses_of_sixteen_bytes(name, tm
         elif row["kernel"] == "shards_combine":  # twelve numbers a row: their width does not matter
             assert row["local_bytes"] == 0, row
         else:
-            assert row["local_bytes"] == 0 and row["load"] == 16, row
+            assert row["local_bytes"] <= AROUND_BYTES and row["load"] == 16, row
             assert row["store"] == (None if "forward" in row["kernel"] else 16), row
         if (
             "tile" in row

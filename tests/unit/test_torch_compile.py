@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rpo_kernels import (
     RPOObjective,
+    distributed,
+    linear_rpo_loss,
+    linear_token_logps,
     preference_loss,
     rpo_loss,
     sequence_logps,
@@ -59,6 +63,36 @@ def gradient(loss, x, **options):
 
 
 # ---- torch.library -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch 2.9 brings the tag")
+def test_operators_that_may_wait_for_the_device_stay_out_of_cuda_graphs():
+    """Under mode="reduce-overhead", which captures the graph around them."""
+    tagged = {
+        name
+        for name in dir(torch.ops.rpo_kernels)
+        if isinstance(packet := getattr(torch.ops.rpo_kernels, name), torch._ops.OpOverloadPacket)
+        and torch.Tag.cudagraph_unsafe in packet.default.tags
+    }
+    linear = {"token_logps", "settle", "rpo_loss", "rpo_loss_per_group"}
+    assert tagged == {f"linear_{name}" for name in linear}
+
+
+def test_a_linear_call_that_would_wait_in_a_cuda_graph_says_what_it_lacks():
+    hidden, weight = torch.randn(4, 3, 8), torch.randn(7, 8)
+    labels, bounds = torch.randint(7, (4, 3)), ints(0, 2, 4, device="cpu")
+    call = partial(linear_rpo_loss, hidden, weight, labels, None, RPOObjective.dpo())
+    call = partial(call, ref_logps=torch.zeros(4))
+    with mock.patch.object(distributed, "_capturing", lambda: True):
+        call(counts=[3] * 4)
+        linear_token_logps(hidden, weight, labels, count=12)
+        for waits, lacks in (
+            (lambda: linear_token_logps(hidden, weight, labels), "linear_token_logps: `count`"),
+            (call, "linear_rpo_loss: `counts`"),
+            (partial(call, counts=[3] * 4, cu_groups=bounds), "linear_rpo_loss: `group_size`"),
+        ):
+            with pytest.raises(RuntimeError, match=f"^{lacks} must be given while a CUDA graph"):
+                waits()
 
 
 @pytest.mark.parametrize("inplace", [False, True])

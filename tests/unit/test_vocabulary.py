@@ -85,7 +85,9 @@ def test_token_logps_and_gradients_are_as_good_as_pytorch(V, transform, backend,
         # Where PyTorch happens to be exact (V = 1, a lone maximum) ours may still round a few
         # times.
         eps = torch.finfo(torch.float32).eps
-        assert worst(ours, logps64) <= 1.5 * worst(theirs, logps64) + 2 * eps * float(
+        # a chip's exponential and division, of which softcap takes another each, err by 2 units
+        units = 4 if "softcap" in transform else 2
+        assert worst(ours, logps64) <= 1.5 * worst(theirs, logps64) + units * eps * float(
             logps64.abs().max()
         ), dtype
         ulp = max(4 * eps, torch.finfo(dtype).eps / 2) * float(grad64.abs().max())
@@ -199,6 +201,20 @@ def test_token_logps_read_views_of_shifted_logits(backend, device):
     swapped = full.transpose(0, 1)[1:].requires_grad_()
     expected = token_logps(swapped.contiguous(), labels.t(), backend=backend)
     assert torch.equal(token_logps(swapped, labels.t(), backend=backend), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logps_gradients_are_aligned_as_their_logits(dtype, device):
+    """So that rows of an odd vocabulary are read and written 16 bytes at a time."""
+    full = torch.randn(2, 3, 5, 33, device=device, dtype=dtype)
+    for logits in (full, full[:, :, :-1], full[:, :, 4:], full[0, :, :, :32], full[0, 0, 0]):
+        logits = logits.detach().requires_grad_()
+        labels = torch.randint(0, 32, logits.shape[:-1], device=device)
+        (grad,) = torch.autograd.grad(token_logps(logits, labels, backend="torch").sum(), logits)
+        apart = [(a - b) * dtype.itemsize % 16 for a, b in zip(logits.stride(), grad.stride())]
+        assert not any(apart), (logits.stride(), grad.stride())
+        assert grad.untyped_storage().nbytes() < grad.nbytes + 16 * max(labels.numel(), 1)
+        assert grad.is_contiguous() or not logits.is_contiguous()
 
 
 def test_token_logps_take_any_number_of_leading_dimensions(backend, device):
