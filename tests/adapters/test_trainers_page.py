@@ -45,7 +45,7 @@ def snippet(title: str, monkeypatch=None, **modules) -> dict:
     return names
 
 
-def test_the_pages_have_one_snippet_for_each_trainer_and_all_are_tested():
+def test_trainers_pages_have_a_tested_snippet_for_each_trainer():
     hosts = ["LlamaFactory", "ms-swift", "axolotl", "verl", "OpenRLHF", "NeMo-RL"]
     for page, titles in {"trainers.md": ["A bare loop", "Lightning"], "hosts.md": hosts}.items():
         found = {title: len(sources) for title, sources in snippets_of(page).items()}

@@ -103,7 +103,7 @@ def steps(build, args) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_six_steps_of_TRLs_trainers_keep_losses_and_metrics(name, tmp_path, monkeypatch):
+def test_accelerate_trl_keeps_losses_and_metrics_of_six_steps(name, tmp_path, monkeypatch):
     args = options(tmp_path)
     expected = steps(TRAINERS[name], args)
     calls = []
@@ -129,7 +129,7 @@ def rows():
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_every_output_and_gradient_is_TRLs(rows, softcap, monkeypatch):
+def test_accelerate_trl_gives_every_output_and_gradient_of_TRL(rows, softcap, monkeypatch):
     chunks = functools.partial(
         rpo_kernels.linear_token_logps_and_entropy, workspace_bytes=10 * 4 * 53
     )
@@ -149,7 +149,7 @@ def test_every_output_and_gradient_is_TRLs(rows, softcap, monkeypatch):
         assert worst(a, b) <= 1e-5
 
 
-def test_what_is_not_asked_is_None_and_no_rows_stay_connected(rows):
+def test_accelerate_trl_gives_None_for_outputs_that_are_not_requested(rows):
     (hidden, weight, bias), targets = rows
     with accelerate_trl():
         apply = host._ChunkedLogProbFunction.apply
@@ -167,7 +167,7 @@ def test_what_is_not_asked_is_None_and_no_rows_stay_connected(rows):
         assert hidden.grad.shape == hidden.shape and not hidden.grad.any()
 
 
-def test_a_LoRA_model_takes_a_micro_batch_with_nothing_scored():
+def test_accelerate_trl_takes_a_micro_batch_of_LoRA_with_nothing_scored():
     base = llama()
     host.add_fused_lm_head(base)
     model = get_peft_model(
@@ -184,7 +184,7 @@ def test_a_LoRA_model_takes_a_micro_batch_with_nothing_scored():
     assert not any(results[0]) and all(results[1])
 
 
-def test_calls_that_are_not_ours_are_TRLs_and_say_so_once(rows, monkeypatch):
+def test_accelerate_trl_leaves_other_calls_to_TRL_and_says_so_once(rows, monkeypatch):
     inputs, targets = rows
     said = []
     monkeypatch.setattr(adapter.logger, "warning_once", said.append)
@@ -195,7 +195,7 @@ def test_calls_that_are_not_ours_are_TRLs_and_say_so_once(rows, monkeypatch):
     assert said and "not positive" in said[0]
 
 
-def test_undo_gives_TRL_its_function_back():
+def test_accelerate_trl_undo_restores_TRL():
     theirs = host._ChunkedLogProbFunction, host._use_triton
     handle = accelerate_trl()
     with accelerate_trl():

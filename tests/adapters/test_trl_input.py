@@ -48,7 +48,9 @@ def config(tmp_path, **more) -> RPOConfig:
         ),
     ],
 )
-def test_an_objective_has_several_spellings_and_survives_a_file(given, expected, tmp_path):
+def test_rpo_config_takes_an_objective_in_several_spellings_and_from_a_file(
+    given, expected, tmp_path
+):
     args = config(tmp_path, **given)
     assert args.make_objective() == expected and args.beta == expected.beta
     saved = json.loads(args.to_json_string())
@@ -60,7 +62,7 @@ def test_an_objective_has_several_spellings_and_survives_a_file(given, expected,
     assert again.make_objective() == expected
 
 
-def test_a_command_line_says_an_objective(tmp_path):
+def test_rpo_config_takes_an_objective_from_a_command_line(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu True --bf16 False --report_to none".split()
     line += "--beta 0.05 --objective".split()
     (args,) = HfArgumentParser(RPOConfig).parse_args_into_dataclasses(
@@ -105,7 +107,7 @@ def test_a_command_line_says_an_objective(tmp_path):
         ({"objective": {"distance": "squared", "beta": -1.0}}, r"`beta` must be .* > 0"),
     ],
 )
-def test_a_configuration_that_contradicts_itself_is_refused(given, message, tmp_path):
+def test_rpo_config_refuses_options_that_contradict_each_other(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **given)
 
@@ -117,7 +119,7 @@ def encoded(row, objective=None) -> dict:
     return encode(row, tokenizer(), "</s>", objective or RPOObjective(), "train")
 
 
-def test_pairs_and_groups_and_chats_say_the_same_in_every_spelling():
+def test_rpo_trainer_takes_pairs_groups_and_chats():
     (pair,) = pairs(1)
     expected = encoded(pair)
     rewards = [pair.pop("score_chosen"), pair.pop("score_rejected")]
@@ -147,7 +149,7 @@ def test_pairs_and_groups_and_chats_say_the_same_in_every_spelling():
     assert encoded(whole | {"score_chosen": rewards[0], "score_rejected": rewards[1]}) == ids
 
 
-def test_without_rewards_in_the_objective_the_best_response_is_the_first():
+def test_rpo_trainer_puts_the_best_response_first_for_objectives_without_rewards():
     (group,) = groups([3])
     group["rewards"] = [0.0, 2.0, 1.0]
     first, second, third = encoded(group)["response_ids"]
@@ -206,7 +208,7 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
     ],
 )
 @pytest.mark.parametrize("kind", [Dataset, IterableDataset])
-def test_data_that_do_not_fit_are_refused_at_construction(kind, row, objective, message, tmp_path):
+def test_rpo_trainer_refuses_data_that_do_not_fit(kind, row, objective, message, tmp_path):
     data = Dataset.from_list([row, row])
     data = data if kind is Dataset else data.to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
@@ -219,7 +221,7 @@ def test_data_that_do_not_fit_are_refused_at_construction(kind, row, objective, 
         )
 
 
-def test_the_second_row_and_the_evaluation_data_are_looked_at_too(tmp_path):
+def test_rpo_trainer_checks_every_row_and_the_evaluation_data(tmp_path):
     bad, fine = (
         Dataset.from_list([GOOD, GOOD | {"rewards": [1.0, 2.0, 3.0]}]),
         Dataset.from_list([GOOD]),
@@ -244,13 +246,13 @@ def test_the_second_row_and_the_evaluation_data_are_looked_at_too(tmp_path):
         ([GOOD], "must have prompts shorter than `max_length` 2, got none"),
     ],
 )
-def test_RPOTrainer_refuses_data_of_which_nothing_is_left(rows, message, tmp_path):
+def test_rpo_trainer_refuses_data_of_which_nothing_is_left(rows, message, tmp_path):
     data, args = Dataset.from_list([GOOD]).select(range(len(rows))), config(tmp_path, max_length=2)
     with pytest.raises(ValueError, match=message):
         RPOTrainer(llama(), llama(seed=1), args, train_dataset=data, processing_class=tokenizer())
 
 
-def test_streamed_rows_train(tmp_path):
+def test_rpo_trainer_takes_streamed_rows(tmp_path):
     data = Dataset.from_list(groups([2, 3, 2, 4])).to_iterable_dataset()
     trainer = RPOTrainer(
         llama(),
@@ -290,7 +292,9 @@ def test_streamed_rows_train(tmp_path):
         ),
     ],
 )
-def test_references_that_do_not_fit_are_refused(objective, arguments, more, message, tmp_path):
+def test_rpo_trainer_refuses_references_that_do_not_fit(
+    objective, arguments, more, message, tmp_path
+):
     arguments = {"ref_model": llama(seed=1)} if arguments else {}
     with pytest.raises(ValueError, match=message):
         RPOTrainer(
@@ -302,7 +306,7 @@ def test_references_that_do_not_fit_are_refused(objective, arguments, more, mess
         )
 
 
-def test_an_objective_without_reference_loads_none_and_needs_none(tmp_path):
+def test_rpo_trainer_loads_no_reference_for_objectives_without_one(tmp_path):
     trainer = RPOTrainer(
         llama(),
         args=config(tmp_path, objective="simpo", max_steps=1),
@@ -316,7 +320,7 @@ def test_an_objective_without_reference_loads_none_and_needs_none(tmp_path):
     assert "kl" not in trainer.state.log_history[0]
 
 
-def test_arguments_of_DPO_are_not_enough(tmp_path):
+def test_rpo_trainer_needs_an_rpo_config(tmp_path):
     with pytest.raises(TypeError, match=r"`args` must be an RPOConfig.*got DPOConfig"):
         RPOTrainer(
             llama(),
@@ -345,7 +349,7 @@ def changed(*names):
         ("compute_ref_log_probs", None, r"has no method `compute_ref_log_probs`"),
     ],
 )
-def test_RPOTrainer_refuses_a_TRL_whose_trainer_changed_and_says_how(
+def test_rpo_trainer_refuses_a_TRL_whose_trainer_changed_and_says_how(
     name, there, message, tmp_path, monkeypatch
 ):
     class Changed(trl.DPOTrainer):
@@ -358,7 +362,7 @@ def test_RPOTrainer_refuses_a_TRL_whose_trainer_changed_and_says_how(
         RPOTrainer(llama(), args=config(tmp_path), train_dataset=Dataset.from_list([GOOD]))
 
 
-def test_RPOTrainer_refuses_a_helper_of_TRL_that_is_called_otherwise(tmp_path, monkeypatch):
+def test_rpo_trainer_refuses_a_helper_of_TRL_that_is_called_otherwise(tmp_path, monkeypatch):
     calls = {changed("model", "name"): (1, ("adapter_name",))}
     monkeypatch.setattr(trainer_module, "CALLS", calls)
     with pytest.raises(
@@ -367,7 +371,7 @@ def test_RPOTrainer_refuses_a_helper_of_TRL_that_is_called_otherwise(tmp_path, m
         RPOTrainer(llama(), args=config(tmp_path), train_dataset=Dataset.from_list([GOOD]))
 
 
-def test_RPOTrainer_refuses_a_trainer_that_lacks_an_attribute(tmp_path, monkeypatch):
+def test_rpo_trainer_refuses_a_TRL_that_lacks_an_attribute(tmp_path, monkeypatch):
     names = (*trainer_module.ATTRIBUTES, "_tokens_seen")
     monkeypatch.setattr(trainer_module, "ATTRIBUTES", names)
     with pytest.raises(RuntimeError, match="DPOTrainer sets no `_tokens_seen`"):

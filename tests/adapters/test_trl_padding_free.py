@@ -64,7 +64,7 @@ def trained(tmp_path, padding_free, *, rows=UNEVEN, objective=OBJECTIVE, more=No
         "K = 3, no reference",
     ],
 )
-def test_padding_free_takes_the_steps_of_padded_batches(how, tmp_path):
+def test_rpo_trainer_padding_free_takes_the_steps_of_padded_batches(how, tmp_path):
     expected, logged = (trained(tmp_path, packs, **how) for packs in (False, True))
     assert len(logged) == len(expected) == 2
     assert abs(expected[0]["loss"] - expected[-1]["loss"]) > 1e-4  # it trains
@@ -74,7 +74,7 @@ def test_padding_free_takes_the_steps_of_padded_batches(how, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-5), name
 
 
-def test_padding_free_has_the_gradients_of_a_padded_batch_from_fewer_rows(tmp_path):
+def test_rpo_trainer_padding_free_has_the_gradients_of_padded_batches_from_fewer_rows(tmp_path):
     losses, grads, rows = [], [], []
     count = lambda module, args, out: rows.append(out[..., 0].numel())
     for packs in (False, True):
@@ -98,7 +98,7 @@ def test_padding_free_has_the_gradients_of_a_padded_batch_from_fewer_rows(tmp_pa
 
 
 @pytest.mark.slow
-def test_padding_free_evaluates_as_padded_batches_do(tmp_path):
+def test_rpo_trainer_padding_free_evaluates_as_padded_batches_do(tmp_path):
     metrics = []
     for packs in (False, True):
         trainer = RPOTrainer(
@@ -131,7 +131,7 @@ def recurrent():
 
 
 @pytest.mark.parametrize("precompute", [False, True])
-def test_padding_free_refuses_a_model_that_mixes_the_sequences_of_a_row(precompute, tmp_path):
+def test_rpo_trainer_padding_free_refuses_a_model_that_mixes_sequences(precompute, tmp_path):
     with pytest.raises(ValueError, match=r"keeps the sequences of a row apart.*Mamba"):
         trained(
             tmp_path,
@@ -141,13 +141,13 @@ def test_padding_free_refuses_a_model_that_mixes_the_sequences_of_a_row(precompu
         )
 
 
-def test_padding_free_refuses_prompt_tuning(tmp_path):
+def test_rpo_trainer_padding_free_refuses_prompt_tuning(tmp_path):
     peft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(ValueError, match="`padding_free` and prompt learning"):
         trained(tmp_path, True, ref=False, peft=peft)
 
 
-def test_padding_free_refuses_compute_metrics(tmp_path):
+def test_rpo_trainer_padding_free_refuses_compute_metrics(tmp_path):
     with pytest.raises(ValueError, match="`compute_metrics` gets the logits of padded rows"):
         RPOTrainer(
             llama(),

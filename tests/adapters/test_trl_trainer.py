@@ -104,7 +104,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_six_steps_equal_TRLs_own(variant, tmp_path):
+def test_rpo_trainer_takes_six_steps_of_TRLs_own(variant, tmp_path):
     objective, theirs, more = VARIANTS[variant]
     ours = {name: x for name, x in theirs.items() if name not in ("loss_type", "label_smoothing")}
     expected = run(trl.DPOTrainer, trl.DPOConfig(**options(tmp_path, **theirs)), **more)
@@ -186,7 +186,7 @@ def truth(batch, objective) -> tuple[float, float]:
     ],
     ids=["backward KL", "squared and SFT", "reference-free"],
 )
-def test_loss_and_gradient_of_K_responses_are_the_references(objective, sizes, tmp_path):
+def test_rpo_trainer_has_the_loss_and_gradient_of_the_reference(objective, sizes, tmp_path):
     trainer = RPOTrainer(
         llama(),
         llama(seed=1) if objective.reference == "single" else None,
@@ -213,7 +213,7 @@ def test_loss_and_gradient_of_K_responses_are_the_references(objective, sizes, t
     [{}, {"precompute_ref_log_probs": True}],
     ids=["live reference", "precomputed reference"],
 )
-def test_one_step_is_the_same_in_four_microbatches(more, tmp_path):
+def test_rpo_trainer_takes_the_same_step_in_four_microbatches(more, tmp_path):
     steps = []
     for size, accumulation in ((4, 1), (1, 4)):
         args = options(
@@ -234,7 +234,7 @@ def test_one_step_is_the_same_in_four_microbatches(more, tmp_path):
         assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-5)
 
 
-def test_evaluation_has_the_loss_of_all_prompts_and_every_metric(tmp_path):
+def test_rpo_trainer_evaluates_the_loss_of_all_prompts_and_every_metric(tmp_path):
     rows, objective = groups([3, 2, 4, 3, 3]), RPOObjective("backward_kl", 0.5)
     trainer = RPOTrainer(
         llama(),
@@ -260,7 +260,7 @@ def test_evaluation_has_the_loss_of_all_prompts_and_every_metric(tmp_path):
     assert fresh["eval_loss"] == pytest.approx(metrics["eval_a_loss"], rel=1e-6)
 
 
-def test_metrics_of_groups_say_which_response_they_mean(tmp_path):
+def test_rpo_trainer_metrics_of_groups_say_which_response_they_mean(tmp_path):
     """K = 3 with known implicit rewards: chosen and rejected are the largest and smallest target,
     agreement counts pairs.
     """
@@ -332,7 +332,7 @@ PROGRAM = """if True:
 """
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_rpo_trainer_of_two_processes_takes_the_steps_of_one(tmp_path):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     program = tmp_path / "program.py"

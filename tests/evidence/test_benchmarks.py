@@ -43,7 +43,7 @@ def prepared(part, dtype=torch.float32, share=0.5):
 @pytest.mark.filterwarnings("default")  # peers' warnings are not ours to fix
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_every_provider_that_runs_here_passes_the_gate(part, dtype):
+def test_bench_gate_passes_every_provider_that_runs_here(part, dtype):
     case, inputs, truth = prepared(part, dtype)
     ran = []
     for provider in RUN_HERE:
@@ -83,7 +83,7 @@ GATED = ["logits forward + backward", "SimPO", "KTO"]
 
 @pytest.mark.parametrize("part", GATED)
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_the_gate_rejects(wrong, part):
+def test_bench_gate_rejects(wrong, part):
     class Planted(providers.Naive):
         name = "planted"
 
@@ -94,7 +94,7 @@ def test_the_gate_rejects(wrong, part):
     assert measure.check(measure.Step(case, Planted(), inputs), truth).verdict
 
 
-def test_the_gate_rejects_entropies_of_capped_logits_and_logits_without_their_cap():
+def test_bench_gate_rejects_entropies_of_capped_logits_and_logits_without_their_cap():
     class Planted(providers.Naive):
         def from_logits(self, logits, labels, softcap=None, entropy=False):
             cap = 10.0 if entropy else None
@@ -111,7 +111,7 @@ def test_the_gate_rejects_entropies_of_capped_logits_and_logits_without_their_ca
 
 
 @pytest.mark.parametrize("part", ["SimPO", "RPO of 8 responses"])
-def test_responses_of_real_lengths_are_scored_where_they_are(part):
+def test_bench_cases_of_real_lengths_score_the_right_tokens(part):
     case = Case.of_pairs(
         PART[part], TINY, tuple(p // 40 + 2 for p in cases.PAIRS), dtype=torch.float32
     )
@@ -125,7 +125,7 @@ def test_responses_of_real_lengths_are_scored_where_they_are(part):
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-def test_in_bf16_a_gradient_half_as_large_again_is_rejected(part):
+def test_bench_gate_rejects_a_bf16_gradient_half_as_large_again(part):
     """Where logits may be rounded, bounds are wide, but not that wide."""
     if not part.trains:
         pytest.skip("no gradient")
@@ -138,7 +138,7 @@ def test_in_bf16_a_gradient_half_as_large_again_is_rejected(part):
     assert "gradient" in measure.check(measure.Step(case, Planted(), inputs), truth).verdict
 
 
-def test_a_step_in_place_leaves_the_inputs_of_others_alone():
+def test_bench_step_in_place_leaves_the_inputs_of_others_alone():
     case, inputs, truth = prepared(PART["logits forward + backward"])
     before = inputs[0].logits.clone()
     step = measure.Step(case, providers.OursInPlace(), inputs)
@@ -147,7 +147,7 @@ def test_a_step_in_place_leaves_the_inputs_of_others_alone():
     assert torch.equal(inputs[0].logits, before)
 
 
-def test_the_limit_counts_scored_rows_and_needed_gradients():
+def test_bench_limit_counts_scored_rows_and_needed_gradients():
     G = 2 * 8192 * 4096 * 151_936
     by_name = {part.name: Case(part, QWEN, 8192) for part in PARTS}
     gemms = {name: case.flop / G for name, case in by_name.items()}
@@ -173,7 +173,7 @@ def test_the_limit_counts_scored_rows_and_needed_gradients():
     assert {model.V for model in MODELS} == {128_256, 151_936, 262_144, 49_152}
 
 
-def test_memory_is_the_peak_above_the_inputs():
+def test_bench_memory_is_the_peak_above_the_inputs():
     case, inputs, _ = prepared(PART["logits forward"])
 
     class Known(providers.Naive):
@@ -200,7 +200,7 @@ def run(*command, **environment):
     return done.stdout
 
 
-def test_the_command_line_measures_and_goes_on_where_it_stopped(tmp_path):
+def test_bench_command_measures_and_goes_on_where_it_stopped(tmp_path):
     """Through pytest-benchmark; then without it, as on a machine that lacks it."""
     for library in ("pytest_benchmark", "matplotlib"):
         pytest.importorskip(library)
@@ -283,7 +283,7 @@ def a_results_file(path: Path, kind: str) -> None:
     found.add(case, providers.Liger(), "skipped", reason="has a loss of pairs only")
 
 
-def test_tables_show_who_ran_who_was_wrong_and_who_was_skipped(tmp_path):
+def test_results_tables_show_who_ran_who_was_wrong_and_who_was_skipped(tmp_path):
     file = tmp_path / "bench.json"
     a_results_file(file, "cuda")
     text = results.report(json.loads(file.read_text()))
@@ -296,7 +296,7 @@ def test_tables_show_who_ran_who_was_wrong_and_who_was_skipped(tmp_path):
     ("file", "kind", "says"),
     [("bench.json", "cuda", "on a GPU"), ("bench-smoke-cpu.json", "cpu", "on a CPU")],
 )
-def test_the_readme_is_filled_from_results_and_says_which_device(tmp_path, file, kind, says):
+def test_readme_is_filled_from_results_and_says_which_device(tmp_path, file, kind, says):
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     folder.mkdir()
     (folder / "cpu-2-threads.json").write_text(
@@ -342,7 +342,7 @@ def test_readme_tables_are_those_of_the_committed_results():
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
-def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
+def test_gpu_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     """The script's own limit, and both ways to run pytest."""
     (limited,) = [x for x in SCRIPT.read_text().splitlines() if x.startswith("limited()")]
     file = tmp_path / "test_slow.py"
@@ -365,7 +365,7 @@ def test_a_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
         ), done.stdout
 
 
-def test_an_unknown_stage_is_answered_by_what_there_is():
+def test_gpu_script_answers_an_unknown_stage_with_the_known_ones():
     done = subprocess.run([SCRIPT, "bench"], capture_output=True, text=True)
     assert done.returncode == 2
     assert all(f"  {stage} " in done.stdout for stage in STAGES), done.stdout
@@ -375,7 +375,7 @@ STAGES = ["tests", "tune", "chunks", "host", "bench-peers", "bench-compile", "lo
 
 
 @pytest.mark.slow
-def test_every_stage_runs_dry_and_goes_on_where_it_stopped(tmp_path):
+def test_gpu_stages_run_dry_and_go_on_where_they_stopped(tmp_path):
     """Small sizes, one file of tests, settings by machine code."""
     for library in ("triton", "pytest_benchmark", "matplotlib"):
         pytest.importorskip(library)
@@ -410,14 +410,14 @@ def test_every_stage_runs_dry_and_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.mark.parametrize("most", [0, 255, 256, 700, 5000, 1 << 30])
-def test_the_longest_pair_is_found_to_within_a_sixteenth(most):
+def test_bench_finds_the_longest_pair_to_within_a_sixteenth(most):
     tried = []
     found = longest.longest(lambda tokens: tried.append(tokens) or tokens <= most)
     assert found <= most and (found >= min(most, longest.LONGEST) * 15 / 16 or most < 256)
     assert len(tried) == len(set(tried)) <= 18
 
 
-def test_peers_are_unpacked_from_wheels_and_checked(tmp_path, capsys):
+def test_gpu_peers_are_unpacked_from_wheels_and_checked(tmp_path, capsys):
     wheels, target = tmp_path / "wheels", tmp_path / "target"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "cut_cross_entropy-9.9-py3-none-any.whl", "w") as file:

@@ -46,10 +46,14 @@ def test_install_page_has_the_ranges_of_the_package_and_the_versions_that_are_te
     assert others and all(x in VERSIONS["transformers"][1] for x in others)
 
 
-def test_the_version_stands_in_one_place():
+def test_version_stands_in_one_place_and_heads_the_changelog():
     """In __init__.py, from where pyproject.toml reads it."""
     files = ("pyproject.toml", "CITATION.cff", "README.md", "docs/install.md")
     assert not any(rpo_kernels.__version__ in (ROOT / name).read_text() for name in files)
+    heading = re.search(
+        r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert heading[1] == rpo_kernels.__version__
 
 
 # ---- built and installed -------------------------------------------------------------------------
