@@ -144,9 +144,7 @@ def launch_mixed_backward(V: int) -> None:
 
     logits, labels = meta(1, 3, V), meta(3, dtype=torch.int64)
     out = meta(1, 3, V, dtype=torch.bfloat16)
-    vocabulary_backward(
-        logits, labels, meta(3), meta(2, 3), meta(3), LogitTransform(), out, upstream=None
-    )
+    vocabulary_backward(logits, labels, meta(3), meta(2, 3), meta(3), LogitTransform(), out)
 
 
 def launch_shards(dtype: torch.dtype, columns: int) -> None:
