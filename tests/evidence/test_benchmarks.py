@@ -342,6 +342,7 @@ def test_readme_tables_are_those_of_the_committed_results():
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
+@pytest.mark.slow
 def test_gpu_stage_that_is_cut_short_keeps_the_failures_it_has_seen(tmp_path):
     """The script's own limit, and both ways to run pytest."""
     (limited,) = [x for x in SCRIPT.read_text().splitlines() if x.startswith("limited()")]
