@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     names = ", ".join(AXES)
     add("--full", action="store_true", help="all settings of every axis, and ten seeds")
     add("--axes", nargs="+", default=list(AXES), metavar="NAME", help=f"of {names}; default: all")
-    add("--seeds", type=int, metavar="N", help="at least 2; default: 4, with --full 10")
+    add("--seeds", type=int, metavar="N", help="at least 2; default: 3, with --full 10")
     add("--workers", type=int, metavar="N", help="processes; default: as many as CPUs, 8 on a GPU")
     add("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     add("--output", type=Path, default="study_output", metavar="DIR", help="default: %(default)s")
@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--page", type=Path, metavar="FILE", help="renew tables and numbers of this page, too")
     args = parser.parse_args(arguments)
     args.command = " ".join([parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
-    args.seeds = (10 if args.full else 4) if args.seeds is None else args.seeds
+    args.seeds = (10 if args.full else 3) if args.seeds is None else args.seeds
     if args.workers is None:
         cpus = os.cpu_count() or 1
         args.workers = cpus if args.device == "cpu" else min(cpus, 8)

@@ -173,8 +173,9 @@ AXES = {
     ),
     "training": Axis(
         "Does the optimizer decide?",
-        vary(lr=(1e-3, 3e-3, 1e-2)) + vary(objective=DISTANCES, steps=(640,)),
-        vary(objective=DISTANCES, steps=(2560,), rounds=(0,))
+        vary(lr=(1e-3, 3e-3, 1e-2)) + vary(objective=("squared", "backward_kl"), steps=(640,)),
+        vary(objective=("forward_kl", "hellinger"), steps=(640,))
+        + vary(objective=DISTANCES, steps=(2560,), rounds=(0,))
         + vary(objective=OTHERS, lr=(1e-3, 1e-2))
         + vary(PAIRS, objective=("dpo",), lr=(1e-3, 1e-2)),
     ),
