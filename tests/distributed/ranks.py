@@ -27,11 +27,17 @@ PATIENCE = timedelta(seconds=20)  # of a collective that a failed rank does not 
 
 
 def on_ranks(*worlds: int) -> Callable:
-    """Make a function of a process group a test that runs on each of these numbers of ranks."""
+    """Make a function of a process group a test that runs on each of these numbers of ranks.
+
+    The last number is for every run, the others for the slow suite: four ranks have all that two
+    have, and a shard without columns.
+    """
 
     def decorate(on_one_rank: Callable[[dist.ProcessGroup], None]) -> Callable:
         # one worker of xdist gets all tests of a set of processes
-        marks = {world: pytest.mark.xdist_group(f"{world} ranks") for world in worlds}
+        marks = {world: [pytest.mark.xdist_group(f"{world} ranks")] for world in worlds}
+        for world in worlds[:-1]:
+            marks[world].append(pytest.mark.slow)
 
         @pytest.mark.parametrize("world", [pytest.param(w, marks=marks[w]) for w in worlds])
         def test(world, failures_on):

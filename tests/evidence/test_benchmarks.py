@@ -200,6 +200,7 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_bench_command_measures_and_goes_on_where_it_stopped(tmp_path):
     """Through pytest-benchmark; then without it, as on a machine that lacks it."""
     for library in ("pytest_benchmark", "matplotlib"):

@@ -177,6 +177,7 @@ def test_study_resumes_where_it_was_stopped(miniature, tmp_path, capsys):
     assert row.split("|")[2].strip() == f"{mean:.3f} ± {error:.3f}"
 
 
+@pytest.mark.slow
 def test_study_renews_marked_tables_and_numbers_of_a_page(miniature, tmp_path):
     study.main([*miniature, "--output", str(tmp_path)])
     page = tmp_path / "page.md"
