@@ -27,7 +27,7 @@ SHORTEST, LONGEST = 256, 1 << 21  # tokens that are tried
 
 
 def longest(fits: Callable[[int], bool], most: int = LONGEST) -> int:
-    """Tokens; 0 if not even SHORTEST fit, ``most`` if these do."""
+    """Tokens; 0 if not even SHORTEST fit, `most` if these do."""
     if not fits(SHORTEST):
         return 0
     low = SHORTEST
@@ -59,7 +59,7 @@ def bytes_of(case: Case, provider: Provider, device: str) -> float:
 def measure(
     case: Case, provider: Provider, device: str, gib: float, most: int, ends: float
 ) -> dict[str, object]:
-    """A provider's row, without its name; ``case``: of pairs of any length."""
+    """A provider's row, without its name; `case`: of pairs of any length."""
 
     def fits(tokens: int) -> bool:
         if time.monotonic() > ends:

@@ -53,7 +53,7 @@ class Policy(nn.Module):
         return self.hidden(prompts, labels[:, :-1])
 
     def token_logps(self, prompts: Tensor, labels: Tensor) -> Tensor:
-        """``[S, 4]``."""
+        """`[S, 4]`."""
         return linear_token_logps(self.predicting(prompts, labels), self.head.weight, labels)
 
     def scores(self, prompts: Tensor, labels: Tensor) -> Tensor:

@@ -20,10 +20,6 @@ class Losses(NamedTuple):
     part_losses: Tensor  # [P, G]; [0, G] of one part
     by_sequence: Tensor  # [5 P, S]: the rows of PerSequence of each part
 
-    def parts(self) -> list[PerSequence]:
-        rows = self.by_sequence.unbind()
-        return [PerSequence(*rows[i : i + 5]) for i in range(0, len(rows), 5)]
-
 
 def group_pass(
     op: str,
@@ -54,6 +50,12 @@ def fake_losses(like: Tensor, groups: Groups, S: int) -> Losses:
     """Return empty tensors with the shapes of `Losses`."""
     x, G, P = like.new_empty((), dtype=torch.float32), groups.number(S), len(groups.objective.parts)
     return Losses(x, x.new_empty(G), x.new_empty(P if P > 1 else 0, G), x.new_empty(5 * P, S))
+
+
+def parts_of(by_sequence: Tensor) -> list[PerSequence]:
+    """Return the results per sequence of each part, from the rows `[5 P, S]` of `Losses`."""
+    rows = by_sequence.unbind()
+    return [PerSequence(*rows[i : i + 5]) for i in range(0, len(rows), 5)]
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

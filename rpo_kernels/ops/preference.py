@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from .. import checks, distributed, group_checks
 from ..inputs import Groups, PerSequence, Sequences, groups_of
 from ..sums import AnyObjective, names_of
-from .group_pass import Losses, fake_losses, group_pass, total
+from .group_pass import Losses, fake_losses, group_pass, parts_of, total
 from .operator import Operator, once_differentiable
 from .output import RPOOutput
 from .ranks import gather
@@ -207,8 +207,8 @@ def output(reduction: str, results: Losses, lengths: Tensor | None, groups: Grou
             groups.cu_groups,
         )
 
-    loss, losses, part_losses, _ = results
-    parts = results.parts()
+    loss, losses, part_losses, by_sequence = results
+    parts = parts_of(by_sequence)
     whole = of_part(loss, losses, parts[0])
     if len(parts) == 1:
         return whole
@@ -245,8 +245,7 @@ def _fake_forward(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logps, _, groups, _ = inputs
     results = Losses(*output)
-    dlogps = total(part.dlogps for part in results.parts())
-    ctx.save_for_backward(logps, dlogps, groups.cu_groups)
+    ctx.save_for_backward(logps, results.by_sequence, groups.cu_groups)
     ctx.group_size = groups.group_size
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*results[2:])
@@ -255,7 +254,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward(
     ctx: Any, dloss: Tensor | None, dlosses: Tensor | None, *_: None
 ) -> tuple[Tensor | None]:
-    logps, coef, cu_groups = ctx.saved_tensors
+    logps, by_sequence, cu_groups = ctx.saved_tensors
+    coef = total(part.dlogps for part in parts_of(by_sequence))
     upstream = dloss
     if dlosses is not None:  # reduction="none"
         upstream = dlosses[groups_of(coef.shape[0], ctx.group_size, cu_groups, coef.device)]

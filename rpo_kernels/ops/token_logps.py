@@ -315,10 +315,11 @@ def dlogits_of(inplace: bool, logits: Tensor, *read: object) -> Tensor:
     return once_differentiable(dlogits, logits, *(x for x in read if isinstance(x, Tensor)))
 
 
-def _beside(logits: Tensor) -> Tensor:
-    """Memory for dlogits whose rows lie between multiples of 16 bytes as those of the logits do, so
-    that both move 16 bytes at a time: of ``logits[:, :-1]`` with an odd V, say. Contiguous if the
-    logits are; else at most 15 bytes are left out at the end of each dimension.
+def _aligned_as(logits: Tensor) -> Tensor:
+    """Allocate dlogits whose rows are aligned to 16 bytes as those of the logits are.
+
+    So both are accessed 16 bytes at a time, for example for `logits[:, :-1]` with an odd V.
+    Contiguous if the logits are; otherwise padded by at most 15 bytes at the end of each dimension.
     """
     unit, size, strides = 16 // logits.element_size(), logits.shape[-1], [1]
     for n, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1]):
@@ -339,7 +340,7 @@ def _dlogits(
     transform: LogitTransform,
     backend: str,
 ) -> Tensor:
-    out = _beside(logits)
+    out = _aligned_as(logits)
     _write_dlogits(
         out, logits, labels, logps, lse, coef, upstream, entropies, entropy_coef, transform, backend
     )
@@ -405,7 +406,7 @@ def _write_dlogits(
     )
 
 
-_dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: _beside(logits))
+_dlogits_op = Operator("vocabulary_backward", 8, _dlogits, lambda logits, *_: _aligned_as(logits))
 _dlogits_inplace_op = Operator(
     "vocabulary_backward_", 8, _dlogits_inplace, lambda *_: None, mutates=("logits",)
 )

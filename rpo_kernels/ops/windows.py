@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .. import distributed
 from ..inputs import WITHOUT_REFERENCE, Groups, Sequences
-from .group_pass import Losses, group_pass
+from .group_pass import Losses, group_pass, parts_of
 from .head import Options
 from .ranks import Context
 
@@ -214,7 +214,7 @@ class Layout:
             losses, *_ = group_pass(
                 self.op, self.backend, zeros, None, self.lengths, sequences, [counting], -1
             )
-            is_chosen = losses.parts()[0].roles == 2
+            is_chosen = parts_of(losses.by_sequence)[0].roles == 2
             counted = is_chosen.sum()
             if by_tokens:
                 share = counted / torch.where(is_chosen, self.lengths, 0).sum().clamp(min=1)
