@@ -3,10 +3,10 @@
 Without a GPU a libcuda that does nothing takes its place (it takes a C compiler): kernels are
 compiled for an H100 and launched into the void. What remains is Python, PyTorch and Triton's own
 launcher. CPU tensors pass for a GPU's: nobody looks at their values. Times are medians over calls
-in a loop, in CPU time of the thread (on a GPU of
-the process: a backward has its own thread). Beside each call stand its launches
-made bare, `kernel[grid](...)`, in a loop of nothing else. The loops take turns, and a ratio is
-the median over the turns, with its quartiles.
+in a loop, in CPU time of the thread (on a GPU of the process: a backward has its own thread).
+Beside each call stand its launches made bare, `kernel[grid](...)`, in a loop of nothing else. The
+loops take turns, and a ratio is the median over the turns, with its quartiles. "Frames" are the
+Python functions called, without those of bare launches: no machine's noise changes them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -172,14 +173,26 @@ def bare_launches() -> Iterator[list[Callable[[], object]]]:
         yield bare
 
 
+def frames(function: Callable[[], object]) -> int:
+    """Return how many Python functions a call of one calls."""
+    seen = []
+    sys.setprofile(lambda frame, event, _: seen.append(frame) if event == "call" else None)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(seen)
+
+
 BLOCKS = 20  # of calls in a loop, in which all take turns
 LEAST = "an autograd function that does nothing"
 
 
 def run(rounds: int) -> dict[str, dict[str, dict]]:
-    """Of each kind of call, and of call and backward ("step"): its launches, and idle and busy (see
-    `pairs`) the microseconds that it takes, those of its launches made bare, and the ratio of
-    both: of a step, what is beyond PyTorch's least; and the ratio of each one's quietest turn.
+    """Of each kind of call, and of call and backward ("step"): its launches and frames, and idle
+    and busy (see `pairs`) the microseconds that it takes, those of its launches made bare, and the
+    ratio of both: of a step, what is beyond PyTorch's least; and the ratio of each one's quietest
+    turn.
     """
     rows, timed = {}, {}
     for name, (call, leaf) in calls(device()).items():
@@ -193,9 +206,12 @@ def run(rounds: int) -> dict[str, dict[str, dict]]:
         for kind, function in (("call", call), ("step", step)):
             with bare_launches() as bare:
                 function()
-            rows[name][kind] = {"launches": len(bare)}
-            timed[name, kind, "us"] = function
-            timed[name, kind, "bare"] = lambda bare=bare: [launch() for launch in bare]
+            repeat = lambda bare=bare: [launch() for launch in bare]
+            rows[name][kind] = {
+                "launches": len(bare),
+                "frames": frames(function) - frames(repeat),
+            }
+            timed[name, kind, "us"], timed[name, kind, "bare"] = function, repeat
     for condition in pairs.CONDITIONS[:1] if HAS_GPU else pairs.CONDITIONS:
         with pairs.cores(condition):
             blocks = [

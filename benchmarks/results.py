@@ -257,15 +257,16 @@ def summary(results: dict) -> str:
 
 def host_table(rows: dict[str, dict[str, dict]]) -> str:
     """Of what benchmarks/host.py measured."""
-    part = "launches | us | bare launches | ratio"
-    lines = [f"| call | cores | {part} | and backward: {part} |", "|---" * 10 + "|"]
+    part = "launches | frames | us | bare launches | ratio"
+    lines = [f"| call | cores | {part} | and backward: {part} |", "|---" * 12 + "|"]
     for name, row in rows.items():
         for condition in (x for x in pairs.CONDITIONS if x in row["call"]):
             cells = [name, condition]
             for found in row.values():
                 x, launches = found[condition], found["launches"]
                 ratio = pairs.shown(x["ratio"]) if launches else ""
-                cells += [str(launches), f"{x['us']:.0f}", f"{x['bare us']:.0f}", ratio]
+                cells += [str(launches), str(found["frames"])]
+                cells += [f"{x['us']:.0f}", f"{x['bare us']:.0f}", ratio]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -136,7 +136,11 @@ def _function(
         checks.check_tangents(name, *gradients)
         return (*backward(ctx, *gradients), *(None,) * others)
 
-    methods = {"forward": forward, "setup_context": setup_context, "backward": differentiate}
+    methods = {
+        "forward": lambda *args: forward(*args),  # every call binds its arguments to the signature
+        "setup_context": setup_context,
+        "backward": differentiate,
+    }
     static = {name: staticmethod(x) for name, x in methods.items()}
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), static)
     return function.apply

@@ -26,25 +26,30 @@ from ..helpers import compiling, needs_a_driver, operator_calls
 ROOT = Path(__file__).parents[2]
 
 
-@needs_a_driver
-def test_rpo_loss_costs_the_cpu_little_more_than_its_launches(tmp_path):
-    """Timed beside each other in one process: 4.5 x on a quiet machine; room for a noisy one."""
+def measured(tmp_path, rounds):
+    """Return the rows of benchmarks/host.py of rpo_loss: of a call, and of call and backward."""
+    path = tmp_path / "host.json"
+    command = [sys.executable, "benchmarks/host.py", "--rounds", str(rounds), "--json", str(path)]
     environment = compiling(OMP_NUM_THREADS="1")
-    command = [
-        sys.executable,
-        "benchmarks/host.py",
-        "--rounds",
-        "1000",
-        "--json",
-        str(tmp_path / "host.json"),
-    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
-    call, step = rows["rpo_loss"].values()
+    return json.loads(path.read_text())["rows"]["rpo_loss"].values()
+
+
+@needs_a_driver
+def test_rpo_loss_calls_few_python_functions(tmp_path):
+    """A third of them are PyTorch's own."""
+    call, step = measured(tmp_path, rounds=1)
     assert (call["launches"], step["launches"]) == (2, 3)
-    for found in (call, step):  # of a step, what is beyond PyTorch's least for any backward
-        assert found["idle"]["quietest ratio"] <= 6, rows
+    assert call["frames"] <= 180 and step["frames"] <= 260
+
+
+@pytest.mark.slow
+@needs_a_driver
+def test_rpo_loss_costs_the_cpu_little_more_than_its_launches(tmp_path):
+    """4.8 x on a quiet machine; room for another one. Of a step, beyond PyTorch's least."""
+    for found in measured(tmp_path, rounds=1000):
+        assert found["idle"]["quietest ratio"] <= 7, found
 
 
 def batch():
