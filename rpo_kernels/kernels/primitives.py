@@ -22,6 +22,7 @@ ANYWHERE = [
     "cu_groups_ptr",
     "ref_logps_ptr",
     "ref_weights_ptr",
+    "group_weights_ptr",
     "rewards_ptr",
     "normalizer_ptr",
     "sft_share_ptr",

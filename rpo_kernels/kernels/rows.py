@@ -9,6 +9,8 @@ where head and tail have fewer than VEC columns, and only these are accessed ele
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -33,6 +35,39 @@ LARGEST = tl.constexpr(48)
 NOTHING = tl.constexpr(-200.0)
 
 
+class RowFlags(NamedTuple):
+    """What a row pass is compiled for."""
+
+    has_softcap: bool
+    has_entropy: bool
+    lanes: int = 0  # vectors in a tile
+    vec: int = 0  # elements in a vector
+    stages: int = 1
+    is_shard: bool = False  # forward
+    split: bool = False  # forward
+    in_place: bool = False  # backward
+    has_upstream: bool = False  # backward
+
+
+class Columns(NamedTuple):
+    """Columns of a row that are read together."""
+
+    ptr: tl.tensor  # of the first
+    width: tl.tensor
+    label: tl.tensor  # the label's column, counted from the first; < 0 or >= width if elsewhere
+
+
+class Exponents(NamedTuple):
+    """How the exponent t = log2(exp(z)) - shift of a logit x is computed.
+
+    y = x, or tanh(pre x) with a softcap; t = y * scale2 - shift.
+    """
+
+    pre: tl.tensor
+    scale2: tl.tensor
+    shift: tl.tensor
+
+
 @triton.jit
 def row_offset(row, inner, stride_outer, stride_inner):
     """Element offset of a flat row over two leading dimensions.
@@ -52,16 +87,16 @@ def to_boundary(ptr):
 
 
 @triton.jit
-def exponents(x, pre, scale2, shift, HAS_SOFTCAP: tl.constexpr):
-    """(y, t) of logits x, where t = log2(exp(z)) - shift."""
+def exponents(x, to, FLAGS: tl.constexpr):
+    """(y, t) of logits x."""
     y = x.to(tl.float32)
-    if HAS_SOFTCAP:
-        y = tanh(pre * y)
-    return y, tl.fma(y, scale2, -shift)
+    if FLAGS.has_softcap:
+        y = tanh(to.pre * y)
+    return y, tl.fma(y, to.scale2, -to.shift)
 
 
 @triton.jit
-def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _exponents_of_words(words, dtype: tl.constexpr, to, FLAGS: tl.constexpr):
     """Exponents `[LANES, VEC]` of vectors `[LANES, 4]` of 32-bit words.
 
     One instruction extracts a bf16 from a word.
@@ -78,58 +113,33 @@ def _exponents_of_words(words, pre, scale2, shift, dtype: tl.constexpr, HAS_SOFT
             low = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
             high = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
         x = tl.reshape(tl.join(low, high), [words.shape[0], words.shape[1] * 2])
-    return exponents(x, pre, scale2, shift, HAS_SOFTCAP)[1]
+    return exponents(x, to, FLAGS)[1]
 
 
 @triton.jit
-def _add(sums, moments, t, HAS_ENTROPY: tl.constexpr):
+def _add(sums, moments, t, FLAGS: tl.constexpr):
     """Add the powers 2^t of a tile elementwise, and 2^t t."""
     weights = tl.exp2(t)
-    if HAS_ENTROPY:
+    if FLAGS.has_entropy:
         moments = tl.fma(weights, tl.maximum(t, NOTHING), moments)
     return sums + weights, moments
 
 
 @triton.jit
-def _add_edge(
-    sums,
-    moments,
-    ptr,
-    column,
-    lane,
-    label,
-    width,
-    pre,
-    scale2,
-    shift,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-):
-    """Add the vector at `column`, as far as it lies in [0, width), to one lane."""
-    cols = column + tl.arange(0, sums.shape[1])[None, :]
-    valid = (cols >= 0) & (cols < width)
-    _, t = exponents(tl.load(ptr + cols, mask=valid, other=0.0), pre, scale2, shift, HAS_SOFTCAP)
-    here = valid & (cols != label) & (tl.arange(0, sums.shape[0])[:, None] == lane)
-    return _add(sums, moments, tl.where(here, t, float("-inf")), HAS_ENTROPY)
+def _add_edge(sums, moments, columns, start, lane, to, FLAGS: tl.constexpr):
+    """Add the vector at column `start`, as far as it is one of the columns, to one lane."""
+    cols = start + tl.arange(0, sums.shape[1])[None, :]
+    valid = (cols >= 0) & (cols < columns.width)
+    _, t = exponents(tl.load(columns.ptr + cols, mask=valid, other=0.0), to, FLAGS)
+    here = valid & (cols != columns.label) & (tl.arange(0, sums.shape[0])[:, None] == lane)
+    return _add(sums, moments, tl.where(here, t, float("-inf")), FLAGS)
 
 
 @triton.jit
-def _add_tiles(
-    sums,
-    moments,
-    body,
-    vectors,
-    label,
-    pre,
-    scale2,
-    shift,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def _add_tiles(sums, moments, body, vectors, label, to, FLAGS: tl.constexpr):
     """Add whole vectors from an aligned address on; `label` is relative to it."""
-    LANES: tl.constexpr = sums.shape[0]
-    VEC: tl.constexpr = sums.shape[1]
+    LANES: tl.constexpr = FLAGS.lanes
+    VEC: tl.constexpr = FLAGS.vec
     dtype: tl.constexpr = body.dtype.element_ty
     lanes = tl.arange(0, LANES)[:, None]
     in_vector = tl.arange(0, VEC)[None, :]
@@ -143,31 +153,29 @@ def _add_tiles(
         until = full
         if (label >= tile * LANES * VEC) & (label < full * LANES * VEC):
             until = label // (LANES * VEC)
-        pairs = (until - tile) // 2 if STAGES > 1 else 0
+        pairs = (until - tile) // 2 if FLAGS.stages > 1 else 0
         if pairs > 0:  # two tiles are loaded while one is processed
             at = words + tile * (LANES * 4)
             x = tl.load(at)
             x1 = tl.load(at + LANES * 4)
             for _ in range(1, pairs):
                 at += 2 * LANES * 4
-                t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
+                t = _exponents_of_words(x, dtype, to, FLAGS)
                 x = tl.load(at)
-                sums, moments = _add(sums, moments, t, HAS_ENTROPY)
-                t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
+                sums, moments = _add(sums, moments, t, FLAGS)
+                t = _exponents_of_words(x1, dtype, to, FLAGS)
                 x1 = tl.load(at + LANES * 4)
-                sums, moments = _add(sums, moments, t, HAS_ENTROPY)
-            t = _exponents_of_words(x, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
-            t = _exponents_of_words(x1, pre, scale2, shift, dtype, HAS_SOFTCAP)
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
+                sums, moments = _add(sums, moments, t, FLAGS)
+            sums, moments = _add(sums, moments, _exponents_of_words(x, dtype, to, FLAGS), FLAGS)
+            sums, moments = _add(sums, moments, _exponents_of_words(x1, dtype, to, FLAGS), FLAGS)
             tile += 2 * pairs
         for i in range(tile, tl.minimum(until + 1, tiles)):
             valid = i * LANES + lanes < vectors  # constant over a vector
             x = tl.load(body + (i * LANES * VEC + lanes * VEC + in_vector), mask=valid, other=0.0)
-            _, t = exponents(x, pre, scale2, shift, HAS_SOFTCAP)
+            _, t = exponents(x, to, FLAGS)
             at = label - i * LANES * VEC
             t = tl.where(valid & ((lanes != at // VEC) | (in_vector != at % VEC)), t, float("-inf"))
-            sums, moments = _add(sums, moments, t, HAS_ENTROPY)
+            sums, moments = _add(sums, moments, t, FLAGS)
         tile = until + 1
     return sums, moments
 
@@ -192,104 +200,44 @@ def _exact_sum(x, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def sums_of_exponentials(
-    row_ptr,
-    first,
-    stop,
-    label,
-    shift,
-    pre,
-    scale2,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Return (sum of 2^t, sum of 2^t t) over columns [first, stop), without the label's.
+def sums_of_exponentials(columns, to, FLAGS: tl.constexpr):
+    """Return (sum of 2^t, sum of 2^t t) over columns without the label's.
 
     Columns that are a whole number of tiles apart share a partial sum, in order; the partial sums
     are added exactly. The result therefore has the same bits wherever the row lies in memory. The
-    width stop - first is a multiple of the tile, except in the last part of a row.
+    width is a multiple of the tile, except in the last part of a row.
     """
-    width = stop - first
-    label -= first
-    ptr = row_ptr + first
-    head = to_boundary(ptr)
-    body = tl.multiple_of(ptr + head, 16)
-    vectors = tl.maximum(width - head, 0) // VEC
+    LANES: tl.constexpr = FLAGS.lanes
+    VEC: tl.constexpr = FLAGS.vec
+    head = to_boundary(columns.ptr)
+    body = tl.multiple_of(columns.ptr + head, 16)
+    vectors = tl.maximum(columns.width - head, 0) // VEC
     sums = tl.zeros([LANES, VEC], tl.float32)
     moments = tl.zeros([LANES, VEC], tl.float32)
     if head > 0:
-        sums, moments = _add_edge(
-            sums,
-            moments,
-            ptr,
-            head - VEC,
-            LANES - 1,
-            label,
-            width,
-            pre,
-            scale2,
-            shift,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-        )
-    sums, moments = _add_tiles(
-        sums,
-        moments,
-        body,
-        vectors,
-        label - head,
-        pre,
-        scale2,
-        shift,
-        HAS_SOFTCAP,
-        HAS_ENTROPY,
-        STAGES,
-    )
-    if vectors * VEC < width - head:
-        sums, moments = _add_edge(
-            sums,
-            moments,
-            ptr,
-            head + vectors * VEC,
-            vectors % LANES,
-            label,
-            width,
-            pre,
-            scale2,
-            shift,
-            HAS_SOFTCAP,
-            HAS_ENTROPY,
-        )
+        sums, moments = _add_edge(sums, moments, columns, head - VEC, LANES - 1, to, FLAGS)
+    sums, moments = _add_tiles(sums, moments, body, vectors, columns.label - head, to, FLAGS)
+    tail = head + vectors * VEC
+    if tail < columns.width:
+        sums, moments = _add_edge(sums, moments, columns, tail, vectors % LANES, to, FLAGS)
     moment = 0.0
-    if HAS_ENTROPY:
+    if FLAGS.has_entropy:
         moment = _exact_sum(moments, 100)
     return _exact_sum(sums, LARGEST), moment
 
 
 @triton.jit
-def largest_exponent(
-    row_ptr,
-    first,
-    stop,
-    label,
-    pre,
-    scale2,
-    HAS_SOFTCAP: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-):
-    """Return the largest t, for shift 0, over columns [first, stop) without the label's.
+def largest_exponent(columns, to, FLAGS: tl.constexpr):
+    """Return the largest t over columns without the label's.
 
     Rarely needed, so it is kept simple.
     """
+    LANES: tl.constexpr = FLAGS.lanes
+    VEC: tl.constexpr = FLAGS.vec
     peak = tl.full([LANES, VEC], float("-inf"), tl.float32)
-    for start in range(first, stop, LANES * VEC):
+    for start in range(0, columns.width, LANES * VEC):
         cols = start + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        _, t = exponents(
-            tl.load(row_ptr + cols, mask=cols < stop, other=0.0), pre, scale2, 0.0, HAS_SOFTCAP
-        )
-        peak = tl.where((cols < stop) & (cols != label), tl.maximum(peak, t), peak)
+        valid = cols < columns.width
+        _, t = exponents(tl.load(columns.ptr + cols, mask=valid, other=0.0), to, FLAGS)
+        peak = tl.where(valid & (cols != columns.label), tl.maximum(peak, t), peak)
     return tl.max(tl.max(peak, axis=1), axis=0)

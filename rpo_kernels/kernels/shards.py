@@ -9,7 +9,7 @@ import triton.language as tl
 from ..inputs import LogitTransform
 from .launch import on_device_of
 from .primitives import ANYWHERE, LOG2E
-from .vocabulary_forward import LEAST, finish, label_exponent, merge
+from .vocabulary_forward import LEAST, Sum, finish, label_exponent, merge
 
 BLOCK = 128
 
@@ -38,31 +38,27 @@ def _shards_combine_kernel(
     pitch = (tl.zeros([], tl.int64) + N) * fields
     y_label = tl.full([BLOCK], float("-inf"), tl.float32)
     owners = tl.zeros([BLOCK], tl.int32)
-    top = tl.full([BLOCK], LEAST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    moment = tl.zeros([BLOCK], tl.float32)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    others = Sum(tl.full([BLOCK], LEAST, tl.float32), zeros, zeros)
     for r in range(R):
         shard_ptr = statistics_ptr + r * pitch + rows
         y = tl.load(shard_ptr, mask=valid, other=0.0)
         owners += tl.where(y == float("-inf"), 0, 1)
         y_label = tl.where(y == float("-inf"), y_label, y)
-        shard_top = tl.load(shard_ptr + N, mask=valid, other=0.0)
-        shard_total = tl.load(shard_ptr + 2 * N, mask=valid, other=0.0)
-        shard_moment = tl.zeros([BLOCK], tl.float32)
+        shift = tl.load(shard_ptr + N, mask=valid, other=0.0)
+        total = tl.load(shard_ptr + 2 * N, mask=valid, other=0.0)
+        moment = zeros
         if HAS_ENTROPY:
-            shard_moment = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
-        top, total, moment = merge(top, total, moment, shard_top, shard_total, shard_moment)
+            moment = tl.load(shard_ptr + 3 * N, mask=valid, other=0.0)
+        others = merge(others, Sum(shift, total, moment))
     y_label = tl.where(owners > 1, float("nan"), y_label)
     # the label's exponent counts even if its shard has no other finite column
-    nothing = tl.zeros([BLOCK], tl.float32)
-    top, total, moment = merge(
-        label_exponent(y_label, post * LOG2E), nothing, nothing, top, total, moment
-    )
-    logp, peak, rest, entropy = finish(top, total, moment, y_label, post * LOG2E)
+    others = merge(Sum(label_exponent(y_label, post * LOG2E), zeros, zeros), others)
+    logp, whole, fraction, entropy = finish(others, y_label, post * LOG2E)
     ignored = label == ignore_index
     tl.store(logps_ptr + rows, tl.where(ignored, 0.0, logp), mask=valid)
-    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, peak), mask=valid)
-    tl.store(lse_ptr + N + rows, tl.where(ignored, 0.0, rest), mask=valid)
+    tl.store(lse_ptr + rows, tl.where(ignored, 0.0, whole), mask=valid)
+    tl.store(lse_ptr + N + rows, tl.where(ignored, 0.0, fraction), mask=valid)
     if HAS_ENTROPY:
         tl.store(entropy_ptr + rows, tl.where(ignored, 0.0, entropy), mask=valid)
 

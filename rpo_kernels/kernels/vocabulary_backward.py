@@ -11,62 +11,61 @@ import triton.language as tl
 from ..inputs import LogitTransform
 from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_width, splits_rows
 from .primitives import ANYWHERE, LN2, LOG2E, expm1
-from .rows import NOTHING, RUNTIME, exponents, row_offset, to_boundary
+from .rows import (
+    NOTHING,
+    RUNTIME,
+    Columns,
+    Exponents,
+    RowFlags,
+    exponents,
+    row_offset,
+    to_boundary,
+)
 
 
-class Row(NamedTuple):
+class Gradient(NamedTuple):
     """Constants of a row, whose gradients are 2^t (factor + entropy_factor t)."""
 
     at_label: tl.tensor  # gradient at the label's column
-    shift: tl.tensor  # t = y * scale2 - shift
     factor: tl.tensor
     entropy_factor: tl.tensor
-    pre: tl.tensor
-    scale2: tl.tensor
+    to: Exponents
 
 
 @triton.jit
-def _gradients(x, is_label, row, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr):
-    y, t = exponents(x, row.pre, row.scale2, row.shift, HAS_SOFTCAP)
-    factor = row.factor
-    if HAS_ENTROPY:
-        factor = tl.fma(row.entropy_factor, tl.maximum(t, NOTHING), factor)
-    d = tl.where(is_label, row.at_label, factor * tl.exp2(t))
-    if HAS_SOFTCAP:
+def _gradients(x, is_label, of_row, FLAGS: tl.constexpr):
+    y, t = exponents(x, of_row.to, FLAGS)
+    factor = of_row.factor
+    if FLAGS.has_entropy:
+        factor = tl.fma(of_row.entropy_factor, tl.maximum(t, NOTHING), factor)
+    d = tl.where(is_label, of_row.at_label, factor * tl.exp2(t))
+    if FLAGS.has_softcap:
         d *= 1.0 - y * y
     return d
 
 
 @triton.jit
 def _gradient_tiles(
-    ptr,
-    dptr,
-    head,
-    vectors,
-    label,
-    row,
-    ALIGNED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
+    columns, dptr, head, vectors, of_row, ALIGNED: tl.constexpr, FLAGS: tl.constexpr
 ):
     """Write whole vectors, 16 bytes at a time; reads are as wide if ALIGNED like the writes."""
-    ptr += head
+    LANES: tl.constexpr = FLAGS.lanes
+    VEC: tl.constexpr = FLAGS.vec
+    ptr = columns.ptr + head
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
     dptr = tl.multiple_of(dptr + head, 16)
     lanes = tl.arange(0, LANES)[:, None]
     in_vector = tl.arange(0, VEC)[None, :]
     slots = lanes * VEC + in_vector
-    label -= head
+    label = columns.label - head
     for lane in range(0, vectors, LANES):
         valid = lane + lanes < vectors  # constant over a vector
         at = lane * VEC + slots
         x = tl.load(ptr + at, mask=valid, other=0.0)
         # compares each register with a constant
         is_label = in_vector == label - (lane + lanes) * VEC
-        d = _gradients(x, is_label, row, HAS_SOFTCAP, HAS_ENTROPY)
+        d = _gradients(x, is_label, of_row, FLAGS)
         tl.store(dptr + at, d.to(dptr.dtype.element_ty), mask=valid)
 
 
@@ -93,14 +92,11 @@ def _vocabulary_backward_kernel(
     ignore_index,
     pre,
     post,
-    IN_PLACE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_UPSTREAM: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """Cost: reads each row that has a gradient, writes every row, one exp2 per element."""
+    LANES: tl.constexpr = FLAGS.lanes
+    VEC: tl.constexpr = FLAGS.vec
     scale2 = post * LOG2E
     lanes = tl.arange(0, LANES)[:, None]
     slots = lanes * VEC + tl.arange(0, VEC)[None, :]
@@ -112,9 +108,9 @@ def _vocabulary_backward_kernel(
         label = tl.load(labels_ptr + row)
         coef = tl.load(coef_ptr + row)
         entropy_coef = 0.0
-        if HAS_UPSTREAM:
+        if FLAGS.has_upstream:
             coef *= tl.load(upstream_ptr)
-        if HAS_ENTROPY:
+        if FLAGS.has_entropy:
             entropy_coef = tl.load(entropy_coef_ptr + row)
         dptr = dlogits_ptr + row_offset(row, inner, dstride_outer, dstride_inner) + first
         head = to_boundary(dptr)
@@ -137,14 +133,14 @@ def _vocabulary_backward_kernel(
             shift = tl.load(lse_ptr + row)
             fraction = tl.load(lse_ptr + N + row)
             chain = post
-            if HAS_SOFTCAP:
+            if FLAGS.has_softcap:
                 chain = post * pre
             # With p = 2^(t - fraction) and log p = (t - fraction) log 2, the gradient of a column
             # is 2^t (factor + entropy_factor t).
             factor = -coef * chain * tl.exp2(-fraction)
             at_label = -coef * chain * expm1(logp)
             entropy_factor = 0.0
-            if HAS_ENTROPY:
+            if FLAGS.has_entropy:
                 entropy = tl.load(entropy_ptr + row)
                 slope = -entropy_coef * chain
                 entropy_factor = slope * tl.exp2(-fraction) * LN2
@@ -152,55 +148,18 @@ def _vocabulary_backward_kernel(
                 at_label += tl.where(
                     logp == float("-inf"), 0.0, slope * tl.exp(logp) * (logp + entropy)
                 )
-            column = tl.where((label >= first) & (label < first + width), label - first, -1).to(
-                tl.int32
-            )
-            of_row = Row(at_label, shift, factor, entropy_factor, pre, scale2)
+            inside = (label >= first) & (label < first + width)
+            columns = Columns(ptr, width, tl.where(inside, label - first, -1).to(tl.int32))
+            of_row = Gradient(at_label, factor, entropy_factor, Exponents(pre, scale2, shift))
             x = tl.load(ptr + edge_cols, mask=at_edge, other=0.0)
-            d = _gradients(x, edge_cols == column, of_row, HAS_SOFTCAP, HAS_ENTROPY)
+            d = _gradients(x, edge_cols == columns.label, of_row, FLAGS)
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)
-            if IN_PLACE:
-                _gradient_tiles(
-                    ptr,
-                    dptr,
-                    head,
-                    vectors,
-                    column,
-                    of_row,
-                    True,
-                    HAS_SOFTCAP,
-                    HAS_ENTROPY,
-                    LANES,
-                    VEC,
-                )
+            if FLAGS.in_place:
+                _gradient_tiles(columns, dptr, head, vectors, of_row, True, FLAGS)
             elif to_boundary(ptr + head) == 0:
-                _gradient_tiles(
-                    ptr,
-                    dptr,
-                    head,
-                    vectors,
-                    column,
-                    of_row,
-                    True,
-                    HAS_SOFTCAP,
-                    HAS_ENTROPY,
-                    LANES,
-                    VEC,
-                )
+                _gradient_tiles(columns, dptr, head, vectors, of_row, True, FLAGS)
             else:
-                _gradient_tiles(
-                    ptr,
-                    dptr,
-                    head,
-                    vectors,
-                    column,
-                    of_row,
-                    False,
-                    HAS_SOFTCAP,
-                    HAS_ENTROPY,
-                    LANES,
-                    VEC,
-                )
+                _gradient_tiles(columns, dptr, head, vectors, of_row, False, FLAGS)
 
 
 def vocabulary_backward(
@@ -227,7 +186,15 @@ def vocabulary_backward(
     settings = launch_settings("backward", V, out.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile) if splits_rows(N, logits.device) else V
     pieces = -(-V // width)
-    plain = not (transform.softcap > 0 or entropy_coef is not None)
+    flags = RowFlags(
+        has_softcap=transform.softcap > 0,
+        has_entropy=entropy_coef is not None,
+        lanes=settings.lanes,
+        vec=settings.vec,
+        in_place=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
+        has_upstream=upstream is not None,
+    )
+    plain = not (flags.has_softcap or flags.has_entropy)
     with on_device_of(logits):
         _vocabulary_backward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
             logits,
@@ -248,11 +215,6 @@ def vocabulary_backward(
             pieces,
             transform.ignore_index,
             *transform.factors,
-            IN_PLACE=logits.data_ptr() == out.data_ptr() and logits.stride() == out.stride(),
-            HAS_SOFTCAP=transform.softcap > 0,
-            HAS_ENTROPY=entropy_coef is not None,
-            HAS_UPSTREAM=upstream is not None,
-            LANES=settings.lanes,
-            VEC=settings.vec,
+            FLAGS=flags,
             **settings.compiler[plain],
         )

@@ -16,6 +16,8 @@ again, too.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +25,34 @@ import triton.language as tl
 from ..inputs import LogitTransform
 from .launch import MAX_PROGRAMS, arch_of, launch_settings, on_device_of, part_width, splits_rows
 from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, tanh
-from .rows import RUNTIME, largest_exponent, row_offset, sums_of_exponentials
+from .rows import (
+    RUNTIME,
+    Columns,
+    Exponents,
+    RowFlags,
+    largest_exponent,
+    row_offset,
+    sums_of_exponentials,
+)
 
 LEAST = tl.constexpr(-1e30)  # below any exponent: that of an empty sum
+
+
+class Sum(NamedTuple):
+    """A sum of e^z over columns: total * 2^shift."""
+
+    shift: tl.tensor
+    total: tl.tensor
+    moment: tl.tensor  # sum of the terms of `total`, times their log2
+
+
+class Outputs(NamedTuple):
+    """The pointers that `_vocabulary_forward_kernel` documents."""
+
+    logps: tl.tensor
+    lse: tl.tensor
+    entropy: tl.tensor
+    N: tl.tensor
 
 
 @triton.jit
@@ -40,21 +67,23 @@ def _integer(t):
 
 
 @triton.jit
-def merge(shift, total, moment, shift_b, total_b, moment_b):
-    """Combine two sums; their factors are powers of two, and 1 if both are relative to the label.
+def merge(a, b):
+    """Add two sums; their factors are powers of two, and 1 if both are relative to the label.
 
     An empty sum (all columns at -inf) leaves the exponent of the other one.
     """
-    shift_b = tl.where(total_b == 0.0, shift, shift_b)
-    top = tl.maximum(shift, shift_b)
-    a, b = tl.exp2(shift - top), tl.exp2(shift_b - top)
-    moment = a * tl.fma(shift - top, total, moment) + b * tl.fma(shift_b - top, total_b, moment_b)
-    return top, a * total + b * total_b, moment
+    shift_b = tl.where(b.total == 0.0, a.shift, b.shift)
+    top = tl.maximum(a.shift, shift_b)
+    of_a, of_b = a.shift - top, shift_b - top
+    moment = tl.exp2(of_a) * tl.fma(of_a, a.total, a.moment)
+    moment += tl.exp2(of_b) * tl.fma(of_b, b.total, b.moment)
+    return Sum(top, tl.exp2(of_a) * a.total + tl.exp2(of_b) * b.total, moment)
 
 
 @triton.jit
-def finish(shift, total, moment, y_label, scale2):
+def finish(others, y_label, scale2):
     """Return (log p, integer and fraction of log2 of the sum including the label's, entropy)."""
+    shift, total, moment = others
     t_label = tl.fma(y_label, scale2, -shift)
     exponent, mantissa = split_exponent(total)
     log2_mantissa = tl.log2(mantissa)
@@ -87,13 +116,13 @@ def label_exponent(y_label, scale2):
 
 
 @triton.jit
-def _load_label(row_ptr, label, V, pre, HAS_SOFTCAP: tl.constexpr, IS_SHARD: tl.constexpr):
+def _load_label(row_ptr, label, V, pre, FLAGS: tl.constexpr):
     """Return (column or -1, y): y is NaN for an invalid label, -inf for one on another shard."""
     inside = (label >= 0) & (label < V)
     y = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-    if HAS_SOFTCAP:
+    if FLAGS.has_softcap:
         y = tanh(pre * y)
-    if IS_SHARD:
+    if FLAGS.is_shard:
         y = tl.where(label == -1, float("-inf"), y)
     return tl.where(inside, label, -1).to(tl.int32), y
 
@@ -115,123 +144,77 @@ def _vocabulary_forward_kernel(
     ignore_index,
     pre,
     post,
-    SPLIT: tl.constexpr,
-    IS_SHARD: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    LANES: tl.constexpr,
-    VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """Cost: one read of each scored row, one exp2 per element; nothing for an ignored row.
 
     A shard's outputs are y of the label (-inf if elsewhere), (shift, total), and moment.
     """
+    out = Outputs(logps_ptr, lse_ptr, entropy_ptr, N)
     parts = (V + part_width - 1) // part_width
     scale2 = post * LOG2E
-    for item in range(tl.program_id(0), N * parts if SPLIT else N, tl.num_programs(0)):
-        row = item // parts if SPLIT else item
+    for item in range(tl.program_id(0), N * parts if FLAGS.split else N, tl.num_programs(0)):
+        row = item // parts if FLAGS.split else item
         label = tl.load(labels_ptr + row)
         if label != ignore_index:
             row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
-            column, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP, IS_SHARD)
-            top = label_exponent(y_label, scale2)
-            alone = top == LEAST  # the label has no exponent
-            shift = tl.where(alone, 0.0, top)
-            total = 0.0
-            moment = 0.0
-            part = item - row * parts if SPLIT else 0
-            end = part + 1 if SPLIT else parts
+            column, y_label = _load_label(row_ptr, label, V, pre, FLAGS)
+            exponent = label_exponent(y_label, scale2)
+            alone = exponent == LEAST  # the label has no exponent
+            shift = tl.where(alone, 0.0, exponent)
+            others = Sum(exponent, 0.0, 0.0)
+            part = item - row * parts if FLAGS.split else 0
+            end = part + 1 if FLAGS.split else parts
             part_shift = shift
             retried = False
             while part < end:
                 first = part * part_width
-                stop = tl.minimum(first + part_width, V)
-                part_total, part_moment = sums_of_exponentials(
-                    row_ptr,
-                    first,
-                    stop,
-                    column,
-                    part_shift,
-                    pre,
-                    scale2,
-                    HAS_SOFTCAP,
-                    HAS_ENTROPY,
-                    LANES,
-                    VEC,
-                    STAGES,
+                width = tl.minimum(part_width, V - first)
+                columns = Columns(row_ptr + first, width, column - first)
+                total, moment = sums_of_exponentials(
+                    columns, Exponents(pre, scale2, part_shift), FLAGS
                 )
-                out_of_range = part_total != part_total
-                out_of_range |= alone & (part_total < 2.0**-80)
+                out_of_range = (total != total) | (alone & (total < 2.0**-80))
                 if out_of_range & (not retried):
-                    peak = largest_exponent(
-                        row_ptr, first, stop, column, pre, scale2, HAS_SOFTCAP, LANES, VEC
-                    )
+                    peak = largest_exponent(columns, Exponents(pre, scale2, 0.0), FLAGS)
                     part_shift = _integer(peak)
                     retried = True
                 else:
-                    top, total, moment = merge(
-                        top, total, moment, part_shift, part_total, part_moment
-                    )
+                    others = merge(others, Sum(part_shift, total, moment))
                     part_shift = shift
                     retried = False
                     part += 1
-            if SPLIT:
-                tl.store(parts_ptr + item * 3, top)
-                tl.store(parts_ptr + item * 3 + 1, total)
-                tl.store(parts_ptr + item * 3 + 2, moment)
+            if FLAGS.split:
+                tl.store(parts_ptr + item * 3, others.shift)
+                tl.store(parts_ptr + item * 3 + 1, others.total)
+                tl.store(parts_ptr + item * 3 + 2, others.moment)
             else:
-                _store(
-                    logps_ptr,
-                    lse_ptr,
-                    entropy_ptr,
-                    row,
-                    N,
-                    top,
-                    total,
-                    moment,
-                    y_label,
-                    scale2,
-                    IS_SHARD,
-                    HAS_ENTROPY,
-                )
-        elif not SPLIT:
-            _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
+                _store(out, row, others, y_label, scale2, FLAGS)
+        elif not FLAGS.split:
+            _store_ignored(out, row, FLAGS)
 
 
 @triton.jit
-def _store(
-    logps_ptr,
-    lse_ptr,
-    entropy_ptr,
-    row,
-    N,
-    top,
-    total,
-    moment,
-    y_label,
-    scale2,
-    IS_SHARD: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-):
-    if IS_SHARD:
-        logp, whole, fraction, entropy = y_label, top, total, moment
+def _store(out, row, others, y_label, scale2, FLAGS: tl.constexpr):
+    if FLAGS.is_shard:
+        logp = y_label
+        whole, fraction, entropy = others
     else:
-        logp, whole, fraction, entropy = finish(top, total, moment, y_label, scale2)
-    tl.store(logps_ptr + row, logp)
-    tl.store(lse_ptr + row, whole)
-    tl.store(lse_ptr + N + row, fraction)
-    if HAS_ENTROPY:
-        tl.store(entropy_ptr + row, entropy)
+        logp, whole, fraction, entropy = finish(others, y_label, scale2)
+    tl.store(out.logps + row, logp)
+    tl.store(out.lse + row, whole)
+    tl.store(out.lse + out.N + row, fraction)
+    if FLAGS.has_entropy:
+        tl.store(out.entropy + row, entropy)
 
 
 @triton.jit
-def _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY: tl.constexpr):
-    tl.store(logps_ptr + row, 0.0)
-    tl.store(lse_ptr + row, 0.0)
-    tl.store(lse_ptr + N + row, 0.0)
-    if HAS_ENTROPY:
-        tl.store(entropy_ptr + row, 0.0)
+def _store_ignored(out, row, FLAGS: tl.constexpr):
+    tl.store(out.logps + row, 0.0)
+    tl.store(out.lse + row, 0.0)
+    tl.store(out.lse + out.N + row, 0.0)
+    if FLAGS.has_entropy:
+        tl.store(out.entropy + row, 0.0)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "parts"], do_not_specialize_on_alignment=ANYWHERE)
@@ -251,44 +234,26 @@ def _vocabulary_merge_kernel(
     ignore_index,
     pre,
     post,
-    IS_SHARD: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     """Finish rows that several programs have read in parts.
 
     Cost: a few numbers per row.
     """
+    out = Outputs(logps_ptr, lse_ptr, entropy_ptr, N)
     row = tl.program_id(0)
     label = tl.load(labels_ptr + row)
     scale2 = post * LOG2E
     if label != ignore_index:
         row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
-        _, y_label = _load_label(row_ptr, label, V, pre, HAS_SOFTCAP, IS_SHARD)
-        top = label_exponent(y_label, scale2)
-        total = 0.0
-        moment = 0.0
+        _, y_label = _load_label(row_ptr, label, V, pre, FLAGS)
+        others = Sum(label_exponent(y_label, scale2), 0.0, 0.0)
         for item in range(row * parts, row * parts + parts):
-            part_ptr = parts_ptr + item * 3
-            top, total, moment = merge(
-                top, total, moment, tl.load(part_ptr), tl.load(part_ptr + 1), tl.load(part_ptr + 2)
-            )
-        _store(
-            logps_ptr,
-            lse_ptr,
-            entropy_ptr,
-            row,
-            N,
-            top,
-            total,
-            moment,
-            y_label,
-            scale2,
-            IS_SHARD,
-            HAS_ENTROPY,
-        )
+            ptr = parts_ptr + item * 3
+            others = merge(others, Sum(tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)))
+        _store(out, row, others, y_label, scale2, FLAGS)
     else:
-        _store_ignored(logps_ptr, lse_ptr, entropy_ptr, row, N, HAS_ENTROPY)
+        _store_ignored(out, row, FLAGS)
 
 
 def vocabulary_forward(
@@ -326,8 +291,16 @@ def vocabulary_forward(
         torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
     )
     rows = N, V, logits.shape[1], *logits.stride()[:2]
-    flags = {"IS_SHARD": is_shard, "HAS_SOFTCAP": transform.softcap > 0, "HAS_ENTROPY": entropy}
-    plain = not (transform.softcap > 0 or entropy)
+    flags = RowFlags(
+        has_softcap=transform.softcap > 0,
+        has_entropy=entropy,
+        lanes=settings.lanes,
+        vec=settings.vec,
+        stages=settings.num_stages,
+        is_shard=is_shard,
+        split=split,
+    )
+    plain = not (flags.has_softcap or entropy)
     with on_device_of(logits):
         _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
             logits,
@@ -339,11 +312,7 @@ def vocabulary_forward(
             transform.ignore_index,
             pre,
             post,
-            SPLIT=split,
-            **flags,
-            LANES=settings.lanes,
-            VEC=settings.vec,
-            STAGES=settings.num_stages,
+            FLAGS=flags,
             **settings.compiler[plain],
         )
         if split:
@@ -357,7 +326,7 @@ def vocabulary_forward(
                 transform.ignore_index,
                 pre,
                 post,
-                **flags,
+                FLAGS=flags,
                 num_warps=1,
             )
     return out

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from rpo_kernels.kernels.launch import assumed_arch
+from rpo_kernels.kernels.rows import RowFlags
 from rpo_kernels.objectives import COMPARISONS, DISTANCES
 from rpo_kernels.tools.audit import AROUND_BYTES, GROUP_PASS_BYTES, audited
 from rpo_kernels.tools.chips import CHIPS
@@ -61,8 +62,8 @@ def main(name, is_full=False):
             launches = variant.launches()
         for launch in launches:
             rows.append(audited(name, variant, launch))
-            if "LANES" in launch.arguments:
-                tile = launch.arguments["LANES"] * launch.arguments["VEC"]
+            if isinstance(flags := launch.arguments.get("FLAGS"), RowFlags):
+                tile = flags.lanes * flags.vec
                 rows[-1]["tile"] = tile / (launch.num_warps * CHIPS[name].target[2])
             if rows[-1]["variant"] == "harmonic":
                 starve = {"maxnreg": 64} if CHIPS[name].target[0] == "cuda" else {"waves_per_eu": 8}
