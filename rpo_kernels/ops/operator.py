@@ -131,16 +131,16 @@ def _function(
     name: str, tensors: int, forward: Callable, setup_context: Callable, backward: Callable
 ) -> Callable:
     others = len(inspect.signature(forward).parameters) - tensors
+    # PyTorch binds the arguments of every call to the signature: to one name in a fraction of the
+    # time, a seventh of what rpo_loss costs the CPU (benchmarks/results/host.json)
+    any_number = inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)
+    setattr(forward, "__signature__", inspect.Signature([any_number]))  # noqa: B010
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple:
         checks.check_tangents(name, *gradients)
         return (*backward(ctx, *gradients), *(None,) * others)
 
-    methods = {
-        "forward": lambda *args: forward(*args),  # every call binds its arguments to the signature
-        "setup_context": setup_context,
-        "backward": differentiate,
-    }
+    methods = {"forward": forward, "setup_context": setup_context, "backward": differentiate}
     static = {name: staticmethod(x) for name, x in methods.items()}
     function: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), static)
     return function.apply
