@@ -210,14 +210,18 @@ def off(ours: Tensor, truth: Tensor) -> float:
 
 
 # (file of kernels/, what it says, what a copy says instead, what must be reported)
-FORWARD, STORE = "vocabulary_forward.py", "tl.store(logps_ptr + row, "
+FORWARD, STORE = "vocabulary_forward.py", "tl.store(out.logps + row, "
 PLANTED = {
     "a load without its mask": (
-        *("rows.py", "tl.load(ptr + cols, mask=valid, other=0.0)", "tl.load(ptr + cols)"),
+        *(
+            "rows.py",
+            "tl.load(columns.ptr + cols, mask=valid, other=0.0)",
+            "tl.load(columns.ptr + cols)",
+        ),
         "of the tensor passed as `logits_ptr`",
     ),
     "two programs that write one element": (
-        *(FORWARD, f"{STORE}logp)", "tl.store(logps_ptr + row // 2, logp)"),
+        *(FORWARD, f"{STORE}logp)", "tl.store(out.logps + row // 2, logp)"),
         "both touch element",
     ),
     "an output that is not written": (FORWARD, f"{STORE}0.0)", "pass", "wrong numbers: inf"),
