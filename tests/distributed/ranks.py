@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(seconds=20)  # of a collective that a failed rank does not join
+PATIENCE = timedelta(minutes=1)  # of a collective that a failed rank does not join
 
 
 def on_ranks(*worlds: int) -> Callable:

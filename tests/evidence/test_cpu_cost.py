@@ -43,9 +43,8 @@ def test_torch_backend_takes_a_fraction_of_the_memory_and_from_logits_no_more_ti
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the benchmark reads /proc")
-def test_torch_backend_takes_no_more_time_than_naive_on_a_busy_machine(
-    tmp_path,
-):
+@pytest.mark.slow
+def test_torch_backend_takes_no_more_time_than_naive_on_a_busy_machine(tmp_path):
     """Measured at 0.55 of naive; 3.7 when threads shared every operator and spun at its end."""
     row = measured(tmp_path, "logits bf16", "--threads", "2", "--only", "busy", "--scale", "0.1")
     assert row["busy"]["cpu_s"]["ratio"][0] <= 1
