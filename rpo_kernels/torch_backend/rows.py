@@ -21,25 +21,9 @@ CHUNK_BYTES = 4 << 20
 FLOOR = -1e4  # of log-probabilities, so that 0 log 0 is 0
 
 
-def log_softmax_blocks(
-    z: torch.Tensor, exponentiate: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute log-softmax (or softmax) in place within each block of columns.
-
-    Returns it as `[rows, blocks, columns]`, and the logsumexps `[rows, blocks]`.
-    """
-    blocks = as_blocks(z)
-    top = blocks.amax(2)
-    if exponentiate:
-        share = torch.softmax(blocks, 2, out=blocks).amax(2).double().log()
-    else:
-        share = torch.log_softmax(blocks, 2, out=blocks).amax(2).double()
-    return blocks, torch.where(top == -torch.inf, -torch.inf, top.double() - share)
-
-
 def as_blocks(z: torch.Tensor) -> torch.Tensor:
     """View rows of a scratch buffer, with padding, as `[rows, blocks, columns]`."""
-    count = _block_count(z.shape[1])
+    count = block_count(z.shape[1])
     return z.as_strided(
         (z.shape[0], count, z.stride(0) // count),
         (z.stride(0), z.stride(0) // count, 1),
@@ -47,36 +31,36 @@ def as_blocks(z: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _block_count(V: int) -> int:
+def block_count(V: int) -> int:
     return max(1, V // 1024)
 
 
-Work = Callable[[torch.Tensor, torch.Tensor], None]  # of rows and scratch
+Work = Callable[[slice, torch.Tensor], None]  # of some of the rows, and scratch
 
 
-def for_each_chunk(work: Work, alive: torch.Tensor, V: int, buffers: int) -> None:
-    """Call `work(rows, scratch)` for chunks of the rows that `alive` `[N]` selects.
+def for_each_chunk(work: Work, N: int, V: int, device: torch.device, buffers: int) -> None:
+    """Call `work(rows, scratch)` for chunks of N rows.
 
-    rows are flat indices; scratch is fp32 `[buffers, rows, V]`, padded in memory as `as_blocks`
-    needs it. Each chunk belongs to one thread from its first operator to its last (see `threads`).
+    scratch is fp32 `[buffers, rows, V]`, padded in memory as `as_blocks` needs it. Each chunk
+    belongs to one thread from its first operator to its last (see `threads`). What can be done for
+    all rows at once is not for `work`: small operators cost as much as those on the columns.
     """
-    scored = alive.nonzero()[:, 0]
-    if not scored.numel():
+    if not N:
         return
     # other threads would not use the caller's CUDA stream
-    threads = torch.get_num_threads() if alive.device.type == "cpu" else 1
-    size = max(1, min(CHUNK_BYTES // (4 * V), -(-scored.numel() // threads)))
-    chunks = deque((work, rows) for rows in scored.split(size))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = max(1, min(CHUNK_BYTES // (4 * V), -(-N // threads)))
+    chunks = deque((work, slice(i, min(i + size, N))) for i in range(0, N, size))
     # allocated here: PyTorch's profiler does not see the memory of other threads
-    pitch = -(-V // _block_count(V)) * _block_count(V)
+    pitch = -(-V // block_count(V)) * block_count(V)
     shape = (min(threads, len(chunks)), buffers, size, pitch)
-    scratch = deque(torch.empty(shape, dtype=torch.float32, device=alive.device)[..., :V])
+    scratch = deque(torch.empty(shape, dtype=torch.float32, device=device)[..., :V])
     if threads == 1:
         return _run(chunks, scratch)
     run_on_threads(len(scratch), _run, chunks, scratch)
 
 
-def _run(chunks: deque[tuple[Work, torch.Tensor]], scratch: deque[torch.Tensor]) -> None:
+def _run(chunks: deque[tuple[Work, slice]], scratch: deque[torch.Tensor]) -> None:
     """Process chunks until none is left; other threads do the same at the same time.
 
     Takes chunks and memory out of its arguments, so that they are freed before it returns: the
@@ -89,7 +73,7 @@ def _run(chunks: deque[tuple[Work, torch.Tensor]], scratch: deque[torch.Tensor])
                 work, rows = chunks.popleft()
             except IndexError:
                 return
-            work(rows, mine[:, : len(rows)])
+            work(rows, mine[:, : rows.stop - rows.start])
 
 
 def transformed(x: torch.Tensor, buffer: torch.Tensor, transform: LogitTransform) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..inputs import LogitTransform
-from .rows import FLOOR, as_blocks, for_each_chunk, log_softmax_blocks, rows_of, transformed
+from .rows import FLOOR, as_blocks, block_count, for_each_chunk, rows_of, transformed
 
 
 def vocabulary_forward(
@@ -19,15 +19,11 @@ def vocabulary_forward(
     lse = torch.zeros((2, N), dtype=torch.float32, device=device)
     entropies = torch.zeros_like(logps) if entropy else None
 
-    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
-        z_label, _, others, h_others = _read(
-            rows_of(logits, rows), labels[rows], transform, scratch, torch.nan
-        )
-        logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
-        if entropies is not None and h is not None:
-            entropies[rows] = h
-
-    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
+    rows = (labels != transform.ignore_index).nonzero()[:, 0]
+    z_label, _, others, h_others = _read(logits, labels, rows, transform, entropy, torch.nan)
+    logps[rows], lse[:, rows], h = row_results(others, z_label, h_others)
+    if entropies is not None and h is not None:
+        entropies[rows] = h
     return logps, lse, entropies
 
 
@@ -48,52 +44,55 @@ def shard_statistics(
         statistics[0].masked_fill_((labels != -1) & (labels != transform.ignore_index), torch.nan)
         return statistics
 
-    def work(rows: torch.Tensor, scratch: torch.Tensor) -> None:
-        z_label, peak, others, h = _read(
-            rows_of(logits, rows), labels[rows], transform, scratch, -torch.inf
-        )
-        statistics[0, rows], statistics[1, rows] = z_label, peak
-        statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
-        if h is not None:
-            statistics[3, rows] = h.float()
-
-    for_each_chunk(work, labels != transform.ignore_index, logits.shape[2], 2 if entropy else 1)
+    rows = (labels != transform.ignore_index).nonzero()[:, 0]
+    z_label, peak, others, h = _read(logits, labels, rows, transform, entropy, -torch.inf)
+    statistics[0, rows], statistics[1, rows] = z_label, peak
+    statistics[2, rows] = torch.where(peak == -torch.inf, 0, (others - peak).exp()).float()
+    if h is not None:
+        statistics[3, rows] = h.float()
     return statistics
 
 
 def _read(
-    chunk: torch.Tensor,
-    label: torch.Tensor,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
     transform: LogitTransform,
-    scratch: torch.Tensor,
+    entropy: bool,
     elsewhere: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return the label's z and maximum, logsumexp and entropy of the other columns, of `[rows, V]`.
+    """Return the label's z and maximum, logsumexp and entropy of the other columns, of some rows.
 
-    z is `elsewhere` for label -1; the entropy is None unless scratch has two buffers.
+    z is `elsewhere` for label -1.
     """
-    V = chunk.shape[1]
-    z = transformed(chunk, scratch[0], transform)
+    V = logits.shape[2]
+    label = labels[rows]
     inside = (label >= 0) & (label < V)
     column = torch.where(inside, label, 0)[:, None].long()
-    z_label = z.gather(1, column)
-    # log p = -softplus(lse of the others - z_label): which keeps digits when p is close to 1
-    z.scatter_(1, column, torch.where(inside[:, None], -torch.inf, z_label))
-    z_label = z_label[:, 0]
-    z_label = torch.where(
-        inside,
-        z_label,
-        torch.full_like(z_label, torch.nan).masked_fill_(label == -1, elsewhere),
-    )
-    blocks, block_lse = log_softmax_blocks(z)
+    z_label = torch.empty(column.shape, dtype=torch.float32, device=logits.device)
+    top = z_label.new_empty(len(rows), block_count(V))  # maximum of each block, and log p of it
+    top_logp = torch.empty_like(top)
+    h_blocks = torch.empty_like(top, dtype=torch.float64) if entropy else None
+
+    def work(some: slice, scratch: torch.Tensor) -> None:
+        z = transformed(rows_of(logits, rows[some]), scratch[0], transform)
+        torch.gather(z, 1, column[some], out=z_label[some])
+        # log p = -softplus(lse of the others - z_label): which keeps digits when p is close to 1
+        masked = torch.where(inside[some, None], -torch.inf, z_label[some])
+        blocks = as_blocks(z.scatter_(1, column[some], masked))
+        torch.amax(blocks, 2, out=top[some])
+        torch.amax(torch.log_softmax(blocks, 2, out=blocks), 2, out=top_logp[some])
+        if h_blocks is not None:
+            p = torch.softmax(blocks, 2, out=as_blocks(scratch[1]))
+            p.mul_(blocks.clamp_(min=FLOOR))
+            torch.sum(p, 2, dtype=torch.float64, out=h_blocks[some])
+
+    for_each_chunk(work, len(rows), V, logits.device, 2 if entropy else 1)
+    z_label = z_label[:, 0].masked_fill_(~inside, torch.nan).masked_fill_(label == -1, elsewhere)
+    block_lse = torch.where(top == -torch.inf, -torch.inf, top.double() - top_logp)
     others = torch.logsumexp(block_lse, 1)
-    h_others = None
-    if len(scratch) == 2:
-        p = torch.softmax(blocks, 2, out=as_blocks(scratch[1]))
-        h_others = entropy_of_parts(
-            -p.mul_(blocks.clamp_(min=FLOOR)).sum(2, dtype=torch.float64), block_lse, others
-        )
-    return z_label, block_lse.amax(1).float(), others, h_others
+    h_others = None if h_blocks is None else entropy_of_parts(-h_blocks, block_lse, others)
+    return z_label, top.amax(1), others, h_others
 
 
 def row_results(
