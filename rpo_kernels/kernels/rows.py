@@ -44,7 +44,6 @@ class RowFlags(NamedTuple):
     vec: int = 0  # elements in a vector
     stages: int = 1
     is_shard: bool = False  # forward
-    split: bool = False  # forward
     in_place: bool = False  # backward
     has_upstream: bool = False  # backward
 

@@ -127,20 +127,21 @@ def _load_label(row_ptr, label, V, pre, FLAGS: tl.constexpr):
     return tl.where(inside, label, -1).to(tl.int32), y
 
 
-@triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=[*RUNTIME, "pieces"], do_not_specialize_on_alignment=ANYWHERE)
 def _vocabulary_forward_kernel(
     logits_ptr,  # in   [N, V] any float, last stride 1
     labels_ptr,  # in   [N] int
     logps_ptr,  # out  [N] fp32, log p(label); 0 where ignored, NaN for a label outside [0, V)
     lse_ptr,  # out  [2, N] fp32, log2 of the sum of e^z as (integer, fraction); 0 where ignored
     entropy_ptr,  # out  [N] fp32, or unused
-    parts_ptr,  # out  [N, parts, 3] fp32, (shift, total, moment), in place of these; or unused
+    parts_ptr,  # out  [N, parts, 3] fp32, (shift, total, moment), in place of these if pieces > 1
     N,
     V,
     inner,
     stride_outer,
     stride_inner,
     part_width,
+    pieces,  # programs of a row: 1, or one for each part
     ignore_index,
     pre,
     post,
@@ -153,8 +154,8 @@ def _vocabulary_forward_kernel(
     out = Outputs(logps_ptr, lse_ptr, entropy_ptr, N)
     parts = (V + part_width - 1) // part_width
     scale2 = post * LOG2E
-    for item in range(tl.program_id(0), N * parts if FLAGS.split else N, tl.num_programs(0)):
-        row = item // parts if FLAGS.split else item
+    for item in range(tl.program_id(0), N * pieces, tl.num_programs(0)):
+        row = item // pieces
         label = tl.load(labels_ptr + row)
         if label != ignore_index:
             row_ptr = logits_ptr + row_offset(row, inner, stride_outer, stride_inner)
@@ -163,8 +164,8 @@ def _vocabulary_forward_kernel(
             alone = exponent == LEAST  # the label has no exponent
             shift = tl.where(alone, 0.0, exponent)
             others = Sum(exponent, 0.0, 0.0)
-            part = item - row * parts if FLAGS.split else 0
-            end = part + 1 if FLAGS.split else parts
+            part = item - row * pieces
+            end = parts if pieces == 1 else part + 1
             part_shift = shift
             retried = False
             while part < end:
@@ -184,13 +185,13 @@ def _vocabulary_forward_kernel(
                     part_shift = shift
                     retried = False
                     part += 1
-            if FLAGS.split:
+            if pieces == 1:
+                _store(out, row, others, y_label, scale2, FLAGS)
+            else:
                 tl.store(parts_ptr + item * 3, others.shift)
                 tl.store(parts_ptr + item * 3 + 1, others.total)
                 tl.store(parts_ptr + item * 3 + 2, others.moment)
-            else:
-                _store(out, row, others, y_label, scale2, FLAGS)
-        elif not FLAGS.split:
+        elif pieces == 1:
             _store_ignored(out, row, FLAGS)
 
 
@@ -286,10 +287,9 @@ def vocabulary_forward(
     settings = launch_settings("forward", V, logits.element_size(), arch_of(logits.device))
     width = part_width(V, settings.tile)
     parts = -(-V // width)
-    split = parts > 1 and splits_rows(N, logits.device)
-    partial = (
-        torch.empty((N, parts, 3), dtype=torch.float32, device=logits.device) if split else None
-    )
+    pieces = parts if splits_rows(N, logits.device) else 1
+    # a tensor in any case: without one, Triton would compile another kernel
+    partial = out[0] if pieces == 1 else out[0].new_empty((N, parts, 3))
     rows = N, V, logits.shape[1], *logits.stride()[:2]
     flags = RowFlags(
         has_softcap=transform.softcap > 0,
@@ -298,24 +298,24 @@ def vocabulary_forward(
         vec=settings.vec,
         stages=settings.num_stages,
         is_shard=is_shard,
-        split=split,
     )
     plain = not (flags.has_softcap or entropy)
     with on_device_of(logits):
-        _vocabulary_forward_kernel[(min(N * parts if split else N, MAX_PROGRAMS),)](
+        _vocabulary_forward_kernel[(min(N * pieces, MAX_PROGRAMS),)](
             logits,
             labels,
             *out,
             partial,
             *rows,
             width,
+            pieces,
             transform.ignore_index,
             pre,
             post,
             FLAGS=flags,
             **settings.compiler[plain],
         )
-        if split:
+        if pieces > 1:
             _vocabulary_merge_kernel[(N,)](
                 logits,
                 labels,
