@@ -135,7 +135,7 @@ def test_rpo_loss_equals_the_reference_in_every_output_and_gradient(
     close(logits.grad, x64.grad, 32, float(x64.grad.abs().max()) * spread)
 
 
-@pytest.mark.parametrize("K", [1, 3, 8, 64, 70])
+@pytest.mark.parametrize("K", [1, 3, 64, 70])
 @pytest.mark.parametrize(
     "objective", [pytest.param(RPOObjective(d, 1.0, 1.0, c), id=f"{d}-{c}") for d, c in FAMILY]
 )
