@@ -29,6 +29,7 @@ NOT_RUN = {
     'make demo ARGS="--model DIR --data FILE.jsonl --objective dpo --beta 0.1 --steps 50"': OWN,
     "make test": "this suite",
     "make study": f"{LONG}; tests/evidence/test_study.py runs it in miniature",
+    'make study ARGS="--full"': "hours",
     "make test-slow": "these tests, and others like them",
     "make test-transformers": ELSEWHERE,
     "make lint": ELSEWHERE,
@@ -63,6 +64,8 @@ def printed_commands() -> dict[str, str]:
     for page in PAGES:
         # tables are made by a command that stands beside them
         text = re.sub(r"<!-- .*? table.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+        # and what made the results of the study stands beside them
+        text = re.sub(r"^- `.*`: rpo_kernels.*$", "", text, flags=re.MULTILINE)
         fence = r"^```(\w*)\n(.*?)^```"
         blocks = re.findall(fence, text, re.DOTALL | re.MULTILINE)
         shell = "".join(lines for language, lines in blocks if language in ("", "bash", "sh"))
