@@ -50,14 +50,12 @@ TARGETS = ("rewards", "softmax")
 class RPOObjective:
     """Distance between gaps of implicit rewards and of target rewards, for groups of K responses.
 
-        =========== ========================== ================================ ==================
         distance    listwise                   pairwise (mean over i < j)       pointwise (mean)
-        =========== ========================== ================================ ==================
+        ----------- -------------------------- -------------------------------- ------------------
         squared     1/2 mean_i (K/(K-1) v_i)^2 1/2 (u_i - u_j)^2                1/2 u_i^2
         backward_kl KL(q || p)                 KL(B(t_i - t_j) || B(s_i - s_j)) KL(B(t_i) || B(s_i))
         forward_kl  KL(p || q)                 KL(B(s_i - s_j) || B(t_i - t_j)) KL(B(s_i) || B(t_i))
         hellinger   H(p, q)                    H(B(s_i - s_j), B(t_i - t_j))    H(B(s_i), B(t_i))
-        =========== ========================== ================================ ==================
 
         s_i = a_i (l_i - lref_i) - margin [i chosen],   a_i = beta, or beta / n_i with average
         t_i = eta r*_i, or a fixed target

@@ -18,10 +18,16 @@ import torch
 
 def run_on_threads(number: int, function: Callable[..., None], *arguments: object) -> None:
     """Run `function(*arguments)` on that many threads at once, and wait for all of them."""
-    tasks = [_pool().submit(function, *arguments) for _ in range(number)]
+    mode = torch.is_inference_mode_enabled()  # of this thread alone
+    tasks = [_pool().submit(_in_mode, mode, function, *arguments) for _ in range(number)]
     wait(tasks)
     for task in tasks:
         task.result()
+
+
+def _in_mode(mode: bool, function: Callable[..., None], *arguments: object) -> None:
+    with torch.inference_mode(mode):
+        function(*arguments)
 
 
 @functools.cache

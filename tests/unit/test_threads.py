@@ -10,7 +10,13 @@ import time
 import pytest
 import torch
 
-from rpo_kernels import token_logps, token_logps_and_entropy
+from rpo_kernels import (
+    RPOObjective,
+    linear_rpo_loss,
+    linear_token_logps,
+    token_logps,
+    token_logps_and_entropy,
+)
 from rpo_kernels.torch_backend import rows
 from rpo_kernels.torch_backend.threads import run_on_threads
 
@@ -43,6 +49,21 @@ def test_token_logps_are_the_same_bits_on_any_number_of_threads(dtype, threads, 
         threads(number)
         for a, b in zip(alone, results(dtype)):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_losses_of_a_reference_run_in_inference_mode(number, threads):
+    """Which is a mode of each thread: what one allocates in it, no other may write to outside."""
+    threads(number)
+    hidden, weight, labels = torch.randn(4, 20, 8), torch.randn(33, 8), torch.randint(33, (4, 20))
+    call = lambda: (
+        token_logps(hidden @ weight.t(), labels),
+        linear_token_logps(hidden, weight, labels),
+        linear_rpo_loss(hidden, weight, labels, None, RPOObjective.simpo()).loss,
+    )
+    expected = call()
+    with torch.inference_mode():
+        assert all(map(torch.equal, call(), expected))
 
 
 def test_token_logps_leave_the_number_of_threads_of_others_as_it_was(threads):
