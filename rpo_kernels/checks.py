@@ -19,6 +19,7 @@ from .tangents import check_tangents
 
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32)
+_FP32 = torch.finfo(torch.float32)
 
 
 def shape_of(x: Tensor) -> str:
@@ -92,8 +93,25 @@ def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index:
             f"{op}: `labels` must be {list(expected)}, one for each position of `{name}`; got "
             f"{shape_of(labels)}{_slip_of_labels(labels, like, name)}"
         )
+    check_ignore_index(op, ignore_index, labels.dtype)
+
+
+def check_ignore_index(op: str, ignore_index: object, dtype: torch.dtype) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: `ignore_index` must be an int, got {ignore_index!r}")
+    range_ = torch.iinfo(dtype)
+    if not range_.min <= ignore_index <= range_.max:
+        raise ValueError(f"{op}: `ignore_index` must be one of {dtype}, got {ignore_index}")
+
+
+def check_integers(op: str, name: str, x: Tensor) -> None:
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: `{name}` must be int64 or int32, got {x.dtype}; pass {name}.long()")
+
+
+def check_flag(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: `{name}` must be True or False, got {value!r}")
 
 
 def _slip_of_labels(labels: Tensor, like: Tensor, name: str) -> str:
@@ -129,6 +147,7 @@ def check_logits(
             f"{shape_of(logits)}"
         )
     check_labels(op, labels, logits, "logits", ignore_index)
+    check_flag(op, "inplace_backward", inplace_backward)
     check_device(op, "labels", labels, logits.device)
     check_tangents(op, logits)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
@@ -141,23 +160,25 @@ def check_logits(
             f"{op}: `inplace_backward` would overwrite `logits`, a leaf that requires a gradient, "
             "with that gradient; pass logits that a model computed, or inplace_backward=False"
         )
-    if inplace_backward and _overlaps(logits):
+    if inplace_backward and overlaps(logits):
         raise ValueError(
             f"{op}: with `inplace_backward` the rows of `logits` must not share memory, got shape "
             f"{shape_of(logits)} with strides {tuple(logits.stride())}; pass logits.contiguous()"
         )
 
 
-def _overlaps(x: Tensor) -> bool:
+def overlaps(x: Tensor) -> bool:
     """Return whether two elements may share an address.
 
-    They may if some stride does not step over all smaller dimensions.
+    They may if some stride does not step over all dimensions of smaller strides. Compared one by
+    one: a graph with symbolic shapes cannot sort them.
     """
-    reach = 0
-    for stride, n in sorted((s, n) for s, n in zip(x.stride(), x.shape) if n > 1):
-        if stride <= reach:
+    dims = [(stride, n) for stride, n in zip(x.stride(), x.shape) if n > 1]
+    for i, (stride, _) in enumerate(dims):
+        if any(stride == other for other, _ in dims[:i]):
             return True
-        reach += stride * (n - 1)
+        if stride <= sum(other * (n - 1) for other, n in dims if other < stride):
+            return True
     return False
 
 
@@ -171,8 +192,16 @@ def check_transform(op: str, temperature: float, logit_scale: float, softcap: fl
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{op}: `{name}` must be a number, got {value!r}")
-        if not 0 < value < math.inf:  # not math.isfinite, which torch.compile cannot trace
-            raise ValueError(f"{op}: `{name}` must be a finite number > 0, got {value!r}")
+        check_factor(op, name, value)
+
+
+def check_factor(op: str, name: str, value: float) -> None:
+    """Check a number by which fp32 numbers are multiplied or divided.
+
+    Without math.isfinite, which torch.compile cannot trace.
+    """
+    if not _FP32.tiny <= value <= _FP32.max:
+        raise ValueError(f"{op}: `{name}` must be a finite number > 0 in float32, got {value!r}")
 
 
 def check_choice(op: str, name: str, value: object, valid: tuple[str, ...]) -> None:

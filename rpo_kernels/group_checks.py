@@ -227,8 +227,8 @@ def check_normalizer(op: str, reduction: object, normalizer: object, device: tor
         raise TypeError(
             f"{op}: `normalizer` must be a number or a scalar tensor, got {normalizer!r}"
         )
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {normalizer!r}")
+    else:
+        checks.check_factor(op, "normalizer", normalizer)
 
 
 def check_group_weights(
@@ -280,7 +280,9 @@ def check_weight_values(op: str, ref_weights: Tensor | None) -> None:
 
 def check_normalizer_value(op: str, normalizer: Tensor | None) -> None:
     if is_readable(normalizer) and not (normalizer > 0 and normalizer.isfinite()):
-        raise ValueError(f"{op}: `normalizer` must be finite and > 0, got {float(normalizer)}")
+        raise ValueError(
+            f"{op}: `normalizer` must be a finite number > 0 in float32, got {float(normalizer)}"
+        )
 
 
 def check_group_weight_values(op: str, group_weights: Tensor | None) -> None:

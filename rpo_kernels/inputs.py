@@ -145,7 +145,7 @@ class Groups(NamedTuple):
             if several:
                 R = ref_logps.shape[0]
                 ref_weights = (
-                    torch.full((R,), 1 / R, device=device)
+                    torch.full((R,), 1 / R, dtype=torch.float32, device=device)
                     if ref_weights is None
                     else ref_weights.detach().float()
                 )

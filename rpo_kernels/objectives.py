@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -160,6 +161,10 @@ class RPOObjective:
                     "RPOObjective: `target='softmax'` belongs to distance 'backward_kl' with "
                     f"comparison 'pointwise', got {self.distance!r} with {self.comparison!r}"
                 )
+        elif self.target is None:
+            raise TypeError(
+                "RPOObjective: `target` must be 'rewards', 'softmax' or a number, got None"
+            )
         else:
             check_number("target", self.target, low=0.0, infinite=self.rules.infinite_targets)
         if self.label is None:
@@ -212,7 +217,7 @@ class RPOObjective:
     @staticmethod
     @lru_cache(maxsize=256)
     def from_spec(spec: str) -> RPOObjective:
-        """Return the objective that `spec` describes."""
+        """Return the objective with this `spec`, a string: JSON of its fields."""
         return RPOObjective(**json.loads(spec))
 
     # ---- presets: each equals the published loss in value (rloo: in gradient) --------------------
@@ -409,7 +414,8 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"RPOObjective: `{name}` must be a number, got {value!r}")
     inside = (value > low if strict else value >= low) and (value < high or high == math.inf)
-    if math.isnan(value) or not inside or (math.isinf(value) and not infinite):
+    # without math.isfinite, which torch.compile cannot trace
+    if not inside or not (abs(value) <= sys.float_info.max or (infinite and value == math.inf)):
         kind = "a number" if infinite else "a finite number"
         bound = f" {'>' if strict else '>='} {low:g}" if low > -math.inf else ""
         bound += f"{' and' if bound else ''} < {high:g}" if high < math.inf else ""

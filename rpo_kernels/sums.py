@@ -54,16 +54,17 @@ Objective: TypeAlias = RPOObjective | ObjectiveSum
 AnyObjective: TypeAlias = RPOObjective | ObjectiveSum | Sequence[tuple[float, RPOObjective]]
 
 
-@lru_cache(maxsize=256)
-def objective_from_spec(spec: str) -> Objective:
-    """Return the objective that `spec` describes."""
-    if spec.startswith("{"):
-        return RPOObjective.from_spec(spec)
-    lines = [line.split(" ", 1) for line in spec.split("\t")]
-    return ObjectiveSum(
-        tuple(float(weight) for weight, _ in lines),
-        tuple(RPOObjective.from_spec(part) for _, part in lines),
-    )
+def as_plain(objective: Objective) -> tuple[tuple[float, ...], str]:
+    """Return the weights of a sum (none of a single objective), and the specs of its parts."""
+    if isinstance(objective, RPOObjective):
+        return (), objective.spec
+    return objective.weights, "\t".join(part.spec for part in objective.parts)
+
+
+def from_plain(weights: Sequence[float], specs: str) -> Objective:
+    """Return the objective that `as_plain` took apart."""
+    parts = [RPOObjective.from_spec(spec) for spec in specs.split("\t")]
+    return ObjectiveSum(tuple(weights), tuple(parts)) if weights else parts[0]
 
 
 @lru_cache(maxsize=256)
@@ -77,6 +78,12 @@ def weighted_parts(objective: ObjectiveSum) -> tuple[RPOObjective, ...]:
 
 def names_of(parts: Sequence[RPOObjective]) -> list[str]:
     """Return a name for each part; the second one of a name gets the suffix _2."""
-    names = [part.name or part.distance for part in parts]
-    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
-    return [name if n == 1 else f"{name}_{n}" for name, n in zip(names, numbers)]
+    names: list[str] = []
+    for part in parts:
+        name = own = part.name or part.distance
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{own}_{number}"
+        names.append(name)
+    return names

@@ -32,9 +32,13 @@ _on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
 
 
 def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
-    """Return a context in which heads show the logits they compute to `on_logits`."""
+    """Return a context in which heads show the logits they compute to `on_logits`.
+
+    None counts, too: a call inside of `on_logits` shows it nothing.
+    """
     if on_logits is None:
-        return contextlib.nullcontext()
+        # a graph has no context variables
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else _showing(None)
     if not callable(on_logits):
         raise TypeError(
             f"{op}: `on_logits` must be a function of (logits, labels, transform), got "

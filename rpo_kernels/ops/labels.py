@@ -18,7 +18,7 @@ def shift_labels(
     Shifting the labels instead of the logits avoids a copy of `[S, T, V]`.
 
     Args:
-        input_ids: `[..., T]` int, or packed `[N]`.
+        input_ids: `[..., T]` int64 or int32, or packed `[N]`.
         mask: same shape, bool or 0/1: the tokens to score (the response, without prompt and
             padding).
         cu_seqlens: `[S+1]` int32 boundaries of packed sequences; the last token of each predicts
@@ -34,8 +34,8 @@ def shift_labels(
     op = "shift_labels"
     checks.check_tensor(op, "input_ids", input_ids)
     checks.check_tensor(op, "mask", mask)
-    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        raise TypeError(f"{op}: `input_ids` must be integers, got {input_ids.dtype}")
+    checks.check_integers(op, "input_ids", input_ids)
+    checks.check_ignore_index(op, ignore_index, input_ids.dtype)
     if not input_ids.dim() or (cu_seqlens is not None and input_ids.dim() != 1):
         expected = "[..., T]" if cu_seqlens is None else "packed [N] with `cu_seqlens`"
         raise ValueError(f"{op}: `input_ids` must be {expected}, got {checks.shape_of(input_ids)}")

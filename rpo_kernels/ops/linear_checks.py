@@ -29,8 +29,7 @@ def local_leaves(
     gradient of hidden has to be summed over it.
     """
     checks.check_tensor(op, "hidden", leaves.hidden)
-    if not isinstance(reduce_dhidden, bool):
-        raise TypeError(f"{op}: `reduce_dhidden` must be a bool, got {reduce_dhidden!r}")
+    checks.check_flag(op, "reduce_dhidden", reduce_dhidden)
     if not any(map(distributed.is_dtensor, leaves)):
         return leaves, process_group, reduce_dhidden
     hidden, lora_hidden = leaves.hidden, leaves.lora_hidden
@@ -139,6 +138,11 @@ def check_weight_grad(op: str, weight_grad: Tensor | None, weight: Tensor) -> No
         raise ValueError(
             f"{op}: `weight_grad` must be [V, H] = {checks.shape_of(weight)} like `weight`, got "
             f"{checks.shape_of(weight_grad)}"
+        )
+    if checks.overlaps(weight_grad):
+        raise ValueError(
+            f"{op}: `weight_grad` must have memory of its own for each element, got strides "
+            f"{tuple(weight_grad.stride())}"
         )
     if torch.is_grad_enabled() and not weight.requires_grad:
         raise ValueError(
@@ -290,7 +294,7 @@ def check_counts(op: str, counts: object, S: int) -> list[int] | None:
         raise TypeError(
             f"{op}: `counts` must be a sequence of ints on the host, got {type(counts).__name__}"
         )
-    if len(counts) != S or min(counts) < 0:
+    if len(counts) != S or any(n < 0 for n in counts):
         raise ValueError(
             f"{op}: `counts` must be one number >= 0 per sequence, S = {S}; got {list(counts)[:16]}"
         )

@@ -108,7 +108,8 @@ def linear_rpo_loss(
             returns no gradient for weight: this avoids a `[V, H]` temporary, and hooks of weight
             are not called. The upstream gradient of `loss` must be 1 (scale with `normalizer`);
             another one raises on a CPU and makes the other gradients NaN on a GPU. Raises under
-            activation checkpointing, which runs the forward twice.
+            activation checkpointing, which runs the forward twice. With `reduction="none"` the
+            backward adds to it, for any upstream gradient.
         ref_logps: `[S]`, or per token in the shape of labels; with a leading `R` for several
             references.
         ref_hidden: the reference's hidden states `[S, T, H']` or `[N, H']`, in place of ref_logps;

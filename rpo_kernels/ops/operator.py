@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import checks
 from .._ops import add_op_namespace_prefix
 from ..backend import module_of
-from ..sums import Objective, objective_from_spec
+from ..sums import Objective, as_plain, from_plain
 
 # of PyTorch 2.9 and later
 _UNSAFE = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
@@ -187,8 +187,13 @@ def _pack(value: Any, layout: Any, packed: tuple[list, list, list, list]) -> Non
         ints.append(_DTYPES.index(value))
     elif layout == "float":
         floats.append(value)
+    elif layout == "objective":
+        weights, specs = as_plain(value)
+        ints.append(len(weights))
+        floats.extend(weights)
+        text.append(specs)
     else:
-        text.append(value if layout == "text" else value.spec)
+        text.append(value)
 
 
 def _unpack(layout: Any, streams: tuple[Iterator, Iterator, Iterator, Iterator]) -> Any:
@@ -202,7 +207,8 @@ def _unpack(layout: Any, streams: tuple[Iterator, Iterator, Iterator, Iterator])
         value = next(ints)
         return bool(value) if layout == "bool" else _DTYPES[value] if layout == "dtype" else value
     if layout == "objective":
-        return objective_from_spec(next(text))
+        weights = [next(floats) for _ in range(next(ints))]
+        return from_plain(weights, next(text))
     return next(tensors if layout == "tensor" else floats if layout == "float" else text)
 
 

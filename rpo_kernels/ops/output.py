@@ -19,8 +19,9 @@ class RPOOutput(NamedTuple):
         rewards: `[S]`, implicit rewards a_i (l_i - lref_i) in reward units, without margin; 0 for a
             response without scored tokens.
         logps: `[S]`, log-probabilities of the sequences (sums over tokens, in nats).
-        lengths: `[S]` int32, numbers of scored tokens; None if the caller gave none.
-        targets: `[S]`, target rewards t_i.
+        lengths: `[S]` int, numbers of scored tokens; None if the caller gave none.
+        targets: `[S]`, target rewards t_i; NaN for labels beyond 1, which no target has (robust
+            DPO).
         cu_groups: `[G+1]` int32 for ragged groups, None for groups of one size.
         parts: for a sum of objectives, the output of each part by name, whose losses add up to this
             one's (rewards and targets above are those of the first part); None otherwise.
@@ -87,7 +88,7 @@ class RPOOutput(NamedTuple):
         agree = ordered & (self.rewards[:, None] > self.rewards)
         return {
             "rewards/mean": s.sum() / present.sum(),
-            "rewards/agreement": agree.sum() / ordered.sum(),
+            "rewards/agreement": agree.sum().float() / ordered.sum(),
             "rewards/spread": _mean(spread, count > 1),
             "logps/mean": torch.where(present, self.logps, 0).sum() / present.sum(),
         }

@@ -174,6 +174,7 @@ def _sequence_logps(
     distributed.group_name(op, process_group)
     checks.check_tensor(op, "token_logps", token_logps)
     checks.check_float(op, "token_logps", token_logps)
+    checks.check_flag(op, "average", average)
     if labels is not None:
         checks.check_labels(op, labels, token_logps[..., None], "token_logps", ignore_index)
         checks.check_device(op, "labels", labels, token_logps.device)

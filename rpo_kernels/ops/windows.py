@@ -209,18 +209,18 @@ class Layout:
         if by_tokens or is_mean:
             objective = replace(objective, reference="none")
             counting = part._replace(objective=objective, normalizer=None, **WITHOUT_REFERENCE)
-            zeros = torch.zeros(len(self.lengths), device=self.device)
+            zeros = torch.zeros(len(self.lengths), dtype=torch.float32, device=self.device)
             sequences = Sequences(len(zeros))
             losses, *_ = group_pass(
                 self.op, self.backend, zeros, None, self.lengths, sequences, [counting], -1
             )
             is_chosen = parts_of(losses.by_sequence)[0].roles == 2
-            counted = is_chosen.sum()
+            counted = is_chosen.sum().float()
             if by_tokens:
                 share = counted / torch.where(is_chosen, self.lengths, 0).sum().clamp(min=1)
-                part = part._replace(sft_share=share.float())
+                part = part._replace(sft_share=share)
             if is_mean:
-                part = part._replace(normalizer=counted.clamp(min=1).float())
+                part = part._replace(normalizer=counted.clamp(min=1))
         return part._replace(mean=False)
 
     def group_pass(self, window: Window, logps: Tensor) -> tuple[Losses, Tensor]:

@@ -77,13 +77,13 @@ def group_pass(
     present = present & (lengths[members.clamp(min=0)] > 0)
     sg, tg = s[members.clamp(min=0)], t[members.clamp(min=0)]
     chosen, counted = _roles(tg, present, objective)
-    margin = objective.margin * F.one_hot(chosen, sg.shape[1])
+    margin = objective.margin * F.one_hot(chosen, sg.shape[1]).double()
     losses, slopes, tg = _distance(sg - margin, tg, present, objective)
     live = counted[:, None] & present
     losses = torch.where(counted, objective.scale * losses, 0)
     slopes = torch.where(live, objective.scale * slopes, 0)
 
-    number = counted.sum()
+    number = counted.sum().double()
     chosen = members.gather(1, chosen[:, None])[:, 0].clamp(min=0)
     sft = torch.zeros(S, dtype=torch.float64, device=device)  # weight on -l_i
     if objective.sft_weight > 0:

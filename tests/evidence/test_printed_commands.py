@@ -45,6 +45,7 @@ NOT_RUN = {
     "python -m rpo_kernels audit": f"{LONG}; tests/evidence/test_compile.py audits every chip",
     "python examples/align.py": f"{LONG}; what `make demo` runs",
     "python examples/align.py --model DIR --data FILE.jsonl": OWN,
+    "python train_dpo.py config.yaml": f"{OWN}; tests/adapters/test_hosts.py runs the code",
     "python examples/transformers_loop.py --model DIR --data FILE.jsonl": OWN,
     "python examples/trl_rpo.py --model DIR --data FILE.jsonl": OWN,
     "python benchmarks/cpu.py": f"{LONG}; tests/evidence/test_cpu_cost.py measures the same",

@@ -173,8 +173,9 @@ DTYPES = [
         for op in GROUP_OPS
         for dtype in (torch.bool, torch.complex64)
     ],
-    ("shift_labels", "input_ids", torch.float32, "integers"),
-    ("shift_labels", "input_ids", torch.bool, "integers"),
+    ("shift_labels", "input_ids", torch.float32, "int64 or int32"),
+    # in which -100 would be 156
+    ("shift_labels", "input_ids", torch.uint8, "int64 or int32"),
 ]
 
 
@@ -301,6 +302,22 @@ def test_inplace_backward_refuses_rows_that_share_memory(op, logits):
     )
 
 
+@pytest.mark.parametrize(
+    "op, name",
+    [*[(op, "inplace_backward") for op in VOCABULARY_OPS], ("sequence_logps", "average")],
+)
+def test_flags_must_be_bools(op, name):
+    refuses(op, f"`{name}` must be True or False, got 'False'", TypeError, **{name: "False"})
+
+
+@pytest.mark.parametrize("op", [*VOCABULARY_OPS, "shift_labels"])
+def test_ignore_index_must_be_in_the_range_of_the_labels(op):
+    name = "input_ids" if op == "shift_labels" else "labels"
+    labels = {name: GOOD[op][name].int()}
+    message = f"`ignore_index` must be one of torch.int32, got {2**40}"
+    refuses(op, message, ignore_index=2**40, **labels)
+
+
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 def test_inplace_backward_refuses_leaves(op):
     message = (
@@ -312,9 +329,9 @@ def test_inplace_backward_refuses_leaves(op):
 
 @pytest.mark.parametrize("op", VOCABULARY_OPS)
 @pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap"])
-@pytest.mark.parametrize("value", [0, -1.0, INF, NAN])
+@pytest.mark.parametrize("value", [0, -1.0, INF, NAN, 1e-300])
 def test_temperature_and_softcap_and_logit_scale_must_be_positive(op, name, value):
-    refuses(op, f"`{name}` must be a finite number > 0, got {value!r}", **{name: value})
+    refuses(op, f"`{name}` must be a finite number > 0 in float32, got {value!r}", **{name: value})
 
 
 @pytest.mark.parametrize("name", ["temperature", "logit_scale", "softcap"])
@@ -569,11 +586,13 @@ def test_reduction_must_be_known(op):
 
 
 NORMALIZERS = [
-    (0, ValueError, "`normalizer` must be finite and > 0, got 0"),
-    (-2.0, ValueError, "`normalizer` must be finite and > 0, got -2.0"),
-    (NAN, ValueError, "`normalizer` must be finite and > 0, got nan"),
-    (torch.tensor(0.0), ValueError, "`normalizer` must be finite and > 0, got 0.0"),
-    (torch.tensor(NAN), ValueError, "`normalizer` must be finite and > 0, got nan"),
+    (0, ValueError, "`normalizer` must be a finite number > 0 in float32, got 0"),
+    (-2.0, ValueError, "`normalizer` must be a finite number > 0 in float32, got -2.0"),
+    (NAN, ValueError, "`normalizer` must be a finite number > 0 in float32, got nan"),
+    (1e-300, ValueError, "`normalizer` must be a finite number > 0 in float32, got 1e-300"),
+    (10**400, ValueError, "`normalizer` must be a finite number > 0 in float32, got 1000"),
+    (torch.tensor(0.0), ValueError, "`normalizer` must be a finite number > 0 in float32, got 0.0"),
+    (torch.tensor(NAN), ValueError, "`normalizer` must be a finite number > 0 in float32, got nan"),
     (torch.ones(2), ValueError, "`normalizer` must be a number or a scalar tensor, got shape [2]"),
     (torch.tensor(True), TypeError, "`normalizer` must be a real number, got torch.bool"),
     ("2", TypeError, "`normalizer` must be a number or a scalar tensor, got '2'"),

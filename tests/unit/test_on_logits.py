@@ -70,6 +70,18 @@ def test_on_logits_sees_the_policys_logits_and_not_the_references(batch, reducti
     check(seen, hidden, weight, labels, bias)
 
 
+def test_on_logits_does_not_see_the_calls_that_it_makes_itself(batch):
+    hidden, weight, labels, bias = batch
+    seen = []
+
+    def look(logits, *_):
+        seen.append(len(logits))
+        linear_token_logps(hidden.detach(), weight.detach(), labels)
+
+    linear_token_logps(hidden, weight, labels, on_logits=look)
+    assert sum(seen) == (labels != -100).sum()
+
+
 def test_on_logits_must_be_callable(batch):
     hidden, weight, labels, bias = batch
     with pytest.raises(

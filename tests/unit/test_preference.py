@@ -157,6 +157,25 @@ def test_preference_loss_of_groups_of_one_to_seventy_responses(objective, K, bac
         assert abs(float(grad.double().sum())) <= 1e-6 * float(grad.double().abs().sum())
 
 
+@pytest.mark.parametrize("reference_kind", ["none", "geometric"])
+def test_rpo_loss_does_not_depend_on_the_default_dtype(reference_kind, backend, device):
+    objective = RPOObjective(
+        reference=reference_kind, sft_weight=0.3, sft_normalizer="tokens", target=1.0, margin=0.3
+    )
+    logits = torch.randn(6, 3, 7, device=device, requires_grad=True)
+    labels = torch.randint(7, (6, 3), device=device)
+    ref = None if reference_kind == "none" else -torch.rand(3, 6, device=device)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            out = rpo_loss(logits, labels, None, objective, ref_logps=ref, backend=backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((out.loss, out.rewards, *torch.autograd.grad(out.loss, logits)))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("distance", ["backward_kl", "forward_kl", "squared"])
 def test_preference_loss_gradients_of_confident_pairs_keep_their_digits(distance, backend, device):
     """sigmoid(20) - sigmoid(19) is 0 in fp32 if subtracted; the coefficient is 3.5e-9."""

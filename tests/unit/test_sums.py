@@ -1,10 +1,12 @@
 """Weighted sums of objectives and weights of groups: one loss, one backward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rpo_kernels import RPOObjective, linear_rpo_loss, preference_loss, reference, rpo_loss
-from rpo_kernels.sums import ObjectiveSum, objective_from_spec
+from rpo_kernels.sums import ObjectiveSum, as_plain, from_plain
 
 from ..helpers import worst
 
@@ -128,6 +130,26 @@ def test_rpo_output_metrics_of_sums_have_those_of_each_part_under_its_name():
     assert torch.allclose(total, out.loss)
 
 
+def test_rpo_output_keeps_a_part_whose_own_name_is_anothers_second():
+    labels, _, options = batch(MPO)
+    own = replace(RPOObjective.dpo(0.7), name="dpo_2")
+    parts = [(1.0, RPOObjective.dpo(0.1)), (1.0, RPOObjective.dpo(0.3)), (1.0, own)]
+    out = rpo_loss(torch.randn(S, T, V), labels, None, parts, **options)
+    assert list(out.parts) == ["dpo", "dpo_2", "dpo_2_2"]
+
+
+def test_public_functions_of_sums_compile_with_weights_that_change():
+    labels, _, options = batch(MPO)
+    logits = torch.randn(S, T, V)
+
+    def loss(x, weight):
+        return rpo_loss(x, labels, None, [(1.0, MPO[0][1]), (weight, MPO[1][1])], **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for weight in (0.5, 0.6, 0.7):
+        torch.testing.assert_close(compiled(logits, weight), loss(logits, weight))
+
+
 def test_public_functions_of_sums_compile_into_one_graph():
     labels, rewards, options = batch(SUMS["rewards and labels"])
 
@@ -142,10 +164,11 @@ def test_public_functions_of_sums_compile_into_one_graph():
     assert all(torch.equal(a, b) for a, b in zip(ours, eager))
 
 
-def test_objective_sums_survive_their_spec():
-    for objective in SUMS.values():
+def test_objective_sums_survive_as_plain_values():
+    assert from_plain(*as_plain(RPOObjective.dpo())) == RPOObjective.dpo()
+    for objective in [*SUMS.values(), [(0.5, RPOObjective.dpo())]]:
         whole = ObjectiveSum.of(objective)
-        again = objective_from_spec(whole.spec)
+        again = from_plain(*as_plain(whole))
         assert again == whole and [x.name for x in again.parts] == [x.name for x in whole.parts]
 
 

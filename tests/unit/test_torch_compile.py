@@ -242,7 +242,9 @@ def test_public_functions_compile_with_inductor(device):
     compiled_equals_eager("rpo_loss after a head", device)
 
 
-@pytest.mark.parametrize("name", ["token_logps", "rpo_loss", "preference_loss"])
+@pytest.mark.parametrize(
+    "name", ["token_logps", "token_logps in place", "rpo_loss", "preference_loss"]
+)
 def test_public_functions_compile_into_one_dynamic_graph(name, device):
     """Batches of a training run differ in length; a recompilation each would cost more than the
     kernels save.
@@ -251,6 +253,8 @@ def test_public_functions_compile_into_one_dynamic_graph(name, device):
     def call(logits, labels, rewards, ref_logps):
         if name == "token_logps":
             return token_logps(logits, labels).sum()
+        if name == "token_logps in place":
+            return token_logps(logits * 1, labels, inplace_backward=True).sum()
         if name == "rpo_loss":
             normalizer = 0.5 * len(rewards)
             return rpo_loss(
