@@ -129,6 +129,33 @@ def test_rpo_trainer_takes_six_steps_of_TRLs_own(variant, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (step, name)
 
 
+@pytest.fixture
+def mixture(tmp_path):
+    """A trainer of a mixture of experts whose configuration asks for the auxiliary loss."""
+
+    def make(rows=None, *, asks=True, **config):
+        model = mixtral()
+        model.config.output_router_logits = asks
+        return RPOTrainer(
+            model,
+            mixtral(seed=1),
+            RPOConfig(**options(tmp_path, max_steps=1, **config)),
+            train_dataset=Dataset.from_list(pairs(4) if rows is None else rows),
+            processing_class=tokenizer(),
+        )
+
+    return make
+
+
+def test_rpo_trainer_adds_no_auxiliary_loss_with_a_coefficient_of_0(mixture):
+    losses = []
+    for asks in (False, True):
+        trainer = mixture(asks=asks, objective="dpo", router_aux_loss_coef=0.0)
+        (batch,) = trainer.get_train_dataloader()
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] == losses[0]
+
+
 # ---- K responses ---------------------------------------------------------------------------------
 
 

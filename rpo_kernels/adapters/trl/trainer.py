@@ -317,8 +317,10 @@ class RPOTrainer(DPOTrainer):
             if learns_prompt(self.model):  # the policy's rows are longer, by virtual tokens
                 ref_token_logps = None
         kwargs, labels = _model_inputs(inputs)
-        if self.aux_loss_enabled:
-            kwargs["output_router_logits"] = True
+        text_config = self.model.config.get_text_config()
+        # False where the config asks for an auxiliary loss that router_aux_loss_coef=0 disables
+        if self.aux_loss_enabled or getattr(text_config, "output_router_logits", False):
+            kwargs["output_router_logits"] = self.aux_loss_enabled
         groups: dict[str, Any] = {
             "rewards": inputs.get("rewards"),
             "cu_groups": inputs.get("cu_groups"),
