@@ -161,6 +161,15 @@ def test_rpo_trainer_puts_the_best_response_first_for_objectives_without_rewards
     assert encoded(pair, RPOObjective.dpo())["response_ids"] == encoded(pair)["response_ids"]
 
 
+def test_rpo_trainer_puts_the_best_response_first_where_a_part_of_a_sum_uses_no_rewards():
+    (group,) = groups([3])
+    group["rewards"] = [0.0, 2.0, 1.0]
+    first, second, third = encoded(group)["response_ids"]
+    parts = [(1.0, RPOObjective("squared")), (1.0, RPOObjective.softmax_dpo())]
+    mixed = encoded(group, ObjectiveSum.of(parts))
+    assert mixed["response_ids"] == [second, first, third] and mixed["rewards"] == [2.0, 0.0, 1.0]
+
+
 GOOD = {"prompt": "a cat ", "responses": ["sings", "runs"], "rewards": [1.0, 0.0]}
 UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
 

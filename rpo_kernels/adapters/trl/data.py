@@ -42,9 +42,10 @@ CALLS: dict[Callable, tuple[int, tuple[str, ...]]] = {
 def group_of(
     example: dict[str, Any], objective: Objective, name: str
 ) -> tuple[Any, list, list[float] | None]:
-    """Return (prompt, responses, rewards) of a row; rewards are None for a fixed target.
+    """Return (prompt, responses, rewards) of a row; rewards are None if no part uses them.
 
-    The first response is then the chosen one: `chosen`, or the one with the largest of `rewards`.
+    For parts with a fixed target the first response is the chosen one: `chosen`, or the one with
+    the largest of `rewards`.
     """
     where = f"RPOTrainer: {name} dataset"
     if {"prompt", "responses"} <= example.keys():
@@ -81,12 +82,13 @@ def group_of(
         )
     if rewards is not None:
         _check_rewards(rewards, len(responses), objective, where)
-    if not objective.uses_rewards:
-        if rewards is not None and "responses" in example:
-            best = max(range(len(rewards)), key=rewards.__getitem__)
-            responses = [responses[best], *responses[:best], *responses[best + 1 :]]
-        rewards = None
-    return prompt, responses, None if rewards is None else [float(r) for r in rewards]
+    fixed_target = not all(part.uses_rewards for part in objective.parts)
+    if fixed_target and rewards is not None and "responses" in example:
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        responses, rewards = (
+            [each[best], *each[:best], *each[best + 1 :]] for each in (responses, rewards)
+        )
+    return prompt, responses, [float(r) for r in rewards] if objective.uses_rewards else None
 
 
 def _check_rewards(rewards: object, K: int, objective: Objective, where: str) -> None:
