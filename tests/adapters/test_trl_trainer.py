@@ -156,6 +156,17 @@ def test_rpo_trainer_adds_no_auxiliary_loss_with_a_coefficient_of_0(mixture):
     assert losses[1] == losses[0]
 
 
+def test_rpo_trainer_logs_the_auxiliary_loss_exactly_beside_a_large_loss(mixture):
+    rows = [row | {"score_chosen": 1000.0} for row in pairs(4)]
+    trainer = mixture(rows, objective="squared", router_aux_loss_coef=0.01)
+    (batch,) = trainer.get_train_dataloader()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = mixtral()(**inputs, output_router_logits=True).aux_loss.item()
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] > 1e5 and logged["aux_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- K responses ---------------------------------------------------------------------------------
 
 

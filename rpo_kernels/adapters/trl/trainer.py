@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from rpo_kernels import RPOOutput, preference_loss, sequence_logps, shift_labels
+from rpo_kernels import RPOOutput, sequence_logps, shift_labels
 from rpo_kernels.sums import Objective
 
 from ..transformers import attach
@@ -337,7 +337,7 @@ class RPOTrainer(DPOTrainer):
             on_logits=statistics,
             **groups,
         )
-        self._record(out, statistics, ref_logps, inputs, groups)
+        self._record(out, statistics, ref_logps, inputs)
         if not return_outputs:
             return out.loss
         kwargs.pop("cu_seqlens", None)
@@ -351,7 +351,6 @@ class RPOTrainer(DPOTrainer):
         statistics: RowStatistics,
         ref_logps: Tensor | None,
         inputs: dict,
-        groups: dict,
     ) -> None:
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
@@ -370,19 +369,10 @@ class RPOTrainer(DPOTrainer):
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
         lengths: Any = out.lengths  # which hidden states always bring
         metrics |= token_metrics(statistics, lengths, chosen, rejected)
-        if self.aux_loss_enabled:
-            rewards = groups.pop("rewards")
-            without = preference_loss(
-                out.logps,
-                rewards,
-                self.objective,
-                ref_logps=ref_logps,
-                lengths=out.lengths,
-                **groups,
-            ).loss
+        if self.aux_loss_enabled and out.aux_loss is not None:
             metrics["aux_loss"] = (
-                (out.loss - without) / self.router_aux_loss_coef,
-                torch.ones_like(without),
+                out.aux_loss / self.router_aux_loss_coef,
+                torch.ones_like(out.aux_loss),
             )
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         metrics["num_tokens"] = tokens, out.loss.new_tensor(1)
