@@ -15,7 +15,7 @@ from .tiny_models import llama, pairs, tokenizer
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset, IterableDataset  # noqa: E402
+from datasets import Dataset, DatasetDict, IterableDataset  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 import rpo_kernels.adapters.trl.trainer as trainer_module  # noqa: E402
@@ -259,6 +259,12 @@ def test_rpo_trainer_refuses_data_of_which_nothing_is_left(rows, message, tmp_pa
     data, args = Dataset.from_list([GOOD]).select(range(len(rows))), config(tmp_path, max_length=2)
     with pytest.raises(ValueError, match=message):
         RPOTrainer(llama(), llama(seed=1), args, train_dataset=data, processing_class=tokenizer())
+
+
+def test_rpo_trainer_refuses_what_is_no_dataset(tmp_path):
+    data = DatasetDict(train=Dataset.from_list([GOOD]))
+    with pytest.raises(TypeError, match=r"`train_dataset` must be a Dataset .*; got DatasetDict"):
+        RPOTrainer(llama(), llama(seed=1), config(tmp_path), train_dataset=data)
 
 
 def test_rpo_trainer_takes_streamed_rows(tmp_path):

@@ -22,7 +22,7 @@ from rpo_kernels import RPOOutput, sequence_logps, shift_labels
 from rpo_kernels.sums import Objective
 
 from ..transformers import attach
-from .checks import check_packing, check_reference, check_text_only, learns_prompt, objective_of
+from .checks import check_dataset, check_packing, check_reference, learns_prompt, objective_of
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
 from .data import CALLS as READING_CALLS
@@ -147,7 +147,7 @@ class RPOTrainer(DPOTrainer):
         if changes:
             raise refusal("RPOTrainer", changes)
         self.objective = objective_of(args)
-        check_text_only(train_dataset)
+        check_dataset(train_dataset)
         check_reference(model, ref_model, args, self.objective.reference, peft_config)
         # The base class loads no reference where log-probabilities are precomputed: here there are
         # none to compute.
