@@ -199,6 +199,11 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
             r"`rewards` must be finite numbers, got inf",
         ),
         (
+            GOOD | {"rewards": None},
+            "backward_kl",
+            r"`rewards` must be one number per response, 2; got None",
+        ),
+        (
             GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3},
             "robust_dpo",
             r"`responses` must be two to each prompt .* labels pairs, got 3",

@@ -74,13 +74,14 @@ def group_of(
             f"{where}: `responses` must be two to each prompt for an objective that labels pairs, "
             f"got {len(responses)}"
         )
-    if rewards is None and objective.uses_rewards:
+    without = rewards is None and not {"responses", "rewards"} <= example.keys()
+    if without and objective.uses_rewards:
         raise ValueError(
             f"{where} must have rewards for this objective, in the columns {EXPECTED}; got "
             f"{', '.join(example)}. To train without rewards, choose an objective with its own "
             'target, such as objective="dpo"'
         )
-    if rewards is not None:
+    if rewards is not None or objective.uses_rewards:
         _check_rewards(rewards, len(responses), objective, where)
     fixed_target = not all(part.uses_rewards for part in objective.parts)
     if fixed_target and rewards is not None and "responses" in example:
