@@ -243,6 +243,24 @@ def test_rpo_trainer_has_the_loss_and_gradient_of_the_reference(objective, sizes
     )
 
 
+def test_rpo_trainer_computes_the_reference_of_a_batch_that_was_not_precomputed(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        RPOConfig(**options(tmp_path)),
+        train_dataset=Dataset.from_list(groups([2, 3])),
+        processing_class=tokenizer(),
+    )
+    batch = trainer.data_collator([*trainer.train_dataset])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logps = llama(seed=1)(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    token = logps.gather(-1, ids[:, 1:, None])[..., 0] * batch["completion_mask"][:, 1:]
+    a, b, c, d, e = token.sum(1).tolist()
+    first, others = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    assert first.tolist() == pytest.approx([a, c], rel=1e-5)
+    assert others.flatten().tolist() == pytest.approx([b, 0.0, d, e], rel=1e-5)
+
+
 # ---- accumulation, evaluation, distribution ------------------------------------------------------
 
 

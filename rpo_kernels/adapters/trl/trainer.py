@@ -106,6 +106,7 @@ class RPOTrainer(DPOTrainer):
 
     objective: Objective
     model: Any  # of transformers, or a PEFT model of one
+    _most_responses = 0  # the largest K of a dataset whose reference is being precomputed
 
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
     _name = "RPO"
@@ -265,13 +266,15 @@ class RPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses `[G]`, and of the others `[G,
-        K - 1]`, K the dataset's largest; 0 where a prompt has fewer."""
+        K - 1]`, K the largest of the batch, or of the dataset that it is from while that one is
+        precomputed; 0 where a prompt has fewer."""
         if self._is_unchecked:  # before the results reach a cache
             check_packing(model, self.accelerator)
             self._is_unchecked = False
         token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
         logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
-        exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
+        K = max(self._most_responses, int(sizes.max()))
+        exists = torch.arange(K, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
         return table[:, 0], table[:, 1:]
 
