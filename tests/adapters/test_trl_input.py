@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -22,7 +23,7 @@ import rpo_kernels.adapters.trl.trainer as trainer_module  # noqa: E402
 from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer  # noqa: E402
 from rpo_kernels.adapters.trl.data import encode  # noqa: E402
 
-from .test_trl_trainer import groups, options  # noqa: E402
+from .test_trl_trainer import LORA, groups, options  # noqa: E402
 
 # ---- objectives in a configuration ---------------------------------------------------------------
 
@@ -338,6 +339,13 @@ def test_rpo_trainer_loads_no_reference_for_objectives_without_one(tmp_path):
     trainer.train()
     trainer.evaluate()
     assert "kl" not in trainer.state.log_history[0]
+
+
+def test_rpo_trainer_takes_peft_config_in_DPOTrainers_place(tmp_path):
+    data, adapter = Dataset.from_list([GOOD]), copy.deepcopy(LORA)
+    before = (llama(), None, config(tmp_path), None, data, None, tokenizer())
+    trainer = RPOTrainer(*before, None, None, (None, None), None, adapter)
+    assert trainer.ref_model is None and trainer.model.peft_config["default"] is adapter
 
 
 def test_rpo_trainer_needs_an_rpo_config(tmp_path):

@@ -42,7 +42,18 @@ NOT_FOR_THE_MODEL = (
 # What the trainer needs of TRL: functions that it calls, with how many positional arguments and
 # which keywords; methods that TRL calls; attributes that TRL sets.
 CALLS = READING_CALLS | {
-    DPOTrainer.__init__: (6, ("peft_config",)),
+    DPOTrainer.__init__: (
+        6,
+        (
+            "eval_dataset",
+            "processing_class",
+            "compute_metrics",
+            "callbacks",
+            "optimizers",
+            "quantization_config",
+            "peft_config",
+        ),
+    ),
     disable_gradient_checkpointing: (2, ()),
     get_config_model_id: (1, ()),
     global_then_local_main_first: (0, ()),
@@ -131,7 +142,12 @@ class RPOTrainer(DPOTrainer):
         args: RPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        *rest: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         **options: Any,
     ):
@@ -158,13 +174,18 @@ class RPOTrainer(DPOTrainer):
         self.packs, args.padding_free = args.padding_free, False
         self._is_unchecked = self.packs
         try:
-            super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
+            super().__init__(
                 model,
                 ref_model,
                 args,
                 data_collator,
                 train_dataset,
-                *rest,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
                 peft_config=peft_config,
                 **options,
             )
