@@ -105,6 +105,13 @@ def test_rpo_config_takes_an_objective_from_a_command_line(tmp_path):
             {"objective": RPOObjective.dpo(0.2), "beta": 0.1},
             r"`beta` must be the objective's, 0.2, or None; got 0.1",
         ),
+        (
+            {
+                "objective": [(0.8, RPOObjective.dpo(0.1)), (0.2, RPOObjective.bco(0.3))],
+                "beta": 0.3,
+            },
+            r"`beta` must be None where every part .* has its own, 0.1, 0.3; got 0.3",
+        ),
         ({"objective": {"distance": "squared", "beta": -1.0}}, r"`beta` must be .* > 0"),
     ],
 )

@@ -128,6 +128,13 @@ def read_objective(description: Any, beta: float | None = None) -> Objective:
             f"{description!r}"
         )
     parts = [(weight, _fields_of(part)) for weight, part in description]
+    own = [part["beta"] for _, part in parts if "beta" in part]
+    # a saved configuration holds the first part's
+    if len(own) == len(parts) and beta not in (None, own[0]):
+        raise ValueError(
+            "RPOConfig: `beta` must be None where every part of `objective` has its own, "
+            f"{', '.join(map(str, own))}; got {beta}"
+        )
     try:
         return ObjectiveSum.of(
             [(w, _read_part(part, None if "beta" in part else beta)) for w, part in parts]
