@@ -90,6 +90,8 @@ def test_rpo_config_takes_an_objective_from_a_command_line(tmp_path):
         ({"use_weighting": True}, r"`use_weighting` has no effect"),
         ({"ld_alpha": 0.5}, r"`ld_alpha` has no effect"),
         ({"f_divergence_type": "js_divergence"}, r"`f_divergence_type` has no effect"),
+        ({"discopop_tau": 0.1}, r"`discopop_tau` has no effect"),
+        ({"f_alpha_divergence_coef": 0.9}, r"`f_alpha_divergence_coef` has no effect"),
         (
             {"padding_free": True, "pad_to_multiple_of": 8},
             r"`pad_to_multiple_of` 8 pads, and `padding_free` does not",

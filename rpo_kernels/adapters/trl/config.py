@@ -21,6 +21,8 @@ REPLACED = {
     "ld_alpha": "an objective's `average` to divide by lengths; LD-DPO is not representable",
     "use_weighting": "nothing: WPO weights are not representable",
     "f_divergence_type": "nothing: f-DPO is nonlinear in the implicit rewards",
+    "f_alpha_divergence_coef": "nothing: f-DPO is nonlinear in the implicit rewards",
+    "discopop_tau": "nothing: DiscoPOP is not representable",
 }
 
 
@@ -43,7 +45,8 @@ class RPOConfig(DPOConfig):
     Raises:
         ValueError, TypeError: for an unknown objective, a `beta` that contradicts it, or options of
             DPO that an objective replaces (`loss_type`, `label_smoothing`, `loss_weights`,
-            `ld_alpha`, `use_weighting`, `f_divergence_type`).
+            `ld_alpha`, `use_weighting`, `f_divergence_type`, `f_alpha_divergence_coef`,
+            `discopop_tau`).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
