@@ -214,6 +214,16 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
             r"`rewards` must be one number per response, 2; got None",
         ),
         (
+            GOOD | {"group_weight": math.nan},
+            "backward_kl",
+            r"`group_weight` must be a finite number; got nan",
+        ),
+        (
+            GOOD | {"group_weights": 2.0},
+            "backward_kl",
+            r"`group_weight` must be .* its weight; got `group_weights`",
+        ),
+        (
             GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3},
             "robust_dpo",
             r"`responses` must be two to each prompt .* labels pairs, got 3",

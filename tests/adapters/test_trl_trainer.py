@@ -243,6 +243,21 @@ def test_rpo_trainer_has_the_loss_and_gradient_of_the_reference(objective, sizes
     )
 
 
+def test_rpo_trainer_multiplies_the_loss_of_a_row_by_its_group_weight(tmp_path):
+    rows = [row | {"group_weight": w} for row, w in zip(groups([2, 3]), (3.0, 0.5))]
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        RPOConfig(objective="squared", **options(tmp_path)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    rows = [*trainer.train_dataset]
+    loss = lambda rows: trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    first, second = (loss([{**row, "group_weight": 1.0}]) for row in rows)
+    assert loss(rows) == pytest.approx((3.0 * first + 0.5 * second) / 2, rel=1e-5)
+
+
 def test_rpo_trainer_computes_the_reference_of_a_batch_that_was_not_precomputed(tmp_path):
     trainer = RPOTrainer(
         llama(),

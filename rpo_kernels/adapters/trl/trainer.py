@@ -37,6 +37,7 @@ NOT_FOR_THE_MODEL = (
     "completion_mask",
     "rewards",
     "ref_logps",
+    "group_weights",
 )
 
 # What the trainer needs of TRL: functions that it calls, with how many positional arguments and
@@ -103,7 +104,8 @@ class RPOTrainer(DPOTrainer):
             numbers; K may differ between prompts), or TRL's pairs `prompt, chosen, rejected` with
             `score_chosen, score_rejected` or `chosen_reward, rejected_reward`. Objectives with a
             fixed target need no rewards; the first response (with rewards: the best) is then the
-            chosen one. Likewise eval_dataset.
+            chosen one. A column `group_weight` holds a finite factor on the loss of each row; the
+            mean is still one over the number of rows. Likewise eval_dataset.
         peft_config: as for `trl.DPOTrainer`.
 
     Raises:
@@ -348,6 +350,7 @@ class RPOTrainer(DPOTrainer):
         groups: dict[str, Any] = {
             "rewards": inputs.get("rewards"),
             "cu_groups": inputs.get("cu_groups"),
+            "group_weights": inputs.get("group_weights"),
         }
         if "cu_groups" not in inputs:
             S = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(labels)
