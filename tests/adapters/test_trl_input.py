@@ -476,3 +476,17 @@ def test_rpo_trainer_of_a_sum_logs_each_part(tmp_path):
     assert logged["dpo/loss"] + logged["bco/loss"] == pytest.approx(logged["loss"], rel=1e-4)
     assert logged["dpo/rewards/margins"] == logged["rewards/margins"]
     assert "rewards/target_margin" not in logged
+
+
+def test_rpo_trainer_of_a_sum_logs_the_target_margin_of_a_part_that_uses_rewards(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        config(tmp_path, objective=[[0.8, "dpo"], [0.2, "squared"]], max_steps=1),
+        train_dataset=Dataset.from_list([GOOD]),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/target_margin"] == logged["squared/rewards/target_margin"] == 1.0
+    assert "dpo/rewards/target_margin" not in logged  # a constant

@@ -93,7 +93,9 @@ class RPOTrainer(DPOTrainer):
     (`rejected`; the last of equal ones), in the objective's reward units. In addition:
     `rewards/target_margin`, t_chosen - t_rejected; `rewards/agreement`, the share of response pairs
     with different targets that the implicit rewards order alike; `kl`, the mean of l_i - lref_i in
-    nats, which estimates KL(policy || reference) if the policy generated the responses.
+    nats, which estimates KL(policy || reference) if the policy generated the responses. Those of a
+    sum of objectives are of its first part (`rewards/target_margin`: of the first that uses
+    rewards), and `NAME/loss`, `NAME/rewards/...` of each part.
 
     Args:
         model: as for `trl.DPOTrainer`.
@@ -381,17 +383,18 @@ class RPOTrainer(DPOTrainer):
     ) -> None:
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
-        metrics, chosen, rejected = group_metrics(out, inputs["group_sizes"], "cu_groups" in inputs)
+        sizes, ragged = inputs["group_sizes"], "cu_groups" in inputs
+        metrics, chosen, rejected = group_metrics(out, sizes, ragged)
         if not self.objective.parts[0].uses_rewards:
             del metrics["rewards/target_margin"]  # a constant
-        for name, part in (out.parts or {}).items():
-            sizes = inputs["group_sizes"]
-            of_part, *_ = group_metrics(part, sizes, "cu_groups" in inputs)
+        for (name, part), objective in zip((out.parts or {}).items(), self.objective.parts):
+            of_part, *_ = group_metrics(part, sizes, ragged)
             metrics[f"{name}/loss"] = part.loss, torch.ones_like(part.loss)
-            metrics |= {
-                f"{name}/{key}": of_part[key]
-                for key in ("rewards/chosen", "rewards/rejected", "rewards/margins")
-            }
+            keys = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
+            if objective.uses_rewards:
+                keys.append("rewards/target_margin")
+                metrics.setdefault("rewards/target_margin", of_part["rewards/target_margin"])
+            metrics |= {f"{name}/{key}": of_part[key] for key in keys}
         if ref_logps is not None:
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
         lengths: Any = out.lengths  # which hidden states always bring
