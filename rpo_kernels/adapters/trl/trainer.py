@@ -114,7 +114,8 @@ class RPOTrainer(DPOTrainer):
         ValueError, TypeError: at construction, for data that do not fit the objective (an
             `datasets.IterableDataset` shows its first row then, the others as they come),
             for an objective with several references, and for images; with `padding_free`, for a
-            model that mixes the sequences of a row.
+            model that mixes the sequences of a row, and where logits are asked for
+            (`compute_metrics`, `predict`).
         RuntimeError: where the installed TRL is not what the trainer was written for; the message
             names what changed.
     """
@@ -332,6 +333,11 @@ class RPOTrainer(DPOTrainer):
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        if return_outputs and self.packs:
+            raise ValueError(
+                "RPOTrainer: `padding_free` must be False for predict, which returns the logits of "
+                "padded rows; got True; make the trainer without it"
+            )
         if not self._is_attached:
             self._attach()
         ref_logps = ref_token_logps = None
