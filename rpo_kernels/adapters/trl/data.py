@@ -96,7 +96,9 @@ def group_of(
         responses, rewards = (
             [each[best], *each[:best], *each[best + 1 :]] for each in (responses, rewards)
         )
-    return prompt, responses, [float(r) for r in rewards] if objective.uses_rewards else None
+    if rewards is None or not objective.uses_rewards:
+        return prompt, responses, None
+    return prompt, responses, [float(r) for r in rewards]
 
 
 def _check_rewards(rewards: object, K: int, objective: Objective, where: str) -> None:
