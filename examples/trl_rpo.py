@@ -5,8 +5,8 @@
     python examples/trl_rpo.py --lora --objective '{"distance": "squared", "eta": 0.5}' --beta 0.05
 
 Rows are `prompt, chosen, rejected` with `chosen_reward, rejected_reward` or `score_chosen,
-score_rejected`, or `prompt, responses, rewards` for K responses. Every argument of trl.DPOConfig
-works, and so does `accelerate launch`.
+score_rejected`, or `prompt, responses, rewards` for K responses. The arguments of trl.DPOConfig
+work, but for those of its losses (--objective replaces them), and so does `accelerate launch`.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ class RPOOutput(NamedTuple):
         cu_groups: `[G+1]` int32 for ragged groups, None for groups of one size.
         parts: for a sum of objectives, the output of each part by name, whose losses add up to this
             one's (rewards and targets above are those of the first part); None otherwise.
+        aux_loss: what an attached model of transformers added to `loss`: the auxiliary loss of a
+            mixture of experts times its coefficient; None elsewhere.
     """
 
     loss: Tensor
@@ -35,6 +37,7 @@ class RPOOutput(NamedTuple):
     targets: Tensor
     cu_groups: Tensor | None = None
     parts: dict[str, RPOOutput] | None = None
+    aux_loss: Tensor | None = None
 
     @property
     def implicit_rewards(self) -> Tensor:

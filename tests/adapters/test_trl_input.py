@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -15,14 +16,14 @@ from .tiny_models import llama, pairs, tokenizer
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset, IterableDataset  # noqa: E402
+from datasets import Dataset, DatasetDict, IterableDataset  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
 import rpo_kernels.adapters.trl.trainer as trainer_module  # noqa: E402
 from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer  # noqa: E402
 from rpo_kernels.adapters.trl.data import encode  # noqa: E402
 
-from .test_trl_trainer import groups, options  # noqa: E402
+from .test_trl_trainer import LORA, groups, options  # noqa: E402
 
 # ---- objectives in a configuration ---------------------------------------------------------------
 
@@ -89,6 +90,8 @@ def test_rpo_config_takes_an_objective_from_a_command_line(tmp_path):
         ({"use_weighting": True}, r"`use_weighting` has no effect"),
         ({"ld_alpha": 0.5}, r"`ld_alpha` has no effect"),
         ({"f_divergence_type": "js_divergence"}, r"`f_divergence_type` has no effect"),
+        ({"discopop_tau": 0.1}, r"`discopop_tau` has no effect"),
+        ({"f_alpha_divergence_coef": 0.9}, r"`f_alpha_divergence_coef` has no effect"),
         (
             {"padding_free": True, "pad_to_multiple_of": 8},
             r"`pad_to_multiple_of` 8 pads, and `padding_free` does not",
@@ -103,6 +106,13 @@ def test_rpo_config_takes_an_objective_from_a_command_line(tmp_path):
         (
             {"objective": RPOObjective.dpo(0.2), "beta": 0.1},
             r"`beta` must be the objective's, 0.2, or None; got 0.1",
+        ),
+        (
+            {
+                "objective": [(0.8, RPOObjective.dpo(0.1)), (0.2, RPOObjective.bco(0.3))],
+                "beta": 0.3,
+            },
+            r"`beta` must be None where every part .* has its own, 0.1, 0.3; got 0.3",
         ),
         ({"objective": {"distance": "squared", "beta": -1.0}}, r"`beta` must be .* > 0"),
     ],
@@ -161,6 +171,15 @@ def test_rpo_trainer_puts_the_best_response_first_for_objectives_without_rewards
     assert encoded(pair, RPOObjective.dpo())["response_ids"] == encoded(pair)["response_ids"]
 
 
+def test_rpo_trainer_puts_the_best_response_first_where_a_part_of_a_sum_uses_no_rewards():
+    (group,) = groups([3])
+    group["rewards"] = [0.0, 2.0, 1.0]
+    first, second, third = encoded(group)["response_ids"]
+    parts = [(1.0, RPOObjective("squared")), (1.0, RPOObjective.softmax_dpo())]
+    mixed = encoded(group, ObjectiveSum.of(parts))
+    assert mixed["response_ids"] == [second, first, third] and mixed["rewards"] == [2.0, 0.0, 1.0]
+
+
 GOOD = {"prompt": "a cat ", "responses": ["sings", "runs"], "rewards": [1.0, 0.0]}
 UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
 
@@ -188,6 +207,21 @@ UNREWARDED = {"prompt": "a cat ", "chosen": "sings", "rejected": "runs"}
             GOOD | {"rewards": [1.0, math.inf]},
             "squared",
             r"`rewards` must be finite numbers, got inf",
+        ),
+        (
+            GOOD | {"rewards": None},
+            "backward_kl",
+            r"`rewards` must be one number per response, 2; got None",
+        ),
+        (
+            GOOD | {"group_weight": math.nan},
+            "backward_kl",
+            r"`group_weight` must be a finite number; got nan",
+        ),
+        (
+            GOOD | {"group_weights": 2.0},
+            "backward_kl",
+            r"`group_weight` must be .* its weight; got `group_weights`",
         ),
         (
             GOOD | {"responses": ["a", "b", "c"], "rewards": [1.0] * 3},
@@ -250,6 +284,12 @@ def test_rpo_trainer_refuses_data_of_which_nothing_is_left(rows, message, tmp_pa
     data, args = Dataset.from_list([GOOD]).select(range(len(rows))), config(tmp_path, max_length=2)
     with pytest.raises(ValueError, match=message):
         RPOTrainer(llama(), llama(seed=1), args, train_dataset=data, processing_class=tokenizer())
+
+
+def test_rpo_trainer_refuses_what_is_no_dataset(tmp_path):
+    data = DatasetDict(train=Dataset.from_list([GOOD]))
+    with pytest.raises(TypeError, match=r"`train_dataset` must be a Dataset .*; got DatasetDict"):
+        RPOTrainer(llama(), llama(seed=1), config(tmp_path), train_dataset=data)
 
 
 def test_rpo_trainer_takes_streamed_rows(tmp_path):
@@ -318,6 +358,13 @@ def test_rpo_trainer_loads_no_reference_for_objectives_without_one(tmp_path):
     trainer.train()
     trainer.evaluate()
     assert "kl" not in trainer.state.log_history[0]
+
+
+def test_rpo_trainer_takes_peft_config_in_DPOTrainers_place(tmp_path):
+    data, adapter = Dataset.from_list([GOOD]), copy.deepcopy(LORA)
+    before = (llama(), None, config(tmp_path), None, data, None, tokenizer())
+    trainer = RPOTrainer(*before, None, None, (None, None), None, adapter)
+    assert trainer.ref_model is None and trainer.model.peft_config["default"] is adapter
 
 
 def test_rpo_trainer_needs_an_rpo_config(tmp_path):
@@ -429,3 +476,17 @@ def test_rpo_trainer_of_a_sum_logs_each_part(tmp_path):
     assert logged["dpo/loss"] + logged["bco/loss"] == pytest.approx(logged["loss"], rel=1e-4)
     assert logged["dpo/rewards/margins"] == logged["rewards/margins"]
     assert "rewards/target_margin" not in logged
+
+
+def test_rpo_trainer_of_a_sum_logs_the_target_margin_of_a_part_that_uses_rewards(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        config(tmp_path, objective=[[0.8, "dpo"], [0.2, "squared"]], max_steps=1),
+        train_dataset=Dataset.from_list([GOOD]),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/target_margin"] == logged["squared/rewards/target_margin"] == 1.0
+    assert "dpo/rewards/target_margin" not in logged  # a constant

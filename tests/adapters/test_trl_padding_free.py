@@ -157,3 +157,15 @@ def test_rpo_trainer_padding_free_refuses_compute_metrics(tmp_path):
             processing_class=tokenizer(),
             compute_metrics=lambda prediction: {},
         )
+
+
+def test_rpo_trainer_padding_free_refuses_to_predict(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        RPOConfig(padding_free=True, **options(tmp_path)),
+        train_dataset=Dataset.from_list(UNEVEN[:2]),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(ValueError, match="`padding_free` must be False for predict"):
+        trainer.predict(trainer.train_dataset)

@@ -129,6 +129,44 @@ def test_rpo_trainer_takes_six_steps_of_TRLs_own(variant, tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (step, name)
 
 
+@pytest.fixture
+def mixture(tmp_path):
+    """A trainer of a mixture of experts whose configuration asks for the auxiliary loss."""
+
+    def make(rows=None, *, asks=True, **config):
+        model = mixtral()
+        model.config.output_router_logits = asks
+        return RPOTrainer(
+            model,
+            mixtral(seed=1),
+            RPOConfig(**options(tmp_path, max_steps=1, **config)),
+            train_dataset=Dataset.from_list(pairs(4) if rows is None else rows),
+            processing_class=tokenizer(),
+        )
+
+    return make
+
+
+def test_rpo_trainer_adds_no_auxiliary_loss_with_a_coefficient_of_0(mixture):
+    losses = []
+    for asks in (False, True):
+        trainer = mixture(asks=asks, objective="dpo", router_aux_loss_coef=0.0)
+        (batch,) = trainer.get_train_dataloader()
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[1] == losses[0]
+
+
+def test_rpo_trainer_logs_the_auxiliary_loss_exactly_beside_a_large_loss(mixture):
+    rows = [row | {"score_chosen": 1000.0} for row in pairs(4)]
+    trainer = mixture(rows, objective="squared", router_aux_loss_coef=0.01)
+    (batch,) = trainer.get_train_dataloader()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = mixtral()(**inputs, output_router_logits=True).aux_loss.item()
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] > 1e5 and logged["aux_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- K responses ---------------------------------------------------------------------------------
 
 
@@ -203,6 +241,39 @@ def test_rpo_trainer_has_the_loss_and_gradient_of_the_reference(objective, sizes
     assert "rewards/target_margin" in logged and ("kl" in logged) == (
         objective.reference == "single"
     )
+
+
+def test_rpo_trainer_multiplies_the_loss_of_a_row_by_its_group_weight(tmp_path):
+    rows = [row | {"group_weight": w} for row, w in zip(groups([2, 3]), (3.0, 0.5))]
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        RPOConfig(objective="squared", **options(tmp_path)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    rows = [*trainer.train_dataset]
+    loss = lambda rows: trainer.compute_loss(trainer.model, trainer.data_collator(rows)).item()
+    first, second = (loss([{**row, "group_weight": 1.0}]) for row in rows)
+    assert loss(rows) == pytest.approx((3.0 * first + 0.5 * second) / 2, rel=1e-5)
+
+
+def test_rpo_trainer_computes_the_reference_of_a_batch_that_was_not_precomputed(tmp_path):
+    trainer = RPOTrainer(
+        llama(),
+        llama(seed=1),
+        RPOConfig(**options(tmp_path)),
+        train_dataset=Dataset.from_list(groups([2, 3])),
+        processing_class=tokenizer(),
+    )
+    batch = trainer.data_collator([*trainer.train_dataset])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logps = llama(seed=1)(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+    token = logps.gather(-1, ids[:, 1:, None])[..., 0] * batch["completion_mask"][:, 1:]
+    a, b, c, d, e = token.sum(1).tolist()
+    first, others = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+    assert first.tolist() == pytest.approx([a, c], rel=1e-5)
+    assert others.flatten().tolist() == pytest.approx([b, 0.0, d, e], rel=1e-5)
 
 
 # ---- accumulation, evaluation, distribution ------------------------------------------------------

@@ -260,7 +260,8 @@ class Call:
                 "(`reduction='mean'`, no `normalizer`); pass output_router_logits=False, or "
                 "compute the loss from output_token_logps=True"
             )
-        return self.result._replace(loss=self.result.loss + aux_loss.to(self.result.loss.device))
+        aux_loss = aux_loss.to(self.result.loss.device)
+        return self.result._replace(loss=self.result.loss + aux_loss, aux_loss=aux_loss.detach())
 
 
 def auxiliary_loss(host: PreTrainedModel, output: object) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
@@ -32,9 +33,15 @@ def objective_of(args: object) -> Objective:
     return objective
 
 
-def check_text_only(dataset: Any) -> None:
-    """Images would need a collator of their own."""
-    first = {} if dataset is None else next(iter(dataset), None)
+def check_dataset(dataset: Any) -> None:
+    """One dataset, of text only: images would need a collator of their own."""
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        hint = "; pass one of its splits" if isinstance(dataset, dict) else ""
+        raise TypeError(
+            "RPOTrainer: `train_dataset` must be a Dataset or an IterableDataset; got "
+            f"{type(dataset).__name__}{hint}"
+        )
+    first = next(iter(dataset), None)
     if first is None:
         raise ValueError("RPOTrainer: train dataset must have rows, got none")
     images = {"image", "images"} & first.keys()

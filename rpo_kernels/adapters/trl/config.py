@@ -21,6 +21,8 @@ REPLACED = {
     "ld_alpha": "an objective's `average` to divide by lengths; LD-DPO is not representable",
     "use_weighting": "nothing: WPO weights are not representable",
     "f_divergence_type": "nothing: f-DPO is nonlinear in the implicit rewards",
+    "f_alpha_divergence_coef": "nothing: f-DPO is nonlinear in the implicit rewards",
+    "discopop_tau": "nothing: DiscoPOP is not representable",
 }
 
 
@@ -43,7 +45,8 @@ class RPOConfig(DPOConfig):
     Raises:
         ValueError, TypeError: for an unknown objective, a `beta` that contradicts it, or options of
             DPO that an objective replaces (`loss_type`, `label_smoothing`, `loss_weights`,
-            `ld_alpha`, `use_weighting`, `f_divergence_type`).
+            `ld_alpha`, `use_weighting`, `f_divergence_type`, `f_alpha_divergence_coef`,
+            `discopop_tau`).
     """
 
     _VALID_DICT_FIELDS = [*DPOConfig._VALID_DICT_FIELDS, "objective"]  # noqa: RUF012
@@ -128,6 +131,13 @@ def read_objective(description: Any, beta: float | None = None) -> Objective:
             f"{description!r}"
         )
     parts = [(weight, _fields_of(part)) for weight, part in description]
+    own = [part["beta"] for _, part in parts if "beta" in part]
+    # a saved configuration holds the first part's
+    if len(own) == len(parts) and beta not in (None, own[0]):
+        raise ValueError(
+            "RPOConfig: `beta` must be None where every part of `objective` has its own, "
+            f"{', '.join(map(str, own))}; got {beta}"
+        )
     try:
         return ObjectiveSum.of(
             [(w, _read_part(part, None if "beta" in part else beta)) for w, part in parts]

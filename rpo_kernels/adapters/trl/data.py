@@ -18,7 +18,14 @@ from rpo_kernels.sums import Objective
 
 logger = logging.get_logger(__name__)
 
-COLUMNS = ["prompt_ids", "response_ids", "rewards", "ref_chosen_logps", "ref_rejected_logps"]
+COLUMNS = [
+    "prompt_ids",
+    "response_ids",
+    "rewards",
+    "group_weight",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+]
 SCORES = (("score_chosen", "score_rejected"), ("chosen_reward", "rejected_reward"))
 EXPECTED = (
     "prompt, responses, rewards; or (prompt,) chosen, rejected with score_chosen, score_rejected "
@@ -42,9 +49,10 @@ CALLS: dict[Callable, tuple[int, tuple[str, ...]]] = {
 def group_of(
     example: dict[str, Any], objective: Objective, name: str
 ) -> tuple[Any, list, list[float] | None]:
-    """Return (prompt, responses, rewards) of a row; rewards are None for a fixed target.
+    """Return (prompt, responses, rewards) of a row; rewards are None if no part uses them.
 
-    The first response is then the chosen one: `chosen`, or the one with the largest of `rewards`.
+    For parts with a fixed target the first response is the chosen one: `chosen`, or the one with
+    the largest of `rewards`.
     """
     where = f"RPOTrainer: {name} dataset"
     if {"prompt", "responses"} <= example.keys():
@@ -73,20 +81,24 @@ def group_of(
             f"{where}: `responses` must be two to each prompt for an objective that labels pairs, "
             f"got {len(responses)}"
         )
-    if rewards is None and objective.uses_rewards:
+    without = rewards is None and not {"responses", "rewards"} <= example.keys()
+    if without and objective.uses_rewards:
         raise ValueError(
             f"{where} must have rewards for this objective, in the columns {EXPECTED}; got "
             f"{', '.join(example)}. To train without rewards, choose an objective with its own "
             'target, such as objective="dpo"'
         )
-    if rewards is not None:
+    if rewards is not None or objective.uses_rewards:
         _check_rewards(rewards, len(responses), objective, where)
-    if not objective.uses_rewards:
-        if rewards is not None and "responses" in example:
-            best = max(range(len(rewards)), key=rewards.__getitem__)
-            responses = [responses[best], *responses[:best], *responses[best + 1 :]]
-        rewards = None
-    return prompt, responses, None if rewards is None else [float(r) for r in rewards]
+    fixed_target = not all(part.uses_rewards for part in objective.parts)
+    if fixed_target and rewards is not None and "responses" in example:
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        responses, rewards = (
+            [each[best], *each[:best], *each[best + 1 :]] for each in (responses, rewards)
+        )
+    if rewards is None or not objective.uses_rewards:
+        return prompt, responses, None
+    return prompt, responses, [float(r) for r in rewards]
 
 
 def _check_rewards(rewards: object, K: int, objective: Objective, where: str) -> None:
@@ -101,6 +113,22 @@ def _check_rewards(rewards: object, K: int, objective: Objective, where: str) ->
             raise ValueError(f"{where}: `rewards` must be {legal}, got {reward!r}")
 
 
+def group_weight_of(example: dict[str, Any], name: str) -> dict[str, float]:
+    """Return the column `group_weight` of a row, if it has one."""
+    expected = f"RPOTrainer: {name} dataset: `group_weight` must be"
+    if "group_weights" in example:
+        raise ValueError(
+            f"{expected} the column in which a row has its weight; got `group_weights`; rename it"
+        )
+    if "group_weight" not in example:
+        return {}
+    weight = example["group_weight"]
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight):
+        raise ValueError(f"{expected} a finite number; got {weight!r}")
+    return {"group_weight": float(weight)}
+
+
 def encode(
     example: dict[str, Any],
     processing_class: Any,
@@ -108,7 +136,8 @@ def encode(
     objective: Objective,
     name: str,
 ) -> dict[str, Any]:
-    """Tokenize a row: `prompt_ids`, `response_ids` (K lists), `rewards` (K) if they are used.
+    """Tokenize a row: `prompt_ids`, `response_ids` (K lists), `rewards` (K) if they are used,
+    `group_weight` if it has one.
 
     As in TRL's DPO, responses in plain text end with the end token, and the prompt ends where the
     tokens of prompt and prompt + response first differ.
@@ -139,7 +168,8 @@ def encode(
             "prompt is left out"
         )
     row = {"prompt_ids": prompt_ids[:start], "response_ids": [ids[start:] for ids in whole]}
-    return row if rewards is None else row | {"rewards": rewards}
+    row |= {} if rewards is None else {"rewards": rewards}
+    return row | group_weight_of(example, name)
 
 
 @dataclass
@@ -147,8 +177,8 @@ class DataCollatorForGroups(DataCollatorForPreference):
     """Collate rows of `encode` to tensors, with the responses to a prompt adjacent.
 
     `group_sizes` `[G]`; `cu_groups` `[G+1]` int32 where they differ; `input_ids`,
-    `attention_mask`, `completion_mask` `[S, T]`, right padded; `rewards`, `ref_logps`
-    `[S]` where the rows have them. Options as for TRL's collator of pairs, and:
+    `attention_mask`, `completion_mask` `[S, T]`, right padded; `rewards`, `ref_logps` `[S]`,
+    `group_weights` `[G]` where the rows have them. Options as for TRL's collator of pairs, and:
 
     padding_free: sequences end to end in one row instead, `input_ids`, `position_ids`,
         `completion_mask` `[1, N]`, with their boundaries `cu_seqlens` `[S+1]` int32.
@@ -185,6 +215,10 @@ class DataCollatorForGroups(DataCollatorForPreference):
         if "rewards" in examples[0]:
             batch["rewards"] = torch.tensor(
                 [r for example in examples for r in example["rewards"]], dtype=torch.float32
+            )
+        if "group_weight" in examples[0]:
+            batch["group_weights"] = torch.tensor(
+                [example["group_weight"] for example in examples], dtype=torch.float32
             )
         # of the first response, and of the others, padded to the dataset's largest K
         if "ref_chosen_logps" in examples[0]:

@@ -18,11 +18,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from rpo_kernels import RPOOutput, preference_loss, sequence_logps, shift_labels
+from rpo_kernels import RPOOutput, sequence_logps, shift_labels
 from rpo_kernels.sums import Objective
 
 from ..transformers import attach
-from .checks import check_packing, check_reference, check_text_only, learns_prompt, objective_of
+from .checks import check_dataset, check_packing, check_reference, learns_prompt, objective_of
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
 from .data import CALLS as READING_CALLS
@@ -37,12 +37,24 @@ NOT_FOR_THE_MODEL = (
     "completion_mask",
     "rewards",
     "ref_logps",
+    "group_weights",
 )
 
 # What the trainer needs of TRL: functions that it calls, with how many positional arguments and
 # which keywords; methods that TRL calls; attributes that TRL sets.
 CALLS = READING_CALLS | {
-    DPOTrainer.__init__: (6, ("peft_config",)),
+    DPOTrainer.__init__: (
+        6,
+        (
+            "eval_dataset",
+            "processing_class",
+            "compute_metrics",
+            "callbacks",
+            "optimizers",
+            "quantization_config",
+            "peft_config",
+        ),
+    ),
     disable_gradient_checkpointing: (2, ()),
     get_config_model_id: (1, ()),
     global_then_local_main_first: (0, ()),
@@ -81,7 +93,9 @@ class RPOTrainer(DPOTrainer):
     (`rejected`; the last of equal ones), in the objective's reward units. In addition:
     `rewards/target_margin`, t_chosen - t_rejected; `rewards/agreement`, the share of response pairs
     with different targets that the implicit rewards order alike; `kl`, the mean of l_i - lref_i in
-    nats, which estimates KL(policy || reference) if the policy generated the responses.
+    nats, which estimates KL(policy || reference) if the policy generated the responses. Those of a
+    sum of objectives are of its first part (`rewards/target_margin`: of the first that uses
+    rewards), and `NAME/loss`, `NAME/rewards/...` of each part.
 
     Args:
         model: as for `trl.DPOTrainer`.
@@ -92,20 +106,23 @@ class RPOTrainer(DPOTrainer):
             numbers; K may differ between prompts), or TRL's pairs `prompt, chosen, rejected` with
             `score_chosen, score_rejected` or `chosen_reward, rejected_reward`. Objectives with a
             fixed target need no rewards; the first response (with rewards: the best) is then the
-            chosen one. Likewise eval_dataset.
+            chosen one. A column `group_weight` holds a finite factor on the loss of each row; the
+            mean is still one over the number of rows. Likewise eval_dataset.
         peft_config: as for `trl.DPOTrainer`.
 
     Raises:
         ValueError, TypeError: at construction, for data that do not fit the objective (an
             `datasets.IterableDataset` shows its first row then, the others as they come),
             for an objective with several references, and for images; with `padding_free`, for a
-            model that mixes the sequences of a row.
+            model that mixes the sequences of a row, and where logits are asked for
+            (`compute_metrics`, `predict`).
         RuntimeError: where the installed TRL is not what the trainer was written for; the message
             names what changed.
     """
 
     objective: Objective
     model: Any  # of transformers, or a PEFT model of one
+    _most_responses = 0  # the largest K of a dataset whose reference is being precomputed
 
     _tag_names = ["trl", "rpo"]  # noqa: RUF012 (as in the base class)
     _name = "RPO"
@@ -130,7 +147,12 @@ class RPOTrainer(DPOTrainer):
         args: RPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
-        *rest: Any,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         **options: Any,
     ):
@@ -147,7 +169,7 @@ class RPOTrainer(DPOTrainer):
         if changes:
             raise refusal("RPOTrainer", changes)
         self.objective = objective_of(args)
-        check_text_only(train_dataset)
+        check_dataset(train_dataset)
         check_reference(model, ref_model, args, self.objective.reference, peft_config)
         # The base class loads no reference where log-probabilities are precomputed: here there are
         # none to compute.
@@ -157,13 +179,18 @@ class RPOTrainer(DPOTrainer):
         self.packs, args.padding_free = args.padding_free, False
         self._is_unchecked = self.packs
         try:
-            super().__init__(  # type: ignore[misc]  # none of `rest` is peft_config
+            super().__init__(
                 model,
                 ref_model,
                 args,
                 data_collator,
                 train_dataset,
-                *rest,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
                 peft_config=peft_config,
                 **options,
             )
@@ -265,13 +292,15 @@ class RPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The reference's log-probabilities of the first responses `[G]`, and of the others `[G,
-        K - 1]`, K the dataset's largest; 0 where a prompt has fewer."""
+        K - 1]`, K the largest of the batch, or of the dataset that it is from while that one is
+        precomputed; 0 where a prompt has fewer."""
         if self._is_unchecked:  # before the results reach a cache
             check_packing(model, self.accelerator)
             self._is_unchecked = False
         token_logps, sizes = self._reference_logps(model, inputs), inputs["group_sizes"]
         logps = sequence_logps(token_logps, cu_seqlens=inputs.get("cu_seqlens"))
-        exists = torch.arange(self._most_responses, device=sizes.device) < sizes[:, None]
+        K = max(self._most_responses, int(sizes.max()))
+        exists = torch.arange(K, device=sizes.device) < sizes[:, None]
         table = logps.new_zeros(exists.shape).masked_scatter(exists, logps)
         return table[:, 0], table[:, 1:]
 
@@ -304,6 +333,11 @@ class RPOTrainer(DPOTrainer):
     # ---- the loss --------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        if return_outputs and self.packs:
+            raise ValueError(
+                "RPOTrainer: `padding_free` must be False for predict, which returns the logits of "
+                "padded rows; got True; make the trainer without it"
+            )
         if not self._is_attached:
             self._attach()
         ref_logps = ref_token_logps = None
@@ -317,11 +351,14 @@ class RPOTrainer(DPOTrainer):
             if learns_prompt(self.model):  # the policy's rows are longer, by virtual tokens
                 ref_token_logps = None
         kwargs, labels = _model_inputs(inputs)
-        if self.aux_loss_enabled:
-            kwargs["output_router_logits"] = True
+        text_config = self.model.config.get_text_config()
+        # False where the config asks for an auxiliary loss that router_aux_loss_coef=0 disables
+        if self.aux_loss_enabled or getattr(text_config, "output_router_logits", False):
+            kwargs["output_router_logits"] = self.aux_loss_enabled
         groups: dict[str, Any] = {
             "rewards": inputs.get("rewards"),
             "cu_groups": inputs.get("cu_groups"),
+            "group_weights": inputs.get("group_weights"),
         }
         if "cu_groups" not in inputs:
             S = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else len(labels)
@@ -335,7 +372,7 @@ class RPOTrainer(DPOTrainer):
             on_logits=statistics,
             **groups,
         )
-        self._record(out, statistics, ref_logps, inputs, groups)
+        self._record(out, statistics, ref_logps, inputs)
         if not return_outputs:
             return out.loss
         kwargs.pop("cu_seqlens", None)
@@ -349,38 +386,29 @@ class RPOTrainer(DPOTrainer):
         statistics: RowStatistics,
         ref_logps: Tensor | None,
         inputs: dict,
-        groups: dict,
     ) -> None:
         """Add this batch, of all processes, to the metrics that are logged next."""
         mode = "train" if self.model.training else "eval"
-        metrics, chosen, rejected = group_metrics(out, inputs["group_sizes"], "cu_groups" in inputs)
+        sizes, ragged = inputs["group_sizes"], "cu_groups" in inputs
+        metrics, chosen, rejected = group_metrics(out, sizes, ragged)
         if not self.objective.parts[0].uses_rewards:
             del metrics["rewards/target_margin"]  # a constant
-        for name, part in (out.parts or {}).items():
-            sizes = inputs["group_sizes"]
-            of_part, *_ = group_metrics(part, sizes, "cu_groups" in inputs)
+        for (name, part), objective in zip((out.parts or {}).items(), self.objective.parts):
+            of_part, *_ = group_metrics(part, sizes, ragged)
             metrics[f"{name}/loss"] = part.loss, torch.ones_like(part.loss)
-            metrics |= {
-                f"{name}/{key}": of_part[key]
-                for key in ("rewards/chosen", "rewards/rejected", "rewards/margins")
-            }
+            keys = ["rewards/chosen", "rewards/rejected", "rewards/margins"]
+            if objective.uses_rewards:
+                keys.append("rewards/target_margin")
+                metrics.setdefault("rewards/target_margin", of_part["rewards/target_margin"])
+            metrics |= {f"{name}/{key}": of_part[key] for key in keys}
         if ref_logps is not None:
             metrics["kl"] = (out.logps - ref_logps).sum(), ref_logps.new_tensor(len(ref_logps))
         lengths: Any = out.lengths  # which hidden states always bring
         metrics |= token_metrics(statistics, lengths, chosen, rejected)
-        if self.aux_loss_enabled:
-            rewards = groups.pop("rewards")
-            without = preference_loss(
-                out.logps,
-                rewards,
-                self.objective,
-                ref_logps=ref_logps,
-                lengths=out.lengths,
-                **groups,
-            ).loss
+        if self.aux_loss_enabled and out.aux_loss is not None:
             metrics["aux_loss"] = (
-                (out.loss - without) / self.router_aux_loss_coef,
-                torch.ones_like(without),
+                out.aux_loss / self.router_aux_loss_coef,
+                torch.ones_like(out.aux_loss),
             )
         tokens = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         metrics["num_tokens"] = tokens, out.loss.new_tensor(1)
