@@ -13,16 +13,17 @@ from rpo_kernels import RPOObjective
 from rpo_kernels.objectives import DISTANCES, PRESETS
 from rpo_kernels.sums import Objective, ObjectiveSum
 
+OTHERS = "trl.DPOTrainer under accelerate_trl(), for a loss that is no RPO objective"
 # options of DPO that an objective replaces, and their equivalents
 REPLACED = {
     "label_smoothing": 'objective={"preset": "dpo", "label_smoothing": ...} (cDPO), "robust_dpo" '
     'or "exo"',
     "loss_weights": 'objective=[[0.8, "dpo"], [0.2, "bco"]] for a weighted sum',
-    "ld_alpha": "an objective's `average` to divide by lengths; LD-DPO is not representable",
-    "use_weighting": "nothing: WPO weights are not representable",
-    "f_divergence_type": "nothing: f-DPO is nonlinear in the implicit rewards",
-    "f_alpha_divergence_coef": "nothing: f-DPO is nonlinear in the implicit rewards",
-    "discopop_tau": "nothing: DiscoPOP is not representable",
+    "ld_alpha": f"{OTHERS} (LD-DPO), or an objective's `average` to divide by lengths",
+    "use_weighting": f"{OTHERS} (WPO)",
+    "f_divergence_type": f"{OTHERS} (f-DPO)",
+    "f_alpha_divergence_coef": f"{OTHERS} (f-DPO)",
+    "discopop_tau": f"{OTHERS} (DiscoPOP)",
 }
 
 
