@@ -110,8 +110,8 @@ def linear_rpo_loss(
             another one raises on a CPU and makes the other gradients NaN on a GPU. Raises under
             activation checkpointing, which runs the forward twice. With `reduction="none"` the
             backward adds to it, for any upstream gradient.
-        ref_logps: `[S]`, or per token in the shape of labels; with a leading `R` for several
-            references.
+        ref_logps: `[S]`, or per token in the shape of labels (which decides where both are the
+            same); with a leading `R` for several references.
         ref_hidden: the reference's hidden states `[S, T, H']` or `[N, H']`, in place of ref_logps;
             they are processed along with the policy's, at one more GEMM. Equal inputs give
             log-ratios of exactly 0.
