@@ -148,7 +148,7 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         naive, ours = (row["peak_mb"][name] for name in PROVIDERS)
-        memory = f"{naive} MB, {ours} MB: {ours / naive:.2f} x"
+        memory = f"{naive} MiB, {ours} MiB: {ours / naive:.2f} x"
         for condition in (x for x in pairs.CONDITIONS if x in row):
             wall, cpu = (row[condition][unit] for unit in ("wall_s", "cpu_s"))
             times = [f"{wall[name]:.2f} s, {cpu[name]:.2f} s" for name in PROVIDERS]

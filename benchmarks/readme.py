@@ -53,7 +53,7 @@ def memory_chart(folder: Path, width: int = 40) -> str | None:
         lines.append(f"{row['case']}: {N:,} tokens, {'' if H is None else f'H = {H:,}, '}V = {V:,}")
         for provider, mb in row["peak_mb"].items():
             bar = "█" * max(1, round(width * mb / most))
-            lines.append(f"  {provider:11}  {bar} {mb:,} MB")
+            lines.append(f"  {provider:11}  {bar} {mb:,} MiB")
     chart = "\n".join(lines)
     return (
         f"Peak memory of forward and backward, measured on a CPU ({about['processor']}, commit "

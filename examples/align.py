@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 import time
 from collections import defaultdict
@@ -213,7 +214,8 @@ def run(policy, reference, batches: Iterable[Batch], args) -> list[dict]:
     with tqdm(total=args.steps, desc="RPO", unit="step") as bar:
         for step in train(policy, reference, batches, args.objective, args.temperature, args.lr):
             steps.append(step)
-            bar.set_postfix({name: f"{value:.2f}" for name, value in step.items()}, refresh=False)
+            known = {name: f"{x:.2f}" for name, x in step.items() if not math.isnan(x)}
+            bar.set_postfix(known, refresh=False)
             bar.update()
     return steps
 

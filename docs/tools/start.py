@@ -91,7 +91,7 @@ def demo_table(demo: dict) -> str:
         text = [f"{x['mean']:.3f} ± {x['error']:.3f}" for x in columns.values()]
         rows.append(f"| {' | '.join([name, *text])} |")
     naive, ours = (peak / 2**20 for peak in demo["peaks"])
-    rows += ["", f"Peak memory of the loss head: naive {naive:.0f} MB, here {ours:.0f} MB."]
+    rows += ["", f"Peak memory of the loss head: naive {naive:.0f} MiB, here {ours:.0f} MiB."]
     return "\n".join(rows) + "\n"
 
 

@@ -58,8 +58,8 @@ class Report:
         if not naive:
             return table
         return (
-            f"{table}\n\nPeak memory of the loss head on one batch: naive {naive:.0f} MB, here "
-            f"{ours:.0f} MB (measured)."
+            f"{table}\n\nPeak memory of the loss head on one batch: naive {naive:.0f} MiB, here "
+            f"{ours:.0f} MiB (measured)."
         )
 
     def save(self, folder: Path, settings: dict) -> None:

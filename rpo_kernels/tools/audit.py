@@ -24,7 +24,7 @@ from typing import Any
 from ..kernels.launch import assumed_arch
 from .chips import CHIPS, Chip
 from .disassembly import Loop
-from .needs import require
+from .needs import positive, require
 from .offline import Launch, MachineCode
 from .table import show
 from .variants import Variant, variants
@@ -169,7 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=positive,
         default=os.cpu_count(),
         help="processes that compile (default: %(default)s)",
     )

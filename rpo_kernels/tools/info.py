@@ -31,7 +31,7 @@ def facts() -> dict[str, Any]:
         "transformers": _version("transformers"),
         "trl": _version("trl"),
         "system": platform.platform(),
-        "processors": f"{os.cpu_count()}, {torch.get_num_threads()} threads of torch",
+        "processors": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
         "devices": [f"{x.name}, {x.total_memory / 2**30:.0f} GiB" for x in gpus] or ["cpu"],
         "backend auto": "triton on tensors of the GPU, torch on those of the CPU"
         if gpus

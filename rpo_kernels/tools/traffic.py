@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..objectives import RPOObjective
-from .needs import require
+from .needs import positive, require
 from .table import show
 
 COLUMNS = {
@@ -186,7 +186,7 @@ def _row(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--vocabulary", type=int, default=4_097, metavar="V", help="(default: %(default)s)"
+        "--vocabulary", type=positive, default=4_097, metavar="V", help="(default: %(default)s)"
     )
     parser.add_argument("--markdown", action="store_true", help="print a table for a page")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

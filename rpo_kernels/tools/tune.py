@@ -35,7 +35,7 @@ from .. import __version__, reference
 from ..inputs import LogitTransform
 from ..kernels.launch import LaunchSettings, arch_of, assumed_arch, read_table
 from .chips import CHIPS
-from .needs import require
+from .needs import positive, require
 from .table import show
 from .timing import flush_cache, is_device_lost, seconds
 
@@ -307,18 +307,10 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _vocabulary(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(
-            f"expected the size of a vocabulary, a positive number of columns, got {text!r}"
-        )
-    return int(text)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab",
-        type=_vocabulary,
+        type=positive,
         nargs="+",
         required=True,
         metavar="V",

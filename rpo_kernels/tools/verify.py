@@ -16,13 +16,14 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .cases import Case, Machine, Quantity, cases
-from .needs import require
-from .table import show
+from .needs import positive, require
+from .table import lines, show
 
 COLUMNS = {
     "family": "family",
@@ -36,6 +37,10 @@ COLUMNS = {
     "allowed": "allowed",
     "verdict": "verdict",
 }
+# as wide as results are
+TYPICAL: dict[str, Any] = dict.fromkeys(("error", "pytorch", "allowed"), 1.11e-10) | dict.fromkeys(
+    ("quantity", "verdict"), "ok"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the kernels (default), or the PyTorch backend that serves CPUs",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="some of the cases, under a minute on two cores"
+        "--quick", action="store_true", help="some of the cases, about a minute on two cores"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="first seed of the inputs (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=int, help="how many seeds (default: 1 if quick, else 3)")
+    parser.add_argument(
+        "--seeds", type=positive, help="how many seeds (default: 1 if quick, else 3)"
+    )
     parser.add_argument(
         "--only",
         nargs="+",
@@ -79,16 +86,22 @@ def machine(backend: str) -> Machine:
     return Machine("cuda" if gpu else "cpu", backend, gpu or backend == "torch")
 
 
-def verified(case: Case, at: Machine, seed: int) -> dict[str, Any]:
-    """Run a case, and return its row of the table."""
-    quantities = case.run(at, torch.Generator().manual_seed(seed))
-    closest = max(quantities, key=Quantity.share)
+def described(case: Case, seed: int) -> dict[str, Any]:
+    """Return what is known of a case's row before it has run."""
     return {
         "family": case.family,
         "case": case.name,
         "dtype": str(case.dtype)[6:],
         "shape": case.shape,
         "seed": seed,
+    }
+
+
+def verified(case: Case, at: Machine, seed: int) -> dict[str, Any]:
+    """Run a case, and return its row of the table."""
+    quantities = case.run(at, torch.Generator().manual_seed(seed))
+    closest = max(quantities, key=Quantity.share)
+    return described(case, seed) | {
         "quantity": closest.name,
         "error": closest.error,
         "pytorch": closest.pytorch,
@@ -111,14 +124,26 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         print(f"verify: no case has the words {' '.join(args.only)}", file=sys.stderr)
         return 2
-    print(f"verify: {len(chosen) * len(seeds)} cases on {at.device}, {how}", file=sys.stderr)
+    jobs = [(case, seed) for case in chosen for seed in seeds]
+    print(f"verify: {len(jobs)} cases on {at.device}, {how}", file=sys.stderr)
+    rows = []
+
+    def results() -> Iterator[dict[str, Any]]:
+        for case, seed in jobs:
+            rows.append(verified(case, at, seed))
+            yield rows[-1]
+
     # numpy warns in the interpreter where IEEE arithmetic is meant to give inf or nan
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter"
         )
-        rows = [verified(case, at, seed) for case in chosen for seed in seeds]
-    print(show(rows, COLUMNS, "json" if args.json else "text"))
+        if args.json:
+            print(show(list(results()), COLUMNS, "json"))
+        else:
+            like = [described(*job) | TYPICAL for job in jobs]
+            for line in lines(results(), COLUMNS, like):  # in an interpreter they take minutes
+                print(line, flush=True)
     failed = sum(row["verdict"] != "ok" for row in rows)
     print(
         f"verify: {failed} of {len(rows)} cases fail ({time.perf_counter() - start:.0f} s)",

@@ -1,8 +1,11 @@
-"""examples/trl_rpo.py runs from its command line: a tiny model, the pairs that ship with it."""
+"""examples/trl_rpo.py runs from its command line: a tiny model, the pairs that ship with it; and so
+does the TRL snippet of docs/trainers.md.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,9 +16,13 @@ from .tiny_models import llama, tokenizer
 pytestmark = [pytest.mark.xdist_group("trl"), pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("trl")
 
+from datasets import Dataset  # noqa: E402
+from transformers import Trainer  # noqa: E402
+
 from rpo_kernels import RPOObjective  # noqa: E402
 from rpo_kernels.objectives import DISTANCES, PRESETS  # noqa: E402
 
+from .snippets import DOCS  # noqa: E402
 from .test_trl_trainer import groups  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -90,3 +97,20 @@ def test_trl_example_has_the_defaults_of_every_objective(trl_rpo, tmp_path, name
 
 def test_trl_example_stays_short():
     assert len((EXAMPLES / "trl_rpo.py").read_text().splitlines()) <= 100
+
+
+def test_rpo_trainer_of_the_trainers_page_trains_and_accelerate_trl_follows(tmp_path, monkeypatch):
+    source = re.search(r"```python\n(.*?)```", (DOCS / "trainers.md").read_text(), re.DOTALL)[1]
+    cpu = "objective=objective, use_cpu=True, bf16=False, max_steps=1, report_to='none'"
+    assert "use_cpu=True, bf16=False" in source  # what the page says to add
+    trained, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: trained.append(self) or train(self))
+    monkeypatch.chdir(tmp_path)
+    names = {"model": llama(), "ref_model": llama(seed=1), "tokenizer": tokenizer()}
+    names["rows"] = Dataset.from_list(groups([2, 3, 2, 4, 2, 2, 3, 2]))
+    source = source.replace("objective=objective", cpu).replace(
+        "\naccelerate_trl()", "\nundo = accelerate_trl().undo"
+    )
+    exec(compile(source, "docs/trainers.md", "exec"), names)
+    names["undo"]()
+    assert trained[0].state.global_step == 1 and trained[0].objective == names["objective"]

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rpo_kernels.__main__ import COMMANDS
+from rpo_kernels.__main__ import COMMANDS, main
 from rpo_kernels.tools.disassembly import loops
+from rpo_kernels.tools.table import lines, show
 from rpo_kernels.tools.traffic import OperatorTraffic
 
 from ..helpers import HAS_GPU, compiling
@@ -35,6 +36,24 @@ def test_help_names_every_command_and_info_says_what_is_installed():
     assert found["torch"] == torch.__version__ and found["backend auto"].startswith(
         "triton" if HAS_GPU else "torch"
     )
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "two"])
+@pytest.mark.parametrize("words", ["verify --seeds", "traffic --vocabulary", "audit --jobs"])
+def test_commands_refuse_numbers_that_are_not_positive(words, number, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words.split(), number])
+    option = words.split()[1]
+    expected = f"argument {option}: expected a positive integer, got {number!r}"
+    assert expected in capsys.readouterr().err
+
+
+def test_verify_prints_a_row_before_the_next_one_is_computed():
+    rows, begun = [{"case": "a", "error": 1.0}, {"case": "long", "error": None}], []
+    printed = lines((begun.append(row) or row for row in rows), {"case": "c", "error": "e"}, rows)
+    assert (next(printed), begun) == ("c     e", [])
+    assert (next(printed), begun) == ("a     1", rows[:1])
+    assert "c     e\na     1\nlong  -" == show(rows, {"case": "c", "error": "e"})
 
 
 @pytest.mark.skipif(HAS_GPU, reason="traffic is counted in Triton's interpreter")

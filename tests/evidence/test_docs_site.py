@@ -84,7 +84,7 @@ def test_start_page_has_a_policy_that_learns_and_a_loss_that_saves_memory():
     printed = "\n".join(start.outputs(cell)[0] for cell in cells if cell["cell_type"] == "code")
     rewards = [float(reward) for reward in re.findall(r"reward ([\d.]+)", printed)]
     assert rewards[0] < 0.5 and rewards[-1] > 1.5
-    naive, ours = (int(mb) for mb in re.findall(r"(\d+) MB", printed))
+    naive, ours = (int(mb) for mb in re.findall(r"(\d+) MiB", printed))
     assert 0 < ours < naive / 2
 
 

@@ -131,7 +131,7 @@ def test_tune_by_machine_code_gives_the_packages_own_row(tmp_path):
         (["--audit", "sm_90", "--output", "nowhere/table.json"], "there is no folder nowhere"),
         (["--audit", "sm_90", "--output", "README.md"], "README.md is there and is no table"),
         (["--audit", "sm_91"], "invalid choice: 'sm_91'"),
-        (["--audit", "sm_90", "--vocab", "-1"], "expected the size of a vocabulary"),
+        (["--audit", "sm_90", "--vocab", "-1"], "expected a positive integer"),
     ],
 )
 def test_tune_says_what_it_cannot_do_before_anything_is_written(
