@@ -5,6 +5,7 @@ without PEFT.
 import contextlib
 import copy
 import inspect
+from types import MethodType
 
 import pytest
 import torch
@@ -645,6 +646,67 @@ def test_attach_survives_a_deep_copy():
     out = model_rpo_loss(model, batch, OBJECTIVE, reference=twin)
     expected = own_loss(model, batch, own_results(twin, batch)[2].sum(1))
     assert worst(out.loss, expected) < 1e-5 * expected.item()
+
+
+def as_accelerate_wraps(model):
+    """What `Accelerator(mixed_precision="bf16").prepare` makes of a forward."""
+    operations = pytest.importorskip("accelerate.utils.operations")
+    under_autocast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(operations.convert_outputs_to_fp32(under_autocast), model)
+    return model.forward
+
+
+def test_attach_goes_on_top_of_what_has_wrapped_the_forward_since():
+    model, batch = attach(text_model("Gemma2")), text_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model_token_logps(model, batch).logps
+    wrapped = as_accelerate_wraps(model)
+    with pytest.raises(ValueError, match="is not attached; something has wrapped its forward"):
+        detach(model)
+    for _ in range(2):  # the second replaces the first
+        attach(model)
+        torch.testing.assert_close(model_token_logps(model, batch).logps, expected)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(model_token_logps(twin, batch).logps, expected)
+    assert detach(model).forward == wrapped
+    torch.testing.assert_close(model_token_logps(model, batch).logps, expected)
+
+
+@pytest.mark.xdist_group("trl")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["plain", "bf16", "PEFT"])
+def test_attach_serves_one_trainer_after_another(kind, tmp_path):
+    """On one model, which is attached before the first and after the last."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
+
+    from .test_trl_trainer import LORA, options
+    from .tiny_models import llama, pairs, tokenizer
+
+    def new_model():
+        if kind != "PEFT":
+            return llama()
+        return pytest.importorskip("peft").get_peft_model(llama(), LORA)
+
+    def train(model):
+        args = RPOConfig(**options(tmp_path, max_steps=1, bf16=kind == "bf16"))
+        data = {"train_dataset": Dataset.from_list(pairs(4)), "processing_class": tokenizer()}
+        trainer = RPOTrainer(model, llama(1), args, **data)
+        return trainer.train().training_loss
+
+    model, losses = attach(new_model()), []
+    for _ in range(2):
+        fresh = new_model()
+        fresh.load_state_dict(model.state_dict())
+        losses.append(train(model))
+        assert losses[-1] == train(fresh)
+    assert losses[0] != losses[1]
+    ids = torch.arange(3, 27).view(2, 12)
+    before = model_token_logps(model, {"input_ids": ids, "labels": ids}).logps
+    after = model_token_logps(attach(model), {"input_ids": ids, "labels": ids}).logps
+    assert torch.equal(after, before) and before.any()
 
 
 def test_attach_takes_references_of_every_kind():

@@ -12,9 +12,9 @@ are called as usual.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,18 @@ from torch import Tensor, nn
 from ... import RPOOutput
 from ...group_checks import check_objective
 from ...sums import AnyObjective, Objective
-from .forward import LOSS, TOKENS, TokenLogps, fused, keywords_of
-from .head import head_layers, host_of, linear_of, measure_transform, ordinary_tokens
+from .forward import FUSED, LOSS, TOKENS, Attachment, TokenLogps, fused, keywords_of
+from .head import (
+    Transform,
+    head_layers,
+    host_of,
+    linear_of,
+    measure_transform,
+    ordinary_tokens,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
 
@@ -50,7 +60,8 @@ def attach(model: nn.Module) -> nn.Module:
 
     Attach after loading the weights, and before wrapping in DDP, FSDP1 or `torch.compile`:
     log-probabilities of eight tokens are compared with those of the model's own logits. Attaching
-    again compares again. Deep copies of an attached model are attached. Under FSDP2 do not set
+    again compares again; where something has wrapped the forward since, as TRL's trainers do, it
+    attaches on top of that. Deep copies of an attached model are attached. Under FSDP2 do not set
     output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
     bits.
 
@@ -65,11 +76,10 @@ def attach(model: nn.Module) -> nn.Module:
             fails.
     """
     host = host_of(model)
-    if "_rpo_previous" in vars(host):
+    if _is_attached(host):
         detach(model)
     for layer in head_layers(host):
         linear_of(layer)
-    vars(host)["_rpo_previous"] = vars(host).get("forward")  # accelerate's, if any
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -79,8 +89,7 @@ def attach(model: nn.Module) -> nn.Module:
         if getattr(host.config, "is_decoder", None) is False:  # like BERT, which is not causal then
             other_end = torch.cat([ids[:, :-1], ids[:, :1]], 1)
             _check_causal(type(host).__name__, own, _own_logits(model, host, other_end))
-        vars(host)["_rpo_transform"] = measure_transform(host, logits_of)
-        vars(host)["forward"] = MethodType(fused(type(host).forward, keywords_of(host)), host)
+        _extend(host, measure_transform(host, logits_of))
         with torch.no_grad():
             _compare(
                 type(host).__name__,
@@ -89,7 +98,8 @@ def attach(model: nn.Module) -> nn.Module:
                 ids,
             )
     except BaseException:
-        _restore(host)
+        if _is_attached(host):
+            _restore(host)
         raise
     finally:
         for module, flag in training.items():
@@ -98,44 +108,62 @@ def attach(model: nn.Module) -> nn.Module:
 
 
 def _is_attached(host: nn.Module) -> bool:
-    return hasattr(vars(host).get("forward"), "is_fused")
+    return getattr(vars(host).get("forward"), "__func__", None) in FUSED
 
 
 def _check_attached(op: str, name: str, model: nn.Module) -> None:
     """A model that is not attached drops our keywords, and returns what it always does."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    if modules and not any("_rpo_previous" in vars(module) for module in modules):
+    if modules and not any("_rpo_attachments" in vars(module) for module in modules):
         raise ValueError(
             f"{op}: `{name}` must be an attached model, got a {type(model).__name__} that is not; "
             "call attach(model) first"
         )
 
 
+def _set_forward(host: nn.Module, forward: Callable | None) -> None:
+    """Put a forward on the instance; None leaves that of the class."""
+    vars(host).pop("forward", None)
+    if forward is not None:
+        vars(host)["forward"] = forward
+
+
+def _extend(host: nn.Module, transform: Transform) -> None:
+    attachments = vars(host).setdefault("_rpo_attachments", [])
+    forward = fused(type(host).forward, keywords_of(host), len(attachments))
+    attachments.append(Attachment(vars(host).get("forward"), transform))
+    _set_forward(host, MethodType(forward, host))
+
+
 def _restore(host: nn.Module) -> None:
-    attributes = vars(host)
-    previous = attributes.pop("_rpo_previous")
-    attributes.pop("_rpo_transform", None)
-    attributes.pop("forward", None)
-    if previous is not None:
-        attributes["forward"] = previous
+    attachments = vars(host)["_rpo_attachments"]
+    _set_forward(host, attachments.pop().previous)
+    if not attachments:
+        del vars(host)["_rpo_attachments"]
 
 
 @torch.no_grad()
-def _own_logits(model: nn.Module, host: nn.Module, ids: Tensor) -> Tensor:
-    """Return the inner model's logits `[1, T, V]`, before a wrapper may round them."""
-    forward, seen = host.forward, []
+def _own_logits(model: nn.Module, host: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return the inner model's logits `[1, T, V]`, in the dtype in which its head made them."""
+    before, forward, seen, dtypes = vars(host).get("forward"), host.forward, [], []
 
     def remember(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         seen.append(output.logits)
         return output
 
-    vars(host)["forward"] = remember
+    handles = [
+        layer.register_forward_hook(lambda layer, args, out: dtypes.append(out.dtype))
+        for layer in head_layers(host)
+    ]
+    _set_forward(host, remember)
     try:
         model(input_ids=ids)
     finally:
-        vars(host)["forward"] = forward
-    return seen[0]
+        _set_forward(host, before)
+        for handle in handles:
+            handle.remove()
+    return seen[0].to(dtypes[0])  # a wrapper, such as accelerate's, may have made them fp32
 
 
 def _check_causal(name: str, logits: Tensor, of_another_end: Tensor) -> None:
@@ -177,7 +205,7 @@ def detach(model: nn.Module) -> nn.Module:
     if not _is_attached(host):
         hint = (
             "; something has wrapped its forward since, undo that first"
-            if "_rpo_previous" in vars(host)
+            if "_rpo_attachments" in vars(host)
             else ""
         )
         raise ValueError(f"detach: this {type(host).__name__} is not attached{hint}")
