@@ -765,6 +765,15 @@ def test_attach_needs_as_many_references_as_the_objective_has(count, objective, 
         assert ref_logps is None if count == 0 else ref_logps.shape == (4, T)
 
 
+def test_attach_notices_that_the_vocabulary_was_resized():
+    model, batch = attach(text_model("Llama")), text_batch()
+    model.resize_token_embeddings(V + 8, mean_resizing=False)
+    with pytest.raises(ValueError, match=rf"must keep its {V} rows, got {V + 8}; call attach"):
+        model_token_logps(model, batch)
+    batch["input_ids"][:, 4] = batch["labels"][:, 4] = V + 7
+    assert_equal_to_own_logits(attach(model), batch)
+
+
 class Odd(torch.nn.Linear):
     def forward(self, x):
         return super().forward(x) * 2

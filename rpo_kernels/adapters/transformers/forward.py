@@ -228,7 +228,7 @@ class Call:
             labels = shift_labels(
                 labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index
             )
-        head: dict[str, Any] = head_weights(layer, hidden, transform.vocabulary)
+        head: dict[str, Any] = head_weights(layer, hidden, transform)
         head |= {
             "labels": labels,
             "logit_scale": transform.logit_scale,
