@@ -729,6 +729,14 @@ def test_attach_takes_references_of_every_kind():
         model_rpo_loss(model, batch, OBJECTIVE)
 
 
+def test_model_rpo_loss_shows_on_logits_the_policy_only():
+    model, twin, seen = attach(text_model("Llama")), attach(text_model("Llama")), []
+    batch = text_batch()
+    on_logits = lambda logits, labels, transform: seen.append(len(logits))
+    model_rpo_loss(model, batch, OBJECTIVE, reference=twin, on_logits=on_logits)
+    assert sum(seen) == (batch["labels"] != -100).sum()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("objective", "fits", "expected"),

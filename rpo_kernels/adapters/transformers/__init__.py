@@ -249,7 +249,7 @@ def model_rpo_loss(
         reference: attached model(s), as many as the objective has references (`reference="single"`:
             one, `"none"`: none, `"harmonic"`, `"geometric"`: any number). They run without
             gradients, if the batch has no ref_logps. None: a PEFT model with its adapters disabled.
-        options: further keywords of `linear_rpo_loss`.
+        options: further keywords of `linear_rpo_loss`. `on_logits` gets the policy's logits only.
 
     Returns:
         `RPOOutput`.
@@ -296,6 +296,7 @@ def _references(
 def _reference_logps(
     model: nn.Module, inputs: Mapping[str, Any], objective: Objective, models: list[nn.Module]
 ) -> Tensor:
+    inputs = {name: x for name, x in inputs.items() if name != "on_logits"}
     if models:
         logps = [model_token_logps(each, inputs).logps for each in models]
     else:
