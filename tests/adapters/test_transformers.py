@@ -5,6 +5,7 @@ without PEFT.
 import contextlib
 import copy
 import inspect
+import pickle
 from types import MethodType
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from rpo_kernels import RPOObjective, reference  # noqa: E402
+from rpo_kernels import RPOObjective, preference_loss, reference  # noqa: E402
 from rpo_kernels.adapters.transformers import (  # noqa: E402
     TokenLogps,
     attach,
@@ -751,13 +752,14 @@ def test_model_rpo_loss_shows_on_logits_the_policy_only():
     ],
 )
 def test_attach_needs_as_many_references_as_the_objective_has(count, objective, fits, expected):
-    calls = []
+    calls, seen = [], []
 
     def model(**inputs):
         calls.append(inputs.get("objective"))
         if "objective" not in inputs:
             return TokenLogps(torch.full((4, T), float(len(calls))))
-        return inputs.get("ref_logps")
+        seen.append(inputs.get("ref_logps"))
+        return preference_loss(torch.zeros(4), torch.zeros(4), RPOObjective(reference="none"))
 
     run = lambda: model_rpo_loss(model, text_batch(), objective, reference=[model] * count)
     if count not in fits:
@@ -765,7 +767,8 @@ def test_attach_needs_as_many_references_as_the_objective_has(count, objective, 
             run()
         assert not calls, "something ran"
         return
-    ref_logps = run()
+    run()
+    (ref_logps,) = seen
     assert len(calls) == count + 1
     if objective.reference == "geometric":
         assert ref_logps[:, 0, 0].tolist() == [1.0, 2.0, 3.0][:count]
@@ -936,6 +939,42 @@ def test_model_rpo_loss_refuses_models_that_are_not_attached():
         model_token_logps(model, batch)
     with refused("reference"):
         model_rpo_loss(attach(text_model("Llama")), batch, OBJECTIVE, reference=model)
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def unwrapped(model):
+    from accelerate.utils import extract_model_from_parallel
+
+    model._original_forward = model.forward
+    as_accelerate_wraps(model)
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def patched(model):
+    model.forward = MethodType(type(model).forward, model)
+    return model
+
+
+@pytest.mark.parametrize("replace", [unpickled, unwrapped, patched])
+def test_model_rpo_loss_refuses_models_whose_forward_was_replaced(replace):
+    """They would return cross-entropy as the loss."""
+    model, batch = attach(text_model("Llama")), text_batch()
+    expected = model_token_logps(model, batch).logps
+    lost = replace(model)
+    given = batch | {"ref_logps": torch.zeros(4)}
+    refused = lambda name, result: pytest.raises(
+        ValueError, match=f"`{name}` must return {result}, got CausalLM.* call attach.model. again"
+    )
+    with refused("model", "RPOOutput"):
+        model_rpo_loss(lost, given, OBJECTIVE)
+    with refused("model", "TokenLogps"):
+        model_token_logps(lost, batch)
+    with refused("reference", "TokenLogps"):
+        model_rpo_loss(attach(text_model("Llama")), batch, OBJECTIVE, reference=lost)
+    assert torch.equal(model_token_logps(attach(lost), batch).logps, expected)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from .head import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Result = TypeVar("Result", RPOOutput, TokenLogps)
 
 __all__ = ["TokenLogps", "attach", "detach", "model_rpo_loss", "model_token_logps"]
 
@@ -119,6 +121,26 @@ def _check_attached(op: str, name: str, model: nn.Module) -> None:
             f"{op}: `{name}` must be an attached model, got a {type(model).__name__} that is not; "
             "call attach(model) first"
         )
+
+
+def _run(
+    op: str, name: str, model: nn.Module, result: type[Result], inputs: dict[str, Any]
+) -> Result:
+    """Run an attached model. A forward that is no longer ours may drop our keywords."""
+    out = model(**inputs)
+    if not isinstance(out, result):
+        raise ValueError(
+            f"{op}: `{name}` must return {result.__name__}, got {type(out).__name__}; its forward "
+            "was replaced since attach (unpickled, unwrapped or patched), call attach(model) again"
+        )
+    return out
+
+
+def _token_logps(
+    op: str, name: str, model: nn.Module, batch: Mapping[str, Any], **options: Any
+) -> TokenLogps:
+    inputs = {key: x for key, x in batch.items() if key not in LOSS - TOKENS}
+    return _run(op, name, model, TokenLogps, inputs | options | {"output_token_logps": True})
 
 
 def _set_forward(host: nn.Module, forward: Callable | None) -> None:
@@ -225,10 +247,13 @@ def model_token_logps(model: nn.Module, batch: Mapping[str, Any], **options: Any
 
     Returns:
         `TokenLogps`.
+
+    Raises:
+        ValueError: if the model is not attached, or its forward was replaced since.
     """
-    _check_attached("model_token_logps", "model", model)
-    inputs = {name: x for name, x in batch.items() if name not in LOSS - TOKENS}
-    return model(**inputs, output_token_logps=True, **options)
+    op = "model_token_logps"
+    _check_attached(op, "model", model)
+    return _token_logps(op, "model", model, batch, **options)
 
 
 def model_rpo_loss(
@@ -255,17 +280,18 @@ def model_rpo_loss(
         `RPOOutput`.
 
     Raises:
-        ValueError, TypeError: if an argument does not fit, or a reference is needed and there is
-            none.
+        ValueError, TypeError: if an argument does not fit, a reference is needed and there is
+            none, or a model is not attached, or its forward was replaced since.
     """
-    whole = check_objective("model_rpo_loss", objective)
+    op = "model_rpo_loss"
+    whole = check_objective(op, objective)
     models = _references(whole, reference)
     for name, each in [("model", model), *(("reference", each) for each in models)]:
-        _check_attached("model_rpo_loss", name, each)
+        _check_attached(op, name, each)
     inputs = {**batch, **options}
     if whole.reference != "none" and inputs.get("ref_logps") is None:
         inputs["ref_logps"] = _reference_logps(model, inputs, whole, models)
-    return model(**inputs, objective=whole)
+    return _run(op, "model", model, RPOOutput, inputs | {"objective": whole})
 
 
 def _references(
@@ -296,17 +322,18 @@ def _references(
 def _reference_logps(
     model: nn.Module, inputs: Mapping[str, Any], objective: Objective, models: list[nn.Module]
 ) -> Tensor:
+    op = "model_rpo_loss"
     inputs = {name: x for name, x in inputs.items() if name != "on_logits"}
     if models:
-        logps = [model_token_logps(each, inputs).logps for each in models]
+        logps = [_token_logps(op, "reference", each, inputs).logps for each in models]
     else:
         disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
-                "model_rpo_loss: `reference` must be an attached model for this objective, got "
-                "None; or put `ref_logps` into the batch, or train a PEFT model, which is its own "
-                "reference with its adapters off"
+                f"{op}: `reference` must be an attached model for this objective, got None; or put "
+                "`ref_logps` into the batch, or train a PEFT model, which is its own reference "
+                "with its adapters off"
             )
         with disable_adapter():
-            logps = [model_token_logps(model, inputs).logps]
+            logps = [_token_logps(op, "model", model, inputs).logps]
     return torch.stack(logps) if objective.reference != "single" else logps[0]
