@@ -876,7 +876,7 @@ def test_attach_names_log_probs_that_are_not_the_models_own(monkeypatch):
 
 
 BERT_SIZE = {name: x for name, x in SIZE.items() if name != "num_key_value_heads"}
-BERT_SIZE["max_position_embeddings"] = 32
+BERT_SIZE["d_head"] = 8  # of XLNet
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert", "Electra"])
@@ -893,14 +893,27 @@ def test_attach_refuses_masked_language_models_and_says_what_to_load(family, wra
         attach(model)
 
 
-@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"])
-def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name):
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("BertLMHeadModel", "is_decoder"),
+        ("RobertaForCausalLM", "is_decoder"),
+        ("ElectraForCausalLM", "is_decoder"),
+        ("XLMWithLMHeadModel", "causal"),
+        ("FlaubertWithLMHeadModel", "causal"),
+        ("XLNetLMHeadModel", None),
+    ],
+)
+def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name, cure):
     model = getattr(transformers, name)
     config = model.config_class(**BERT_SIZE)
-    with pytest.raises(ValueError, match=rf"attach: .* {name} whose .*config.is_decoder = True"):
+    with pytest.raises(
+        ValueError, match=rf"attach: .* {name} whose .*config.is_decoder = True .*config.causal"
+    ):
         attach(model(config))
-    config.is_decoder = True
-    assert_attached_equals_own_logits(attach(filled(model(config))))
+    if cure is not None:
+        setattr(config, cure, True)
+        assert_attached_equals_own_logits(attach(filled(model(config))))
 
 
 def assert_attached_equals_own_logits(model):
