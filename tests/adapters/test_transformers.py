@@ -549,8 +549,22 @@ def test_attach_takes_tuners_of_other_layers(tuner):
     ]  # after soft prompts
     labels = batch["labels"].roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)
     out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
-    assert worst(out.logps, reference.token_logps(logits, labels).sum(1)) < 1e-4
+    logps = reference.token_logps(logits, labels).sum(1)
+    assert worst(out.logps, logps) < 1e-4
     assert gradients(model, out.loss)
+    with model.disable_adapter():
+        off = model_token_logps(model, batch).logps.detach()
+    ref = attach(text_model("Qwen3"))
+    for given, ref_logps in ((None, off), (ref, model_token_logps(ref, batch).logps.detach())):
+        out = model_rpo_loss(model, batch, OBJECTIVE, reference=given)
+        expected = OBJECTIVE.beta * (logps - ref_logps.sum(1))
+        assert worst(out.rewards, expected) < 1e-4
+    shifted = {name: x for name, x in batch.items() if name != "labels"} | {"shift_labels": labels}
+    if tuner != "PromptTuning":
+        assert torch.equal(model_rpo_loss(model, shifted, OBJECTIVE, reference=ref).loss, out.loss)
+        return
+    with pytest.raises(ValueError, match=r"`shift_labels` must be \[4, 15\], .* got \[4, 12\]"):
+        model_rpo_loss(model, shifted, OBJECTIVE)
 
 
 # merging it would be another matter

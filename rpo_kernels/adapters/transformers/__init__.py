@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ... import RPOOutput
+from ... import RPOOutput, sequence_logps
 from ...group_checks import check_objective
 from ...sums import AnyObjective, Objective
 from .forward import FUSED, LOSS, TOKENS, Attachment, TokenLogps, fused, keywords_of
@@ -27,6 +27,7 @@ from .head import (
     Transform,
     head_layers,
     host_of,
+    learns_prompt,
     linear_of,
     measure_transform,
     ordinary_tokens,
@@ -321,6 +322,10 @@ def _references(
     return models
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)  # by DDP, say
+
+
 @torch.no_grad()
 def _reference_logps(
     model: nn.Module, inputs: Mapping[str, Any], objective: Objective, models: list[nn.Module]
@@ -330,7 +335,7 @@ def _reference_logps(
     if models:
         logps = [_token_logps(op, "reference", each, inputs).logps for each in models]
     else:
-        disable_adapter = getattr(getattr(model, "module", model), "disable_adapter", None)
+        disable_adapter = getattr(_unwrapped(model), "disable_adapter", None)
         if disable_adapter is None:
             raise ValueError(
                 f"{op}: `reference` must be an attached model for this objective, got None; or put "
@@ -339,4 +344,6 @@ def _reference_logps(
             )
         with disable_adapter():
             logps = [_token_logps(op, "model", model, inputs).logps]
+    if any(learns_prompt(_unwrapped(each)) for each in (model, *models)):  # rows of other lengths
+        logps = [sequence_logps(x, cu_seqlens=inputs.get("cu_seqlens")) for x in logps]
     return torch.stack(logps) if objective.reference != "single" else logps[0]

@@ -223,6 +223,12 @@ class Call:
         labels, cu_seqlens = self.labels.to(hidden.device), options.get("cu_seqlens")
         if cu_seqlens is not None:
             hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        if self.shifted and labels.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{self.op}: `shift_labels` must be {[*hidden.shape[:-1]]}, one for each position, "
+                f"PEFT's virtual tokens included; got {[*labels.shape]}; pass `labels`, which PEFT "
+                "extends, or pad with -100"
+            )
         if not self.shifted:
             ignore_index = options.get("ignore_index", -100)
             labels = shift_labels(

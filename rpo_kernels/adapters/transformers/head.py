@@ -40,6 +40,11 @@ def host_of(model: nn.Module) -> PreTrainedModel:
     return host
 
 
+def learns_prompt(model: Any) -> bool:
+    """Whether PEFT puts virtual tokens before each row."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+
+
 def head_layers(host: PreTrainedModel) -> list[nn.Module]:
     """Return the modules of which the model will run one as its head.
 

@@ -22,7 +22,8 @@ from rpo_kernels import RPOOutput, preference_loss, sequence_logps, shift_labels
 from rpo_kernels.sums import Objective
 
 from ..transformers import attach
-from .checks import check_packing, check_reference, check_text_only, learns_prompt, objective_of
+from ..transformers.head import learns_prompt
+from .checks import check_packing, check_reference, check_text_only, objective_of
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
 from .data import CALLS as READING_CALLS
