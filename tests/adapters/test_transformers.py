@@ -718,6 +718,9 @@ def test_attach_serves_one_trainer_after_another(kind, tmp_path):
         losses.append(train(model))
         assert losses[-1] == train(fresh)
     assert losses[0] != losses[1]
+    if kind == "plain":
+        with pytest.raises(ValueError, match="LlamaForCausalLM must run its own head"):
+            attach(copy.deepcopy(model))
     ids = torch.arange(3, 27).view(2, 12)
     before = model_token_logps(model, {"input_ids": ids, "labels": ids}).logps
     after = model_token_logps(attach(model), {"input_ids": ids, "labels": ids}).logps

@@ -64,8 +64,9 @@ def attach(model: nn.Module) -> nn.Module:
     Attach after loading the weights, and before wrapping in DDP, FSDP1 or `torch.compile`:
     log-probabilities of eight tokens are compared with those of the model's own logits. Attaching
     again compares again; where something has wrapped the forward since, as TRL's trainers do, it
-    attaches on top of that. Deep copies of an attached model are attached. Under FSDP2 do not set
-    output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
+    attaches on top of that. Deep copies of an attached model are attached; but once
+    a trainer of TRL has wrapped a model, its copies run the old one's weights. Under FSDP2 do not
+    set output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
     bits.
 
     Args:
@@ -187,6 +188,11 @@ def _own_logits(model: nn.Module, host: PreTrainedModel, ids: Tensor) -> Tensor:
         _set_forward(host, before)
         for handle in handles:
             handle.remove()
+    if not dtypes:
+        raise ValueError(
+            f"attach: {type(host).__name__} must run its own head, but its forward did not; a copy "
+            "of a model that a trainer of TRL has wrapped runs the old one, copy it before that"
+        )
     return seen[0].to(dtypes[0])  # a wrapper, such as accelerate's, may have made them fp32
 
 
