@@ -64,9 +64,9 @@ def attach(model: nn.Module) -> nn.Module:
     Attach after loading the weights, and before wrapping in DDP, FSDP1 or `torch.compile`:
     log-probabilities of eight tokens are compared with those of the model's own logits. Attaching
     again compares again; where something has wrapped the forward since, as TRL's trainers do, it
-    attaches on top of that. Deep copies of an attached model are attached; but once
-    a trainer of TRL has wrapped a model, its copies run the old one's weights. Under FSDP2 do not
-    set output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
+    attaches on top of that. Deep copies of an attached model are attached; but once a trainer of
+    TRL has wrapped a model, its copies run the old one's weights. Under FSDP2 do not set
+    output_dtype of the MixedPrecisionPolicy: it would round losses and log-probabilities to 16
     bits.
 
     Args:
@@ -76,8 +76,8 @@ def attach(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        TypeError, ValueError: if the head is not one that the kernels compute, or the comparison
-            fails.
+        TypeError, ValueError: if the head is not one that the kernels compute, tokens see those
+            that follow them, or the comparison fails.
     """
     host = host_of(model)
     if _is_attached(host):
@@ -232,7 +232,7 @@ def _compare(name: str, logps: Tensor, own_logits: Tensor, ids: Tensor) -> None:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Undo `attach`: restore the model's forward, and return the model."""
+    """Undo the last `attach`: restore the forward of before, and return the model."""
     host = host_of(model)
     if not _is_attached(host):
         hint = (
