@@ -5,13 +5,15 @@ without PEFT.
 import contextlib
 import copy
 import inspect
+import pickle
+from types import MethodType
 
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
-from rpo_kernels import RPOObjective, reference  # noqa: E402
+from rpo_kernels import RPOObjective, preference_loss, reference  # noqa: E402
 from rpo_kernels.adapters.transformers import (  # noqa: E402
     TokenLogps,
     attach,
@@ -547,8 +549,22 @@ def test_attach_takes_tuners_of_other_layers(tuner):
     ]  # after soft prompts
     labels = batch["labels"].roll(-1, 1).index_fill(1, torch.tensor([T - 1]), -100)
     out = model(**batch, objective=OBJECTIVE, ref_logps=torch.zeros(4))
-    assert worst(out.logps, reference.token_logps(logits, labels).sum(1)) < 1e-4
+    logps = reference.token_logps(logits, labels).sum(1)
+    assert worst(out.logps, logps) < 1e-4
     assert gradients(model, out.loss)
+    with model.disable_adapter():
+        off = model_token_logps(model, batch).logps.detach()
+    ref = attach(text_model("Qwen3"))
+    for given, ref_logps in ((None, off), (ref, model_token_logps(ref, batch).logps.detach())):
+        out = model_rpo_loss(model, batch, OBJECTIVE, reference=given)
+        expected = OBJECTIVE.beta * (logps - ref_logps.sum(1))
+        assert worst(out.rewards, expected) < 1e-4
+    shifted = {name: x for name, x in batch.items() if name != "labels"} | {"shift_labels": labels}
+    if tuner != "PromptTuning":
+        assert torch.equal(model_rpo_loss(model, shifted, OBJECTIVE, reference=ref).loss, out.loss)
+        return
+    with pytest.raises(ValueError, match=r"`shift_labels` must be \[4, 15\], .* got \[4, 12\]"):
+        model_rpo_loss(model, shifted, OBJECTIVE)
 
 
 # merging it would be another matter
@@ -647,6 +663,70 @@ def test_attach_survives_a_deep_copy():
     assert worst(out.loss, expected) < 1e-5 * expected.item()
 
 
+def as_accelerate_wraps(model):
+    """What `Accelerator(mixed_precision="bf16").prepare` makes of a forward."""
+    operations = pytest.importorskip("accelerate.utils.operations")
+    under_autocast = torch.autocast("cpu", torch.bfloat16)(model.forward.__func__)
+    model.forward = MethodType(operations.convert_outputs_to_fp32(under_autocast), model)
+    return model.forward
+
+
+def test_attach_goes_on_top_of_what_has_wrapped_the_forward_since():
+    model, batch = attach(text_model("Gemma2")), text_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model_token_logps(model, batch).logps
+    wrapped = as_accelerate_wraps(model)
+    with pytest.raises(ValueError, match="is not attached; something has wrapped its forward"):
+        detach(model)
+    for _ in range(2):  # the second replaces the first
+        attach(model)
+        torch.testing.assert_close(model_token_logps(model, batch).logps, expected)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(model_token_logps(twin, batch).logps, expected)
+    assert detach(model).forward == wrapped
+    torch.testing.assert_close(model_token_logps(model, batch).logps, expected)
+
+
+@pytest.mark.xdist_group("trl")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["plain", "bf16", "PEFT"])
+def test_attach_serves_one_trainer_after_another(kind, tmp_path):
+    """On one model, which is attached before the first and after the last."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from rpo_kernels.adapters.trl import RPOConfig, RPOTrainer
+
+    from .test_trl_trainer import LORA, options
+    from .tiny_models import llama, pairs, tokenizer
+
+    def new_model():
+        if kind != "PEFT":
+            return llama()
+        return pytest.importorskip("peft").get_peft_model(llama(), LORA)
+
+    def train(model):
+        args = RPOConfig(**options(tmp_path, max_steps=1, bf16=kind == "bf16"))
+        data = {"train_dataset": Dataset.from_list(pairs(4)), "processing_class": tokenizer()}
+        trainer = RPOTrainer(model, llama(1), args, **data)
+        return trainer.train().training_loss
+
+    model, losses = attach(new_model()), []
+    for _ in range(2):
+        fresh = new_model()
+        fresh.load_state_dict(model.state_dict())
+        losses.append(train(model))
+        assert losses[-1] == train(fresh)
+    assert losses[0] != losses[1]
+    if kind == "plain":
+        with pytest.raises(ValueError, match="LlamaForCausalLM must run its own head"):
+            attach(copy.deepcopy(model))
+    ids = torch.arange(3, 27).view(2, 12)
+    before = model_token_logps(model, {"input_ids": ids, "labels": ids}).logps
+    after = model_token_logps(attach(model), {"input_ids": ids, "labels": ids}).logps
+    assert torch.equal(after, before) and before.any()
+
+
 def test_attach_takes_references_of_every_kind():
     model, twin, batch = attach(text_model("Llama")), attach(text_model("Qwen3")), text_batch()
     given = model_rpo_loss(model, batch | {"ref_logps": torch.zeros(4)}, OBJECTIVE)
@@ -667,6 +747,14 @@ def test_attach_takes_references_of_every_kind():
         model_rpo_loss(model, batch, OBJECTIVE)
 
 
+def test_model_rpo_loss_shows_on_logits_the_policy_only():
+    model, twin, seen = attach(text_model("Llama")), attach(text_model("Llama")), []
+    batch = text_batch()
+    on_logits = lambda logits, labels, transform: seen.append(len(logits))
+    model_rpo_loss(model, batch, OBJECTIVE, reference=twin, on_logits=on_logits)
+    assert sum(seen) == (batch["labels"] != -100).sum()
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("objective", "fits", "expected"),
@@ -681,13 +769,14 @@ def test_attach_takes_references_of_every_kind():
     ],
 )
 def test_attach_needs_as_many_references_as_the_objective_has(count, objective, fits, expected):
-    calls = []
+    calls, seen = [], []
 
     def model(**inputs):
         calls.append(inputs.get("objective"))
         if "objective" not in inputs:
             return TokenLogps(torch.full((4, T), float(len(calls))))
-        return inputs.get("ref_logps")
+        seen.append(inputs.get("ref_logps"))
+        return preference_loss(torch.zeros(4), torch.zeros(4), RPOObjective(reference="none"))
 
     run = lambda: model_rpo_loss(model, text_batch(), objective, reference=[model] * count)
     if count not in fits:
@@ -695,12 +784,22 @@ def test_attach_needs_as_many_references_as_the_objective_has(count, objective, 
             run()
         assert not calls, "something ran"
         return
-    ref_logps = run()
+    run()
+    (ref_logps,) = seen
     assert len(calls) == count + 1
     if objective.reference == "geometric":
         assert ref_logps[:, 0, 0].tolist() == [1.0, 2.0, 3.0][:count]
     else:
         assert ref_logps is None if count == 0 else ref_logps.shape == (4, T)
+
+
+def test_attach_notices_that_the_vocabulary_was_resized():
+    model, batch = attach(text_model("Llama")), text_batch()
+    model.resize_token_embeddings(V + 8, mean_resizing=False)
+    with pytest.raises(ValueError, match=rf"must keep its {V} rows, got {V + 8}; call attach"):
+        model_token_logps(model, batch)
+    batch["input_ids"][:, 4] = batch["labels"][:, 4] = V + 7
+    assert_equal_to_own_logits(attach(model), batch)
 
 
 class Odd(torch.nn.Linear):
@@ -794,7 +893,7 @@ def test_attach_names_log_probs_that_are_not_the_models_own(monkeypatch):
 
 
 BERT_SIZE = {name: x for name, x in SIZE.items() if name != "num_key_value_heads"}
-BERT_SIZE["max_position_embeddings"] = 32
+BERT_SIZE["d_head"] = 8  # of XLNet
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert", "Electra"])
@@ -811,14 +910,27 @@ def test_attach_refuses_masked_language_models_and_says_what_to_load(family, wra
         attach(model)
 
 
-@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"])
-def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name):
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("BertLMHeadModel", "is_decoder"),
+        ("RobertaForCausalLM", "is_decoder"),
+        ("ElectraForCausalLM", "is_decoder"),
+        ("XLMWithLMHeadModel", "causal"),
+        ("FlaubertWithLMHeadModel", "causal"),
+        ("XLNetLMHeadModel", None),
+    ],
+)
+def test_attach_refuses_decoders_whose_tokens_see_those_that_follow(name, cure):
     model = getattr(transformers, name)
     config = model.config_class(**BERT_SIZE)
-    with pytest.raises(ValueError, match=rf"attach: .* {name} whose .*config.is_decoder = True"):
+    with pytest.raises(
+        ValueError, match=rf"attach: .* {name} whose .*config.is_decoder = True .*config.causal"
+    ):
         attach(model(config))
-    config.is_decoder = True
-    assert_attached_equals_own_logits(attach(filled(model(config))))
+    if cure is not None:
+        setattr(config, cure, True)
+        assert_attached_equals_own_logits(attach(filled(model(config))))
 
 
 def assert_attached_equals_own_logits(model):
@@ -857,6 +969,42 @@ def test_model_rpo_loss_refuses_models_that_are_not_attached():
         model_token_logps(model, batch)
     with refused("reference"):
         model_rpo_loss(attach(text_model("Llama")), batch, OBJECTIVE, reference=model)
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def unwrapped(model):
+    from accelerate.utils import extract_model_from_parallel
+
+    model._original_forward = model.forward
+    as_accelerate_wraps(model)
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def patched(model):
+    model.forward = MethodType(type(model).forward, model)
+    return model
+
+
+@pytest.mark.parametrize("replace", [unpickled, unwrapped, patched])
+def test_model_rpo_loss_refuses_models_whose_forward_was_replaced(replace):
+    """They would return cross-entropy as the loss."""
+    model, batch = attach(text_model("Llama")), text_batch()
+    expected = model_token_logps(model, batch).logps
+    lost = replace(model)
+    given = batch | {"ref_logps": torch.zeros(4)}
+    refused = lambda name, result: pytest.raises(
+        ValueError, match=f"`{name}` must return {result}, got CausalLM.* call attach.model. again"
+    )
+    with refused("model", "RPOOutput"):
+        model_rpo_loss(lost, given, OBJECTIVE)
+    with refused("model", "TokenLogps"):
+        model_token_logps(lost, batch)
+    with refused("reference", "TokenLogps"):
+        model_rpo_loss(attach(text_model("Llama")), batch, OBJECTIVE, reference=lost)
+    assert torch.equal(model_token_logps(attach(lost), batch).logps, expected)
 
 
 @pytest.mark.parametrize(

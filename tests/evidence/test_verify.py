@@ -28,14 +28,14 @@ PLANTED = {
     "forward: dropped mask": (
         "vocabulary",
         "rows",
-        "here = valid & (cols != label) &",
-        "here = (cols != label) &",
+        "here = valid & (cols != columns.label) &",
+        "here = (cols != columns.label) &",
     ),
     "forward: off-by-one tail": (
         "vocabulary",
         "rows",
-        "if vectors * VEC < width - head:",
-        "if vectors * VEC < width - head - 1:",
+        "if tail < columns.width:",
+        "if tail < columns.width - 1:",
     ),
     "entropy: lost rescale": (
         "entropy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -39,6 +40,16 @@ READ = {
 LOSS = set(inspect.signature(linear_rpo_loss).parameters) - READ - {"labels"}
 TOKENS = set(inspect.signature(linear_token_logps).parameters) - READ - {"labels"}
 TOKENS |= {"cu_seqlens", "output_token_logps", "output_entropies", "entropy_grad"}
+
+
+FUSED: weakref.WeakSet[Callable] = weakref.WeakSet()  # every forward that `fused` has made
+
+
+class Attachment(NamedTuple):
+    """What one `attach` leaves on a model. It is there, not in a closure, to be deep-copied."""
+
+    previous: Callable | None  # the forward on the instance before, such as accelerate's
+    transform: Transform
 
 
 class TokenLogps(NamedTuple):
@@ -88,17 +99,19 @@ def keywords_of(host: nn.Module) -> frozenset[str]:
     return frozenset(known)
 
 
-def fused(unfused: Callable, known: frozenset[str]) -> Callable:
+def fused(unfused: Callable, known: frozenset[str], level: int) -> Callable:
     """Extend the forward `unfused` by the keywords of `attach`; `known` are those it reads itself.
 
-    `self` is an argument, so that a deep copy of a model runs itself.
+    `self` is an argument, so that a deep copy of a model runs itself. `level` says which of the
+    model's attachments this is.
     """
     own = set(inspect.signature(unfused).parameters)
     ours = (READ | LOSS | TOKENS) - own
 
     @functools.wraps(unfused)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = self._rpo_previous or functools.partial(unfused, self)
+        previous, transform = self._rpo_attachments[level]
+        original = previous or functools.partial(unfused, self)
         given = {name: x for name in ours if (x := kwargs.pop(name, None)) is not None}
         call = Call.of(f"{type(self).__name__}.forward", given, kwargs)
         if call is None:
@@ -108,11 +121,11 @@ def fused(unfused: Callable, known: frozenset[str]) -> Callable:
             kwargs["use_cache"] = False
         if not kwargs.pop("return_dict", self.config.return_dict):
             kwargs["return_dict"] = True
-        with head_as(self, functools.partial(call.at_head, self._rpo_transform), call.after_head):
+        with head_as(self, functools.partial(call.at_head, transform), call.after_head):
             output = original(*args, **kwargs)
         return call.finish(auxiliary_loss(self, output))
 
-    vars(forward)["is_fused"] = True
+    FUSED.add(forward)
     return forward
 
 
@@ -210,12 +223,18 @@ class Call:
         labels, cu_seqlens = self.labels.to(hidden.device), options.get("cu_seqlens")
         if cu_seqlens is not None:
             hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        if self.shifted and labels.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"{self.op}: `shift_labels` must be {[*hidden.shape[:-1]]}, one for each position, "
+                f"PEFT's virtual tokens included; got {[*labels.shape]}; pass `labels`, which PEFT "
+                "extends, or pad with -100"
+            )
         if not self.shifted:
             ignore_index = options.get("ignore_index", -100)
             labels = shift_labels(
                 labels, labels != ignore_index, cu_seqlens=cu_seqlens, ignore_index=ignore_index
             )
-        head: dict[str, Any] = head_weights(layer, hidden, transform.vocabulary)
+        head: dict[str, Any] = head_weights(layer, hidden, transform)
         head |= {
             "labels": labels,
             "logit_scale": transform.logit_scale,

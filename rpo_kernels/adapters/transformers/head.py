@@ -25,6 +25,7 @@ class Transform(NamedTuple):
     logit_scale: float
     softcap: float | None
     vocabulary: int  # number of columns that it keeps
+    rows: int  # number that the head has, of which they are the first
 
 
 def host_of(model: nn.Module) -> PreTrainedModel:
@@ -37,6 +38,11 @@ def host_of(model: nn.Module) -> PreTrainedModel:
             f"{type(host).__name__}; attach before wrapping in DDP, FSDP1 or torch.compile"
         )
     return host
+
+
+def learns_prompt(model: Any) -> bool:
+    """Whether PEFT puts virtual tokens before each row."""
+    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 def head_layers(host: PreTrainedModel) -> list[nn.Module]:
@@ -107,8 +113,11 @@ def _then(
     return out
 
 
-def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str, Tensor | None]:
+def head_weights(
+    layer: nn.Module, hidden: Tensor, transform: Transform
+) -> dict[str, Tensor | None]:
     """Return what multiplies the hidden states, by the argument names of the losses."""
+    vocabulary = transform.vocabulary
     adapters: dict[str, Tensor] = {}
     if hasattr(layer, "base_layer"):
         adapters = _lora(layer, hidden, vocabulary)
@@ -118,6 +127,11 @@ def head_weights(layer: nn.Module, hidden: Tensor, vocabulary: int) -> dict[str,
         raise TypeError(
             "attach: the head's weight must be a plain floating-point tensor, got "
             f"{type(weight).__name__}, {weight.dtype}"
+        )
+    if weight.shape[0] != transform.rows:  # whole here, if ZeRO or FSDP shard it elsewhere
+        raise ValueError(
+            f"attach: the head must keep its {transform.rows} rows, got {weight.shape[0]}; call "
+            "attach(model) again after resize_token_embeddings"
         )
     if vocabulary == weight.shape[0]:
         return {"weight": weight, "bias": bias, **adapters}
@@ -217,5 +231,8 @@ def measure_transform(host: PreTrainedModel, logits_of: Callable[[], Tensor]) ->
                 f"got {got:.6g}"
             )
     return Transform(
-        scale.float().item(), None if softcap is None else softcap.float().item(), len(z)
+        scale.float().item(),
+        None if softcap is None else softcap.float().item(),
+        len(z),
+        linear_of(head_layers(host)[0]).out_features,
     )

@@ -13,7 +13,7 @@ from trl.trainer.utils import get_config_model_id
 
 from rpo_kernels.sums import Objective
 
-from ..transformers.head import host_of, ordinary_tokens
+from ..transformers.head import host_of, learns_prompt, ordinary_tokens
 from .config import RPOConfig
 
 
@@ -79,11 +79,6 @@ def check_reference(
             "model that was built in memory; pass copy.deepcopy(model) as ref_model, or "
             "peft_config, or precompute_ref_log_probs=True in args"
         )
-
-
-def learns_prompt(model: Any) -> bool:
-    """Whether PEFT puts virtual tokens before each row."""
-    return getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
 
 
 @torch.no_grad()

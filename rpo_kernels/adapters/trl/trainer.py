@@ -22,7 +22,8 @@ from rpo_kernels import RPOOutput, sequence_logps, shift_labels
 from rpo_kernels.sums import Objective
 
 from ..transformers import attach
-from .checks import check_dataset, check_packing, check_reference, learns_prompt, objective_of
+from ..transformers.head import learns_prompt
+from .checks import check_dataset, check_packing, check_reference, objective_of
 from .config import RPOConfig
 from .contract import changed_calls, changed_methods, refusal
 from .data import CALLS as READING_CALLS
