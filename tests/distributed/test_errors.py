@@ -30,7 +30,7 @@ def test_process_group_raises_the_error_of_one_rank_on_all(group):
     # before an operator runs (shapes), and in it (values)
     raises(
         ValueError,
-        f"token_logps: `temperature` must be a finite number > 0, got 0{told}",
+        f"token_logps: `temperature` must be a finite number > 0 in float32, got 0{told}",
         token_logps,
         shard,
         labels,

@@ -215,8 +215,8 @@ PLANTED = {
     "a load without its mask": (
         *(
             "rows.py",
-            "tl.load(columns.ptr + cols, mask=valid, other=0.0)",
-            "tl.load(columns.ptr + cols)",
+            "tl.load(columns.ptr + cols, mask=valid, other=0.0), to, FLAGS)\n    here",
+            "tl.load(columns.ptr + cols), to, FLAGS)\n    here",
         ),
         "of the tensor passed as `logits_ptr`",
     ),
