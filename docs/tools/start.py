@@ -91,7 +91,8 @@ def demo_table(demo: dict) -> str:
         text = [f"{x['mean']:.3f} ± {x['error']:.3f}" for x in columns.values()]
         rows.append(f"| {' | '.join([name, *text])} |")
     naive, ours = (peak / 2**20 for peak in demo["peaks"])
-    rows += ["", f"Peak memory of the loss head: naive {naive:.0f} MiB, here {ours:.0f} MiB."]
+    peaks = f"Peak memory of the loss head: naive {naive:.0f} MiB, here {ours:.0f} MiB."
+    rows += ["", f"{peaks} This run took {demo['settings']['seconds']} seconds."]
     return "\n".join(rows) + "\n"
 
 
