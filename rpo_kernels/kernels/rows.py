@@ -56,7 +56,7 @@ class Columns(NamedTuple):
     label: tl.tensor  # the label's column, counted from the first; < 0 or >= width if elsewhere
 
 
-class Exponents(NamedTuple):
+class ToExponents(NamedTuple):
     """How the exponent t = log2(exp(z)) - shift of a logit x is computed.
 
     y = x, or tanh(pre x) with a softcap; t = y * scale2 - shift.

@@ -15,8 +15,8 @@ from .rows import (
     NOTHING,
     RUNTIME,
     Columns,
-    Exponents,
     RowFlags,
+    ToExponents,
     exponents,
     row_offset,
     to_boundary,
@@ -29,7 +29,7 @@ class Gradient(NamedTuple):
     at_label: tl.tensor  # gradient at the label's column
     factor: tl.tensor
     entropy_factor: tl.tensor
-    to: Exponents
+    to: ToExponents
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _vocabulary_backward_kernel(
                 )
             inside = (label >= first) & (label < first + width)
             columns = Columns(ptr, width, tl.where(inside, label - first, -1).to(tl.int32))
-            of_row = Gradient(at_label, factor, entropy_factor, Exponents(pre, scale2, shift))
+            of_row = Gradient(at_label, factor, entropy_factor, ToExponents(pre, scale2, shift))
             x = tl.load(ptr + edge_cols, mask=at_edge, other=0.0)
             d = _gradients(x, edge_cols == columns.label, of_row, FLAGS)
             tl.store(dptr + edge_cols, d.to(dlogits_ptr.dtype.element_ty), mask=at_edge)

@@ -28,8 +28,8 @@ from .primitives import ANYWHERE, LN2, LOG2E, expm1, softplus, split_exponent, t
 from .rows import (
     RUNTIME,
     Columns,
-    Exponents,
     RowFlags,
+    ToExponents,
     largest_exponent,
     row_offset,
     sums_of_exponentials,
@@ -173,11 +173,11 @@ def _vocabulary_forward_kernel(
                 width = tl.minimum(part_width, V - first)
                 columns = Columns(row_ptr + first, width, column - first)
                 total, moment = sums_of_exponentials(
-                    columns, Exponents(pre, scale2, part_shift), FLAGS
+                    columns, ToExponents(pre, scale2, part_shift), FLAGS
                 )
                 out_of_range = (total != total) | (alone & (total < 2.0**-80))
                 if out_of_range & (not retried):
-                    peak = largest_exponent(columns, Exponents(pre, scale2, 0.0), FLAGS)
+                    peak = largest_exponent(columns, ToExponents(pre, scale2, 0.0), FLAGS)
                     part_shift = _integer(peak)
                     retried = True
                 else:
