@@ -893,7 +893,9 @@ def test_attach_names_log_probs_that_are_not_the_models_own(monkeypatch):
 
 
 BERT_SIZE = {name: x for name, x in SIZE.items() if name != "num_key_value_heads"}
-BERT_SIZE["d_head"] = 8  # of XLNet
+# of XLNet
+BERT_SIZE |= {"d_model": SIZE["hidden_size"], "n_head": SIZE["num_attention_heads"]}
+BERT_SIZE["d_head"] = BERT_SIZE["d_model"] // BERT_SIZE["n_head"]
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert", "Electra"])
