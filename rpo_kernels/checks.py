@@ -80,13 +80,9 @@ def check_constant(op: str, name: str, x: Tensor) -> None:
 def check_labels(op: str, labels: Tensor, like: Tensor, name: str, ignore_index: int) -> None:
     """Check integer labels in the shape of the leading dimensions of logits or hidden states."""
     check_tensor(op, "labels", labels)
-    if labels.dtype not in _INTEGERS:
-        slip = (
-            "did you pass a mask? shift_labels(input_ids, mask) makes labels"
-            if labels.dtype == torch.bool
-            else "pass labels.long()"
-        )
-        raise TypeError(f"{op}: `labels` must be int64 or int32, got {labels.dtype}; {slip}")
+    is_mask = labels.dtype == torch.bool
+    slip = "did you pass a mask? shift_labels(input_ids, mask) makes labels" if is_mask else ""
+    check_integers(op, "labels", labels, slip)
     expected = like.shape[:-1]
     if labels.shape != expected:
         raise ValueError(
@@ -104,9 +100,10 @@ def check_ignore_index(op: str, ignore_index: object, dtype: torch.dtype) -> Non
         raise ValueError(f"{op}: `ignore_index` must be one of {dtype}, got {ignore_index}")
 
 
-def check_integers(op: str, name: str, x: Tensor) -> None:
+def check_integers(op: str, name: str, x: Tensor, slip: str = "") -> None:
     if x.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: `{name}` must be int64 or int32, got {x.dtype}; pass {name}.long()")
+        cure = slip or f"pass {name}.long()"
+        raise TypeError(f"{op}: `{name}` must be int64 or int32, got {x.dtype}; {cure}")
 
 
 def check_flag(op: str, name: str, value: object) -> None:

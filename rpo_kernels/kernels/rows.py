@@ -40,8 +40,8 @@ class RowFlags(NamedTuple):
 
     has_softcap: bool
     has_entropy: bool
-    lanes: int = 0  # vectors in a tile
-    vec: int = 0  # elements in a vector
+    lanes: int  # vectors in a tile
+    vec: int  # elements in a vector
     stages: int = 1
     is_shard: bool = False  # forward
     in_place: bool = False  # backward

@@ -32,13 +32,9 @@ _on_logits: ContextVar[OnLogits] = ContextVar("on_logits", default=None)
 
 
 def shown_to(op: str, on_logits: OnLogits) -> contextlib.AbstractContextManager:
-    """Return a context in which heads show the logits they compute to `on_logits`.
-
-    None counts, too: a call inside of `on_logits` shows it nothing.
-    """
+    """Return a context in which heads show the logits they compute to `on_logits`."""
     if on_logits is None:
-        # a graph has no context variables
-        return contextlib.nullcontext() if torch.compiler.is_compiling() else _showing(None)
+        return contextlib.nullcontext()
     if not callable(on_logits):
         raise TypeError(
             f"{op}: `on_logits` must be a function of (logits, labels, transform), got "
@@ -190,7 +186,8 @@ class Head:
                 "logit_scale": t.logit_scale,
                 "softcap": t.softcap or None,
             }
-            self.on_logits(logits, labels, transform)
+            with _showing(None):  # calls that it makes itself show it nothing
+                self.on_logits(logits, labels, transform)
 
 
 def gathered(leaves: Leaves, dtype: torch.dtype, index: Tensor, labels: Tensor) -> Rows:

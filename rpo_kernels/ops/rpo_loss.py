@@ -61,8 +61,7 @@ def rpo_loss(
             (prompt, padding).
         ref_logps: per sequence `[S]`, or per token in the shape of labels (more accurate:
             differences are summed, not sums subtracted; it decides where both shapes are the
-            same); with a leading `R` for objectives with
-            several references.
+            same); with a leading `R` for objectives with several references.
         cu_seqlens: `[S+1]` int32 boundaries of packed sequences, as in FlashAttention.
 
     Returns:

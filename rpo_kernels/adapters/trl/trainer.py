@@ -80,7 +80,7 @@ ATTRIBUTES = (
 
 
 class RPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` for any `Objective`: explicit rewards, K >= 2 responses per prompt.
+    """`trl.DPOTrainer` for any `RPOObjective`: explicit rewards, K >= 2 responses per prompt.
 
         L = mean over prompts of D[s || t],   s_i = beta (l_i - lref_i),   t_i = eta r*_i
 
@@ -112,7 +112,7 @@ class RPOTrainer(DPOTrainer):
         peft_config: as for `trl.DPOTrainer`.
 
     Raises:
-        ValueError, TypeError: at construction, for data that do not fit the objective (an
+        ValueError, TypeError: at construction, for data that do not fit the objective (a
             `datasets.IterableDataset` shows its first row then, the others as they come),
             for an objective with several references, and for images; with `padding_free`, for a
             model that mixes the sequences of a row, and where logits are asked for
